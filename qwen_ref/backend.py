@@ -1,0 +1,158 @@
+"""Operations you can swap: a name, its formula in `ops`, and faster implementations beside it.
+
+    backend.use({"attention": "eager"})            # from now on
+    with backend.use({"attention": "mine"}): ...   # for a while
+    backend.report()                               # what runs where, and why something else does not
+
+An implementation is a function with the signature of the formula. It is chosen once per device and dtype, not per
+call, so a choice costs one dictionary look-up and stays visible to torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .errors import RequestError
+
+Supports = Callable[[torch.device, torch.dtype], "str | None"]  # None = yes, otherwise the reason it cannot run
+
+
+def _always(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    run: Callable[..., Any]
+    supports: Supports = _always
+
+
+@dataclass
+class Operation:
+    """A callable with the signature of its formula. The first argument's device and dtype choose the implementation."""
+
+    name: str
+    implementations: dict[str, Implementation]  # preferred first
+    forced: str | None = None
+    strict: bool = False
+    _resolved: dict[tuple[torch.device, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = self._resolved.get((x.device, x.dtype))
+        if run is None:
+            run = self.resolve(x.device, x.dtype).run
+            self._resolved[x.device, x.dtype] = run
+        return run(x, *args, **kwargs)
+
+    def resolve(self, device: torch.device, dtype: torch.dtype) -> Implementation:
+        """The implementation that runs for this device and dtype. Raises RequestError if a strict choice cannot."""
+        refusals = []
+        for implementation in self._candidates():
+            reason = implementation.supports(device, dtype)
+            if reason is None:
+                return implementation
+            refusals.append(f"{implementation.name}: {reason}")
+            if self.strict:
+                break
+        raise RequestError(f"operation {self.name} cannot run on {device} in {dtype}: {'; '.join(refusals)}")
+
+    def choose(self, implementation: str | None, strict: bool) -> None:
+        if implementation is not None and implementation not in self.implementations:
+            raise RequestError(
+                f"operation {self.name} has no implementation {implementation!r}; it has {list(self.implementations)}"
+            )
+        self.forced, self.strict = implementation, strict
+        self._resolved.clear()
+
+    def _candidates(self) -> Iterator[Implementation]:
+        if self.forced is not None:
+            yield self.implementations[self.forced]
+        yield from (i for i in self.implementations.values() if i.name != self.forced)
+
+
+def register(operation: str, name: str, supports: Supports = _always) -> Callable[[Callable], Callable]:
+    """Decorator: add an implementation called `name`. It runs once chosen with `use`; the default stays as it was."""
+
+    def add(run: Callable) -> Callable:
+        op = _operation(operation)
+        op.implementations = {**op.implementations, name: Implementation(name, run, supports)}
+        op.choose(op.forced, op.strict)
+        return run
+
+    return add
+
+
+class use:
+    """Choose implementations: {"attention": "torch"}, or one name for every operation that has it.
+
+    Takes effect at once; as a context manager it restores the previous choice. Where the choice cannot run, the default
+    does, and `report` says why; with `strict=True` a RequestError is raised instead.
+    """
+
+    def __init__(self, choice: Mapping[str, str] | str, *, strict: bool = False) -> None:
+        if isinstance(choice, str):
+            choice = {op.name: choice for op in OPERATIONS.values() if choice in op.implementations}
+            if not choice:
+                raise RequestError("no operation has that implementation; see backend.report()")
+        self._before = {name: (_operation(name).forced, _operation(name).strict) for name in choice}
+        for name, implementation in choice.items():
+            OPERATIONS[name].choose(implementation, strict)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, (forced, strict) in self._before.items():
+            OPERATIONS[name].choose(forced, strict)
+
+
+def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
+    """One line per operation: what runs on this device and dtype, and the others with the reason against them."""
+    device = torch.device(device)
+    lines = []
+    for op in OPERATIONS.values():
+        chosen = op.resolve(device, dtype)
+        others = [f"{i.name} ({i.supports(device, dtype) or 'not chosen'})" for i in op.implementations.values()
+                  if i is not chosen]
+        lines.append(f"{op.name:12} {chosen.name:8} " + (f"also: {', '.join(others)}" if others else ""))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _operation(name: str) -> Operation:
+    if name not in OPERATIONS:
+        raise RequestError(f"there is no operation {name!r}; there are {sorted(OPERATIONS)}")
+    return OPERATIONS[name]
+
+
+def _eager(formula: Callable[..., Any], **others: Callable[..., Any]) -> Operation:
+    runs = {**others, "eager": formula}
+    return Operation(formula.__name__, {name: Implementation(name, run) for name, run in runs.items()})
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`ops.attention` through PyTorch's fused kernels: the T x S scores never exist in memory."""
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and 1 < queries < keys:
+        mask = ops.causal_mask(queries, keys, q.device)
+    causal = mask is None and queries > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+rms_norm = _eager(ops.rms_norm)
+rope = _eager(ops.rope)
+attention = _eager(ops.attention, torch=_sdpa)
+swiglu = _eager(ops.swiglu)
+router_topk = _eager(ops.router_topk)
+moe_experts = _eager(ops.moe_experts)
+
+OPERATIONS: dict[str, Operation] = {
+    op.name: op for op in (rms_norm, rope, attention, swiglu, router_topk, moe_experts)
+}

@@ -1,0 +1,242 @@
+"""The command line: qwen-ref generate | chat | inspect | verify.
+
+Flags carry mlx_lm's names where it has them. `--json` prints one JSON object (per turn in `chat`) on stdout; everything
+that is not the answer goes to stderr. Exit status: 0 success, 1 `verify` found a difference, 2 an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .errors import QwenRefError, RequestError
+
+if TYPE_CHECKING:
+    from .generate import Piece, Result
+
+DEFAULT_MODEL = "tiny"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except QwenRefError as error:
+        print(f"qwen-ref: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen-ref", description="Run, inspect and verify Qwen models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--model", help="a bundled name (tiny, tiny-moe), a folder, or a hub id (Qwen/Qwen3-0.6B)")
+        sub.add_argument("--revision", help="branch, tag or commit on the hub")
+        sub.add_argument("--json", action="store_true", help="machine-readable output")
+        return sub
+
+    generate = command("generate", run_generate, "Answer one prompt, streaming.")
+    generate.add_argument("prompt_text", nargs="?", metavar="PROMPT", help="the prompt; - reads standard input")
+    generate.add_argument("--prompt", help="the same as an option")
+    generate.add_argument("--prefill-response", default="", help="words the answer begins with")
+    generate.add_argument("--ignore-chat-template", action="store_true", help="continue the prompt as plain text")
+    generate.add_argument("--logprobs", type=int, metavar="N", help="with --json: log probabilities, N alternatives each")
+    chat = command("chat", run_chat, "Talk to a model; the conversation's cache is kept between turns.")
+    for sub in (generate, chat):
+        _add_sampling(sub)
+
+    inspect = command("inspect", run_inspect, "Show a checkpoint's config, sizes and end tokens without its weights.")
+    inspect.add_argument("model_name", nargs="?", metavar="MODEL")
+    inspect.add_argument("--context", type=int, metavar="TOKENS", help="size the KV cache for this many tokens")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor of the checkpoint")
+    verify = command("verify", run_verify, "Compare every layer with transformers on the same weights.")
+    verify.add_argument("model_name", nargs="?", metavar="MODEL")
+    verify.add_argument("--prompt", action="append", help="text to compare on (repeatable)")
+    verify.add_argument("--dtype", default="float32")
+    verify.add_argument("--device", default="cpu")
+    return parser
+
+
+def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("--system-prompt", help="the system message")
+    add("--max-tokens", type=int, default=512)
+    add("--temp", "--temperature", dest="temperature", type=float, help="0 = greedy")
+    add("--top-p", type=float)
+    add("--top-k", type=int)
+    add("--min-p", type=float)
+    add("--repetition-penalty", type=float)
+    add("--presence-penalty", type=float)
+    add("--frequency-penalty", type=float)
+    add("--seed", type=int)
+    add("--stop", action="append", default=[], help="end before this text (repeatable)")
+    add("--extra-eos-token", action="append", default=[], help="end at this token too (repeatable)")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="the template's enable_thinking")
+    add("--thinking-budget", type=int, metavar="N", help="close the reasoning after N tokens")
+    add("--chat-template-config", default="{}", metavar="JSON", help="further variables for the chat template")
+    add("--device")
+    add("--dtype")
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from .generate import encode_prompt, stream
+
+    text = args.prompt if args.prompt is not None else args.prompt_text
+    if text is None:
+        raise RequestError('there is no prompt; try: qwen-ref generate "Once upon a time"')
+    if text == "-":
+        text = sys.stdin.read()
+    model, tokenizer = _load(args)
+    plain = args.ignore_chat_template or tokenizer.chat_template is None
+    prompt: Any = text
+    if not plain:
+        prompt = encode_prompt(
+            tokenizer, _messages(args.system_prompt, text), enable_thinking=args.thinking, variables=_variables(args)
+        )
+    ids = encode_prompt(tokenizer, prompt) + tokenizer.encode(args.prefill_response)
+    pieces = stream(model, tokenizer, ids, chat=not plain, logprobs=args.logprobs, **_options(args, tokenizer))
+    result = _show(pieces, quiet=args.json, prefix=args.prefill_response if not plain else text)
+    if args.json:
+        print(json.dumps({"model": args.model or DEFAULT_MODEL, **_as_json(result)}, ensure_ascii=False))
+    return 0
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from .generate import Session, encode_prompt, stream
+
+    model, tokenizer = _load(args)
+    session, messages = Session(model), _messages(args.system_prompt)
+    if sys.stdin.isatty():
+        print("Type a message; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
+    for text in _lines():
+        messages.append({"role": "user", "content": text})
+        ids = encode_prompt(tokenizer, messages, enable_thinking=args.thinking, variables=_variables(args))
+        pieces = stream(model, tokenizer, ids, chat=True, session=session, **_options(args, tokenizer))
+        result = _show(pieces, quiet=args.json)
+        messages.append({"role": "assistant", "content": result.text, "reasoning_content": result.reasoning})
+        if args.json:
+            print(json.dumps(_as_json(result), ensure_ascii=False), flush=True)
+        else:
+            usage, rate = result.usage, result.usage.completion_tokens / max(result.decode_seconds, 1e-9)
+            print(f"[{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} reused; "
+                  f"{usage.completion_tokens} tokens, {rate:.0f} a second]", file=sys.stderr)
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from .describe import describe
+
+    description = describe(_name(args), revision=args.revision, context=args.context)
+    if args.json:
+        print(json.dumps(description.to_json()))
+    else:
+        print(description.text(tensors=args.tensors))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from .loading import locate
+    from .verify import verify
+
+    folder = locate(_name(args), revision=args.revision)
+    report = verify(folder, dtype=args.dtype, device=args.device, prompts=args.prompt)
+    if args.json:
+        print(json.dumps(report.to_json()))
+    else:
+        print(f"{report.table()}\n\n{_name(args)}, {report.dtype}: {report.verdict}")
+    return 0 if report.ok else 1
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from .loading import load
+
+    if args.model is None:
+        print("qwen-ref: the bundled model `tiny` (4 million parameters, knows children's stories) answers; "
+              "for a real one: --model Qwen/Qwen3-0.6B", file=sys.stderr)
+    return load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype, revision=args.revision)
+
+
+def _name(args: argparse.Namespace) -> str:
+    return args.model_name or args.model or DEFAULT_MODEL
+
+
+def _messages(system: str | None, user: str | None = None) -> list[dict[str, Any]]:
+    turns = (("system", system), ("user", user))
+    return [{"role": role, "content": content} for role, content in turns if content is not None]
+
+
+def _variables(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        variables = json.loads(args.chat_template_config)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"--chat-template-config is not JSON: {error}") from error
+    if not isinstance(variables, dict):
+        raise RequestError("--chat-template-config must be a JSON object")
+    return variables
+
+
+def _options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    extra = [tokenizer.id_of(token) for token in args.extra_eos_token]
+    if None in extra:
+        raise RequestError(f"--extra-eos-token: {args.extra_eos_token[extra.index(None)]!r} is not a token of this model")
+    same = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "seed", "stop", "thinking_budget")  # fmt: skip
+    return {**{name: getattr(args, name) for name in same}, "stop_ids": extra}
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            if sys.stdin.isatty():
+                return
+            continue
+        yield line
+
+
+def _show(pieces: Iterator[Piece], *, quiet: bool, prefix: str = "") -> Result:
+    """Print the answer as it comes, its reasoning in its tags, and return the whole."""
+    if not quiet:
+        print(prefix, end="", flush=True)
+    inside = False
+    result = None
+    for piece in pieces:
+        result = piece.result
+        if quiet:
+            continue
+        if piece.reasoning and not inside:
+            print("<think>")
+            inside = True
+        print(piece.reasoning, end="", flush=True)
+        if piece.text and inside:
+            print("\n</think>\n")
+            inside = False
+        print(piece.text, end="", flush=True)
+    if not quiet:
+        print()
+    return result  # type: ignore[return-value]  # the last piece has it
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    """Keys as in the Python `Result`, with the two times under `timing`."""
+    fields = asdict(result)
+    timing = {name: round(fields.pop(name), 6) for name in ("prefill_seconds", "decode_seconds")}
+    if fields["logprobs"] is None:
+        del fields["logprobs"]
+    return {**fields, "timing": timing}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Reading config.json: every field is checked for type and range when it is read, never when it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import ops
+from .errors import ConfigError
+from .limits import LIMITS
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """Typed access to a JSON object. A missing or null field gives its default; a wrong one is a ConfigError."""
+
+    def __init__(self, data: dict[str, Any], where: str = "config.json") -> None:
+        self.data = data
+        self.where = where
+
+    def integer(self, name: str, default: int = _REQUIRED, *, low: int = 1, high: int = LIMITS.width) -> int:
+        value = self._get(name, default)
+        if type(value) is not int or not low <= value <= high:
+            raise self.error(name, f"is {value!r}, not an integer from {low} to {high}")
+        return value
+
+    def positive(self, name: str, default: float = _REQUIRED) -> float:
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(name, f"is {value!r}, not a positive finite number")
+        return float(value)
+
+    def flag(self, name: str, default: bool = _REQUIRED) -> bool:
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise self.error(name, f"is {value!r}, not true or false")
+        return value
+
+    def choice(self, name: str, allowed: Sequence[str], default: str = _REQUIRED) -> str:
+        value = self._get(name, default)
+        if value not in allowed:
+            raise self.error(name, f"is {value!r}; implemented: {', '.join(allowed)}")
+        return value
+
+    def object(self, name: str) -> Fields:
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            raise self.error(name, f"is {value!r}, not an object")
+        return Fields(value, f"{self.where}, {name}")
+
+    def array(self, name: str, default: list[Any]) -> list[Any]:
+        value = self._get(name, default)
+        if not isinstance(value, list):
+            raise self.error(name, f"is {value!r}, not a list")
+        return value
+
+    def refuse(self, *names: str) -> None:
+        """Fields which change the computation in a way this model file does not implement."""
+        for name in names:
+            if self.data.get(name):
+                raise self.error(name, "is set, which is not implemented")
+
+    def error(self, name: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {name} {problem}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.data.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.error(name, "is missing")
+            return default
+        return value
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position parameters. `factor` None is plain RoPE, otherwise YaRN stretches the context by it."""
+
+    theta: float
+    factor: float | None = None
+    original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0  # multiplies cos and sin, so attention scores carry its square
+
+    @classmethod
+    def from_json(cls, fields: Fields, max_position: int, default_theta: float = 10_000.0) -> Rope:
+        """Both spellings: `rope_parameters` (transformers 5) or top-level `rope_theta` with `rope_scaling`."""
+        scaling = fields.object("rope_scaling")
+        if not scaling.data:
+            scaling = fields.object("rope_parameters")
+        theta = scaling.positive("rope_theta", fields.positive("rope_theta", default_theta))
+        if theta <= 1:
+            raise fields.error("rope_theta", f"is {theta}, which must be above 1")
+        kind = scaling.choice(
+            "rope_type", ("default", "yarn"), scaling.choice("type", ("default", "yarn"), "default")
+        )
+        for owner in (fields, scaling):
+            if owner.positive("partial_rotary_factor", 1.0) != 1.0:
+                raise owner.error("partial_rotary_factor", "is not 1, which is not implemented for this model_type")
+        if kind == "default":
+            return cls(theta)
+        scaling.refuse("mscale", "mscale_all_dim")
+        factor = scaling.positive("factor")
+        if factor < 1:
+            raise scaling.error("factor", f"is {factor}, which must be at least 1")
+        return cls(
+            theta,
+            factor,
+            scaling.integer("original_max_position_embeddings", max_position, high=1 << 40),
+            scaling.positive("beta_fast", 32.0),
+            scaling.positive("beta_slow", 1.0),
+            scaling.flag("truncate", True),
+            # Peng et al. 2023, equation 22: the temperature of attention that keeps its entropy over the longer context.
+            scaling.positive("attention_factor", 0.1 * math.log(factor) + 1.0),
+        )
+
+    def frequencies(self, head_dim: int) -> Tensor:
+        """(D/2,) fp32, radians per position."""
+        if self.factor is None:
+            return ops.rope_frequencies(head_dim, self.theta)
+        return ops.yarn_frequencies(
+            head_dim,
+            self.theta,
+            self.factor,
+            self.original_context,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+            truncate=self.truncate,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The spelling of the official files, which transformers 4 and 5 both read."""
+        if self.factor is None:
+            return {"rope_theta": self.theta, "rope_scaling": None}
+        scaling = {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original_context,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "truncate": self.truncate,
+            "attention_factor": self.attention_factor,
+        }
+        return {"rope_theta": self.theta, "rope_scaling": scaling}
+
+
+def layer_types(fields: Fields, layers: int, default: list[str]) -> tuple[str, ...]:
+    """`layer_types` of the config if it is given, else `default`: "full_attention" or "sliding_attention" per layer."""
+    types = fields.array("layer_types", default)
+    if len(types) != layers:
+        raise fields.error("layer_types", f"has {len(types)} entries for {layers} layers")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention"):
+            raise fields.error("layer_types", f"holds {name!r}; implemented: full_attention, sliding_attention")
+    return tuple(types)
+
+
+def sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
+    """Which layers hold experts: every `decoder_sparse_step`-th, except those in `mlp_only_layers`."""
+    step = fields.integer("decoder_sparse_step", 1)
+    dense = fields.array("mlp_only_layers", [])
+    for i in dense:
+        if type(i) is not int or not 0 <= i < layers:
+            raise fields.error("mlp_only_layers", f"holds {i!r}, not the index of one of {layers} layers")
+    return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))

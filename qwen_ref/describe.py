@@ -1,0 +1,123 @@
+"""What a checkpoint is and what it costs, from its config alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import read_json
+from .errors import ConfigError, RequestError
+from .loading import build, locate, read_config
+from .models.common import LanguageModel
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Description:
+    name: str
+    config: dict[str, Any]
+    dtype: str
+    parameters: dict[str, int]  # by part of the model
+    total: int
+    active: int  # parameters a token passes through; less than the total in a mixture of experts
+    kv_bytes_per_token: int
+    context: int
+    kv_bytes: int  # at `context` tokens, sliding windows counted as such
+    end_tokens: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.total * _BYTES.get(self.dtype, 4)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "weight_bytes": self.weight_bytes,
+                "tensors": {name: list(shape) for name, shape in self.tensors.items()}}
+
+    def text(self, *, tensors: bool = False) -> str:
+        lines = [f"{self.name}", "", "config"]
+        lines += [f"  {key:32} {value}" for key, value in self.config.items()]
+        lines += ["", f"parameters {'':21} {'count':>16}  {'share':>6}"]
+        lines += [f"  {part:30} {n:>16,}  {n / self.total:>6.1%}" for part, n in self.parameters.items()]
+        lines += [f"  {'total':30} {self.total:>16,}"]
+        if self.active != self.total:
+            lines += [f"  {'active per token':30} {self.active:>16,}  {self.active / self.total:>6.1%}"]
+        lines += ["", f"memory in {self.dtype}"]
+        lines += [f"  {'weights':30} {size(self.weight_bytes):>16}"]
+        lines += [f"  {'KV cache per token':30} {size(self.kv_bytes_per_token):>16}"]
+        lines += [f"  {f'KV cache at {self.context:,} tokens':30} {size(self.kv_bytes):>16}"]
+        lines += ["", "end tokens (generation stops at any of them)"]
+        lines += [f"  {place:30} {value if value is not None else '-'}" for place, value in self.end_tokens.items()]
+        if tensors:
+            lines += ["", f"tensors ({len(self.tensors)})"]
+            lines += [f"  {name:60} {list(shape)}" for name, shape in self.tensors.items()]
+        return "\n".join(lines)
+
+
+def describe(model: str | Path, *, revision: str | None = None, context: int | None = None) -> Description:
+    """Describe a bundled name, folder or hub id. Reads (and downloads) JSON files only.
+
+    `context`: tokens to size the KV cache for, default the config's maximum. Raises ConfigError, CheckpointError.
+    """
+    folder = locate(model, revision=revision, metadata_only=True)
+    raw = read_config(folder)
+    network = build(raw)
+    config = network.config
+    context = config.max_position_embeddings if context is None else context
+    if context < 1:
+        raise RequestError(f"the context is {context} tokens; it must be at least 1")
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    parts = Counter[str]()
+    for name, parameter in network.named_parameters():
+        parts[_part(name)] += parameter.numel()
+    token_bytes = 2 * config.num_key_value_heads * config.head_dim * _BYTES.get(dtype, 4)  # a key and a value, per layer
+    held = sum(context if w is None else min(context, w) for w in config.windows)
+    return Description(
+        name=str(model),
+        config=config.to_json(),
+        dtype=dtype,
+        parameters=dict(parts),
+        total=network.num_parameters(),
+        active=network.num_parameters() - _idle(network),
+        kv_bytes_per_token=token_bytes * config.num_hidden_layers,
+        context=context,
+        kv_bytes=token_bytes * held,
+        end_tokens={name: _eos(folder / name) for name in
+                    ("generation_config.json", "config.json", "tokenizer_config.json")},
+        tensors={name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()},
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.19 GB, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _part(name: str) -> str:
+    for key, part in (("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"),
+                      ("experts", "experts"), ("shared_expert", "shared expert"), ("mlp.gate.", "router"),
+                      ("mlp", "feed-forward")):  # fmt: skip
+        if key in name:
+            return part
+    return "norms"
+
+
+def _idle(network: LanguageModel) -> int:
+    """Expert parameters that a token does not pass through."""
+    config = network.config
+    experts = sum(p.numel() for name, p in network.named_parameters() if ".experts." in name)
+    return experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts if experts else 0
+
+
+def _eos(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    data = read_json(path, error=ConfigError)
+    return data.get("eos_token_id", data.get("eos_token"))

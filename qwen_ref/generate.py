@@ -1,0 +1,436 @@
+"""Prompts in, text out: batches, streaming, stopping, and the split of reasoning from answer.
+
+    results = generate(model, tokenizer, ["Once upon a time"], max_tokens=64)
+    for piece in stream(model, tokenizer, [{"role": "user", "content": "Hello"}]): print(piece.text, end="")
+
+A string is continued as it stands; a list of messages goes through the chat template; a list of ids is taken as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import Cache
+from .config import Fields
+from .errors import ConfigError, NumericsError, RequestError
+from .models.common import LanguageModel
+from .sampling import Sampling, choose, penalize
+from .text import Reasoning, TextSplitter
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of a token under the raw logits (before penalties and temperature), natural logarithm."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # the n most likely (id, log probability), best first
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # of the prompt, found in the session's cache
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True)
+class Result:
+    text: str  # the answer, without its reasoning
+    reasoning: str
+    token_ids: list[int]  # everything generated, the end token included
+    finish_reason: str  # "stop": end token or stop string; "length": max_tokens or the context is full
+    logprobs: list[TokenLogprob] | None
+    usage: Usage
+    prefill_seconds: float  # of the whole batch
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of a stream adds. Joined, the texts and reasonings are those of the `Result`."""
+
+    text: str
+    reasoning: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    result: Result | None = None  # with the last piece
+
+
+class Session:
+    """The cache of one conversation: a following prompt is read only from where it departs from what is held."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.cache = model.make_cache()
+        self.ids: list[int] = []  # the tokens in the cache
+
+    def reuse(self, prompt: list[int]) -> int:
+        """Cut back to the longest common prefix with `prompt`, leaving at least one token to read. Tokens kept."""
+        common = 0
+        for held, wanted in zip(self.ids, prompt[:-1], strict=False):
+            if held != wanted:
+                break
+            common += 1
+        if not self.cache.can_truncate(common):
+            self.cache, common = self._model.make_cache(), 0
+        self.cache.truncate(common)
+        self.ids = prompt[:common]
+        return common
+
+
+@dataclass(frozen=True)
+class Options:
+    """One request's settings, complete."""
+
+    sampling: Sampling
+    max_tokens: int
+    seed: int | None
+    stop: tuple[str, ...]
+    stop_ids: frozenset[int]
+    logprobs: int | None
+    thinking_budget: int | None
+
+
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    session: Session | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    enable_thinking: bool | None = None,
+    allow_special: bool = False,
+    chat: bool | None = None,
+    prefill_chunk: int = 512,
+    **options: Any,
+) -> list[Result]:
+    """Generate for one prompt or a batch; a list of results in the order of the prompts.
+
+    Args:
+        prompts: text to continue, a list of messages, a list of ids, or a list of any of these.
+        session: keeps the cache between calls (one prompt only), see `Session`.
+        tools, enable_thinking: for the chat template. allow_special: let text name control tokens.
+        chat: whether an answer may open with reasoning; by default, whether the prompt is messages.
+        prefill_chunk: tokens of the prompt per forward pass; bounds memory, changes no result beyond rounding.
+        options: max_tokens (default 512); temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, logit_bias (see `Sampling`; default generation_config.json, else greedy); seed (an int, or
+            one per prompt); stop (a string or several); stop_ids (added to the model's end tokens); ignore_eos;
+            logprobs (0..n: report the chosen token's, and the n most likely); thinking_budget (tokens, then `</think>`).
+    Raises: RequestError for arguments out of range, NumericsError for NaN or infinite logits.
+    """
+    batch = _as_batch(prompts)
+    if session is not None and len(batch) != 1:
+        raise RequestError(f"a session holds one conversation, but there are {len(batch)} prompts")
+    seeds = _seeds(options.pop("seed", None), len(batch))
+    sequences = []
+    for prompt, seed in zip(batch, seeds, strict=True):
+        ids = encode_prompt(tokenizer, prompt, tools, enable_thinking, allow_special)
+        settings = resolve_options(model, tokenizer, seed=seed, **options)
+        is_chat = _is_messages(prompt) if chat is None else chat
+        sequences.append(_Sequence(model, tokenizer, ids, settings, chat=is_chat))
+    for _ in _run(model, sequences, session, prefill_chunk):
+        pass
+    return [s.result for s in sequences]  # type: ignore[misc]
+
+
+def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt, **arguments: Any) -> Iterator[Piece]:
+    """`generate` for one prompt, piece by piece: never half a character, never a part of a stop string."""
+    session, chunk = arguments.pop("session", None), arguments.pop("prefill_chunk", 512)
+    named = {k: arguments.pop(k) for k in ("tools", "enable_thinking", "allow_special", "variables") if k in arguments}
+    chat = arguments.pop("chat", _is_messages(prompt))
+    ids = encode_prompt(tokenizer, prompt, **named)
+    sequence = _Sequence(model, tokenizer, ids, resolve_options(model, tokenizer, **arguments), chat=chat)
+    return (piece for _, piece in _run(model, [sequence], session, chunk))
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    tools: list[dict[str, Any]] | None = None,
+    enable_thinking: bool | None = None,
+    allow_special: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The ids a prompt stands for; `variables` go to the chat template. RequestError if it is empty."""
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, allow_special=allow_special)
+    elif _is_messages(prompt):
+        if enable_thinking is not None:
+            variables = {"enable_thinking": enable_thinking, **(variables or {})}
+        ids = tokenizer.encode_chat(list(prompt), tools, allow_special=allow_special, **(variables or {}))  # type: ignore[arg-type]
+    else:
+        ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+    if not ids:
+        raise RequestError("the prompt is empty: a model continues at least one token")
+    return ids
+
+
+def end_tokens(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """The end-of-sequence ids each of the three places names; generation stops at any of them."""
+    places = {
+        "generation_config.json": model.generation_config.get("eos_token_id"),
+        "config.json": model.raw_config.get("eos_token_id"),
+        "tokenizer_config.json": tokenizer.eos_token_id,
+    }
+    found = {}
+    for place, value in places.items():
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(i) is not int or i < 0 for i in ids):
+            raise ConfigError(f"{place}: eos_token_id is {value!r}, not a token id or a list of them")
+        found[place] = ids
+    return found
+
+
+def resolve_options(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int = 512,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+    thinking_budget: int | None = None,
+    **sampling: Any,
+) -> Options:
+    """Fill what the caller left out from generation_config.json. RequestError on unknown names and bad values."""
+    defaults = sampling_defaults(model.generation_config)
+    known = {f for f in Sampling.__dataclass_fields__}
+    if unknown := sampling.keys() - known:
+        raise RequestError(f"unknown option {', '.join(sorted(unknown))}; sampling takes {', '.join(sorted(known))}")
+    given = {name: value for name, value in sampling.items() if value is not None}
+    for name, value, low, high in (
+        ("max_tokens", max_tokens, 1, 1 << 40),
+        ("seed", seed, -(1 << 63), (1 << 64) - 1),
+        ("logprobs", logprobs, 0, 1000),
+        ("thinking_budget", thinking_budget, 0, 1 << 40),
+    ):
+        if value is not None and (type(value) is not int or not low <= value <= high):
+            raise RequestError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(s, str) or not s for s in stops):
+        raise RequestError(f"stop is {stop!r}; it must be a non-empty string or a list of them")
+    ends = set(stop_ids) if ignore_eos else set(stop_ids).union(*end_tokens(model, tokenizer).values())
+    return Options(
+        Sampling(**{**defaults, **given}), max_tokens, seed, stops, frozenset(ends), logprobs, thinking_budget
+    )
+
+
+def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The sampling fields of a generation_config.json. Without `do_sample` it means greedy, as in transformers."""
+    f = Fields(generation_config, "generation_config.json")
+    sample = f.flag("do_sample", False)
+    defaults: dict[str, Any] = {"repetition_penalty": f.positive("repetition_penalty", 1.0)}
+    if sample:
+        if f.data.get("temperature") != 0:
+            defaults["temperature"] = f.positive("temperature", 1.0)
+        defaults["top_k"] = f.integer("top_k", 50, low=0)  # transformers' default when the file is silent
+        defaults["top_p"] = f.positive("top_p", 1.0)
+        if f.data.get("min_p"):
+            defaults["min_p"] = f.positive("min_p")
+    return defaults
+
+
+class _Sequence:
+    """One request on its way: the tokens so far, how to pick the next, and what text is safe to show."""
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], options: Options, *, chat: bool
+    ) -> None:
+        context, vocab = model.config.max_position_embeddings, model.config.vocab_size
+        if len(prompt) >= context:
+            raise RequestError(f"the prompt has {len(prompt)} tokens; this model's context holds {context}")
+        if (worst := max(prompt)) >= vocab or min(prompt) < 0:
+            raise RequestError(f"the prompt holds token id {worst if worst >= vocab else min(prompt)}, outside 0..{vocab - 1}")
+        self.prompt, self.options = prompt, options
+        self.room = min(options.max_tokens, context - len(prompt))
+        self.generated: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.cached = 0
+        self.result: Result | None = None
+        self._tokenizer = tokenizer
+        self._prompt_set = {i for i in prompt if i < tokenizer.vocab_size}
+        self._counts: Counter[int] = Counter()
+        self._forced: deque[int] = deque()
+        self._splitter = TextSplitter(tokenizer, Reasoning.of_prompt(tokenizer, prompt, chat), options.stop)
+        self._generator = torch.Generator(device=model.device)
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed & ((1 << 64) - 1))
+
+    def pick(self, logits: Tensor) -> int:
+        """Choose the next token from (V,) logits and take note of it."""
+        logits = logits.float()[: self._tokenizer.vocab_size]  # the rows beyond pad the matrix and stand for no token
+        if self._forced:
+            token = self._forced.popleft()
+        else:
+            sampling = self.options.sampling
+            token = choose(penalize(logits, sampling, self._prompt_set, self._counts), sampling, self._generator)
+        if self.options.logprobs is not None:
+            self.logprobs.append(token_logprob(logits, token, self.options.logprobs))
+        self.generated.append(token)
+        self._counts[token] += 1
+        return token
+
+    def advance(self, token: int) -> tuple[str, str, str | None]:
+        """Text and reasoning that became final with this token, and the reason to finish, if any."""
+        if token in self.options.stop_ids:
+            return *self._splitter.finish(), "stop"
+        text, reasoning = self._splitter.push(token)
+        if self._splitter.stopped:
+            return text, reasoning, "stop"
+        if len(self.generated) >= self.room:
+            rest = self._splitter.finish()
+            return text + rest[0], reasoning + rest[1], "length"
+        budget = self.options.thinking_budget
+        spent = budget is not None and self._splitter.in_reasoning and self._splitter.reasoning_tokens >= budget
+        if spent and not self._forced:
+            self._forced.extend(self._tokenizer.encode("\n</think>\n\n", allow_special=True))
+        return text, reasoning, None
+
+    def finish(self, reason: str, prefill: float, decode: float) -> Result:
+        splitter = self._splitter
+        usage = Usage(len(self.prompt), len(self.generated), self.cached, splitter.reasoning_tokens)
+        logprobs = None if self.options.logprobs is None else self.logprobs
+        self.result = Result(
+            splitter.text, splitter.reasoning, self.generated, reason, logprobs, usage, prefill, decode
+        )
+        return self.result
+
+
+def _run(
+    model: LanguageModel, sequences: list[_Sequence], session: Session | None, chunk: int
+) -> Iterator[tuple[int, Piece]]:
+    """The one loop behind `generate` and `stream`: read the prompts, then one token for every unfinished sequence."""
+    if chunk < 1:
+        raise RequestError(f"prefill_chunk is {chunk}; it must be at least 1")
+    started = time.perf_counter()
+    if session is not None:
+        sequences[0].cached = session.reuse(sequences[0].prompt)
+    cache = session.cache if session is not None else model.make_cache()
+    logits = _prefill(model, sequences, cache, chunk)  # (B, V)
+    prefilled = time.perf_counter()
+    if session is not None:
+        session.ids = list(sequences[0].prompt)
+    active = list(range(len(sequences)))  # row of the cache -> sequence
+    while True:
+        _check_finite(model, logits, [sequences[i] for i in active])
+        going, tokens = [], []
+        for row, i in enumerate(active):
+            sequence = sequences[i]
+            token = sequence.pick(logits[row])
+            text, reasoning, reason = sequence.advance(token)
+            result = None
+            if reason is None:
+                going.append(row)
+                tokens.append(token)
+            else:
+                result = sequence.finish(reason, prefilled - started, time.perf_counter() - prefilled)
+            logprobs = sequence.logprobs[-1:] if sequence.options.logprobs is not None else None
+            yield i, Piece(text, reasoning, [token], logprobs, result)
+        if not going:
+            return
+        if len(going) < len(active):
+            cache.select(torch.tensor(going, device=model.device))
+            active = [active[row] for row in going]
+        logits = _step(model, torch.tensor(tokens, device=model.device)[:, None], None, cache)
+        if session is not None:
+            session.ids.append(tokens[0])
+
+
+def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chunk: int) -> Tensor:
+    """Read all prompts, left-padded to one length, `chunk` tokens at a time. Logits of the last position, (B, V)."""
+    rows = [s.prompt[s.cached :] for s in sequences]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)  # (B, T)
+    positions = None
+    if any(len(row) < longest for row in rows):  # padding stands at position -1, which nothing attends to
+        spans = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
+        positions = torch.tensor(spans, device=model.device)
+    for start in range(0, longest, chunk):
+        end = start + chunk
+        logits = _step(model, ids[:, start:end], None if positions is None else positions[:, start:end], cache)
+    return logits
+
+
+@torch.inference_mode()
+def _step(model: LanguageModel, ids: Tensor, positions: Tensor | None, cache: Cache) -> Tensor:
+    """One forward pass (B, T); the output head reads the last position only: (B, V)."""
+    if model.lm_head is None:
+        raise RequestError("this checkpoint has no language head (an embedding model): use qwen_ref.embed")
+    return model.lm_head(model.model(ids, positions, cache)[:, -1])
+
+
+def _check_finite(model: LanguageModel, logits: Tensor, sequences: list[_Sequence]) -> None:
+    if bool(torch.isfinite(logits).all()):
+        return
+    row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
+    sequence = sequences[row]
+    where = first_non_finite(model, sequence.prompt + sequence.generated)
+    raise NumericsError(
+        f"the logits hold NaN or infinity; the first bad output is that of {where} "
+        f"(dtype {model.dtype}; float16 overflows where bfloat16 does not, damaged weights show up here too)"
+    )
+
+
+@torch.inference_mode()
+def first_non_finite(model: LanguageModel, ids: list[int]) -> str:
+    """Name of the first module whose output is not finite when `ids` are read in one pass."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: Any, args: Any, output: Any) -> None:
+            if not bad and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                bad.append(name)
+
+        return look
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    try:
+        model(torch.tensor([ids], device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bad[0] if bad else "no module when read in one pass, so the cached pass differs"
+
+
+def token_logprob(logits: Tensor, token: int, n: int) -> TokenLogprob:
+    """Log probability of `token`, and of the n most likely tokens, under logits (V,)."""
+    table = logits.log_softmax(-1)
+    best = table.topk(n) if n else None
+    top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else []
+    return TokenLogprob(token, float(table[token]), top)
+
+
+def _is_messages(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _as_batch(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str) or _is_messages(prompts) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    if len(prompts) == 0:
+        raise RequestError("there are no prompts")
+    return list(prompts)
+
+
+def _seeds(seed: Any, count: int) -> list[int | None]:
+    if seed is None or isinstance(seed, int):
+        return [seed] * count
+    if len(seed) != count:
+        raise RequestError(f"there are {len(seed)} seeds for {count} prompts")
+    return list(seed)

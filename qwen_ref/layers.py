@@ -1,0 +1,100 @@
+"""Small modules shared by the generations. They take sizes, never a config; their formulas are in `ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import backend, ops
+from .cache import Cache
+from .config import Rope
+
+
+class RMSNorm(nn.Module):
+    """Scales each vector to unit root mean square, then by a learned weight: `ops.rms_norm`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        return backend.rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
+        return self.down_proj(backend.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forwards in two stacked tensors; each token passes through its k chosen ones."""
+
+    def __init__(self, experts: int, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))  # gate rows, then up rows
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, H), (M, k), (M, k) -> (M, H)
+        return backend.moe_experts(x, self.gate_up_proj, self.down_proj, weights, experts)
+
+    def named_parts(self) -> list[tuple[str, Tensor]]:
+        """(official name, view) of every matrix: on disk each expert's three projections are tensors of their own."""
+        half = self.gate_up_proj.shape[1] // 2
+        parts = []
+        for e in range(self.gate_up_proj.shape[0]):
+            parts.append((f"{e}.gate_proj.weight", self.gate_up_proj[e, :half]))
+            parts.append((f"{e}.up_proj.weight", self.gate_up_proj[e, half:]))
+            parts.append((f"{e}.down_proj.weight", self.down_proj[e]))
+        return parts
+
+
+class Rotary(nn.Module):
+    """cos and sin tables of a set of positions. Holds no parameters and is not part of a checkpoint."""
+
+    def __init__(self, head_dim: int, rope: Rope) -> None:
+        super().__init__()
+        self.scale = rope.attention_factor
+        # A plain attribute, not a buffer: model.to(bfloat16) must not round the frequencies.
+        self.frequencies = rope.frequencies(head_dim)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (B, T) -> 2 x (B, T, D)
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        return ops.rope_tables(positions, self.frequencies, self.scale, dtype)
+
+
+def place(
+    tokens: Tensor, positions: Tensor | None, cache: Cache | None, windows: set[int | None]
+) -> tuple[Tensor, dict[int | None, Tensor | None]]:
+    """Where the T new tokens stand, and what each kind of layer may see of everything so far.
+
+    Args:
+        tokens: (B, T) ids or (B, T, H) embeddings, read for shape and device only.
+        positions: (B, T) int64, -1 = padding; None = directly after the cached tokens.
+        windows: the sliding windows in use, None standing for full attention.
+    Returns: positions (B or 1, T), and per window a mask for `ops.attention`; None = plain causal.
+    """
+    count, device = tokens.shape[1], tokens.device
+    contiguous = positions is None and (cache is None or cache.contiguous)
+    past = cache.length if cache is not None else 0
+    if positions is None:
+        positions = cache.next_positions(count, device) if cache is not None else torch.arange(count, device=device)[None]
+    keys = cache.extend(positions, contiguous) if cache is not None else positions  # (B or 1, S)
+    masks: dict[int | None, Tensor | None] = {}
+    for window in windows:
+        held = past if window is None else min(past, window - 1)  # what SlidingKVCache keeps
+        reach = held + count
+        if contiguous and (window is None or reach <= window):
+            masks[window] = None
+        else:
+            masks[window] = ops.visible(positions, keys[:, keys.shape[1] - reach :], window)
+    return positions, masks

@@ -1,0 +1,116 @@
+"""A name, a folder or a hub id -> a model with its weights, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import find, has_language_head, load_weights, read_json
+from .errors import CheckpointError, ConfigError
+from .models import module_for
+from .models.common import LanguageModel
+from .tokenizer import Tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = ("tiny", "tiny-moe")
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_EXTRA_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def load(
+    model: str | Path = "tiny",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+    progress: bool = True,
+) -> tuple[LanguageModel, Tokenizer]:
+    """Load a checkpoint in the official format.
+
+    Args:
+        model: "tiny" or "tiny-moe" (bundled), a folder, or a hub id such as "Qwen/Qwen3-0.6B".
+        device: where the weights go; default the GPU if there is one.
+        dtype: bfloat16, float16, float32 or float64; default what config.json names.
+        revision, offline: of the hub. progress: a bar on stderr for anything that takes over a second.
+    Raises: ConfigError, CheckpointError, TokenizerError: each says which file and what to do.
+    """
+    folder = locate(model, revision=revision, offline=offline)
+    raw = read_config(folder)
+    network = build(raw, head=has_language_head(folder))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    materialize(network, device, pick_dtype(dtype, raw))
+    load_weights(network, folder, progress=progress)
+    return network.eval(), _attach(network, folder)
+
+
+def locate(model: str | Path, *, revision: str | None = None, offline: bool | None = None,
+           metadata_only: bool = False) -> Path:
+    """The folder of a bundled name, a path or a hub id, downloaded if need be (without weights if `metadata_only`)."""
+    if str(model) in BUNDLED and not Path(model).is_dir():
+        return ASSETS / str(model)
+    return find(model, revision=revision, offline=offline, metadata_only=metadata_only)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, as it stands."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; is it a checkpoint folder in the Hugging Face format?")
+    return read_json(path, error=ConfigError)
+
+
+def build(raw: dict[str, Any], *, head: bool = True) -> LanguageModel:
+    """The model of a config.json on the meta device: all names and shapes, no memory."""
+    module = module_for(raw)
+    config = module.Config.from_json(raw)
+    with torch.device("meta"):
+        network = module.Model(config)
+    if not head and not config.tie_word_embeddings:
+        network.lm_head = None
+    network.raw_config = raw
+    return network
+
+
+def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter uninitialised memory, once: tied parameters stay one tensor."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is None:
+                continue
+            if old not in made:
+                empty = torch.empty(old.shape, dtype=dtype, device=device)
+                made[old] = nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = made[old]
+
+
+def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
+    """The dtype asked for, else the one config.json names, else float32."""
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+        raise ConfigError(f"config.json: quantization_config ({method}) is not implemented; load the unquantised model")
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = str(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _attach(network: LanguageModel, folder: Path) -> Tokenizer:
+    if (folder / "generation_config.json").is_file():
+        network.generation_config = read_json(folder / "generation_config.json", error=ConfigError)
+    network.extra_files = {name: (folder / name).read_bytes() for name in _EXTRA_FILES if (folder / name).is_file()}
+    return Tokenizer.load(folder)

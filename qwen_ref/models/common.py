@@ -1,0 +1,76 @@
+"""What every generation's `Model` has in common besides its computation: names on disk, saving, sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Cache
+from ..layers import Experts
+
+
+class LanguageModel(nn.Module):
+    """Base of the generations' models: `forward(input_ids, positions, cache) -> logits` is theirs.
+
+    Parameters carry the official checkpoint's names. Where a checkpoint stores a parameter in parts (one tensor per
+    expert), `checkpoint_tensors` names the parts; loading and saving are loops over it.
+    """
+
+    config: Any  # the generation's own Config
+    ignored: tuple[str, ...] = ()  # regular expressions of checkpoint names that are skipped on purpose
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.raw_config: dict[str, Any] = {}  # config.json and generation_config.json as they stood in the folder
+        self.generation_config: dict[str, Any] = {}
+        self.extra_files: dict[str, bytes] = {}  # the tokenizer and generation files it came with; `save` writes them
+
+    def make_cache(self) -> Cache:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Checkpoint names that are another tensor again; a file may leave them out."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Official name -> the parameter, or the view of it, that holds this tensor."""
+        experts = {name: module for name, module in self.named_modules() if isinstance(module, Experts)}
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():  # a tied head appears once, as the embedding
+            owner = name.rpartition(".")[0]
+            if owner not in experts:
+                tensors[name] = parameter.data
+        for owner, module in experts.items():
+            tensors.update({f"{owner}.{part}": view.data for part, view in module.named_parts()})
+        return tensors
+
+    def canonical_name(self, name: str) -> str:
+        """The name this model knows a checkpoint tensor by. Embedding checkpoints leave out the `model.` prefix."""
+        return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json, the weights and the tokenizer files to a new folder that transformers loads.
+
+        CheckpointError if the folder exists and is not empty; a failure leaves nothing behind.
+        """
+        from ..checkpoint import save_model
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        config = {**self.config.to_json(), "dtype": dtype, "torch_dtype": dtype}
+        save_model(self, config, Path(folder), extra=self.extra_files)

@@ -1,0 +1,68 @@
+"""Shared by all tests: the oracle, official data, and the rule that CI may not skip for want of transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_ref.models import qwen2, qwen3
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+TINY = {
+    "qwen2": (qwen2, qwen2.TINY),
+    "qwen2_moe": (qwen2, qwen2.TINY_MOE),
+    "qwen3": (qwen3, qwen3.TINY),
+    "qwen3_moe": (qwen3, qwen3.TINY_MOE),
+}
+
+try:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+except ImportError as error:
+    if os.environ.get("CI"):
+        raise RuntimeError("CI must have transformers: it is the oracle of most tests") from error
+    collect_ignore_glob = ["test_*.py"]
+
+
+def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0):
+    """(ours, transformers' model) on the same random weights, drawn wide enough that no activation is near zero."""
+    from qwen_ref.models import module_for
+
+    module = module_for(config)
+    ours = module.Model(module.Config.from_json(config)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in ours.named_parameters():
+        std = 0.3 if p.dim() == 1 else scale * p.shape[-1] ** -0.5
+        p.copy_(torch.randn(p.shape, generator=generator) * std + (name.endswith("norm.weight")))
+    return ours.to(dtype), oracle(ours, config, dtype)
+
+
+def oracle(ours: Any, config: dict[str, Any], dtype: torch.dtype):
+    """transformers' model of `config` with our weights: eager attention, eager experts."""
+    raw = dict(config)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(raw.pop("model_type"), **raw),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=dtype,
+    ).eval()
+    weights = dict(ours.named_parameters())
+    for name, p in theirs.named_parameters():
+        p.data.copy_(weights[name])
+    return theirs.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of official tokenizers, templates and configs."""
+    folder = os.environ.get("QWEN_REF_TEST_DATA")
+    if not folder:
+        pytest.skip("QWEN_REF_TEST_DATA is not set: official files (configs, tokenizers, templates) not checked")
+    return Path(folder)

@@ -1,0 +1,116 @@
+"""Reading a text in any number of passes, alone or in a batch, padded or not, computes the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY, make_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_ref import backend
+from qwen_ref.cache import KVCache, SlidingKVCache
+from qwen_ref.errors import RequestError
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+CONFIGS = {
+    **{name: config for name, (_, config) in TINY.items()},
+    "qwen2 sliding": {**TINY["qwen2"][1], **SLIDING},
+    "qwen2_moe sliding": {**TINY["qwen2_moe"][1], **SLIDING, "max_window_layers": 2},
+    "qwen3_moe sliding": {**TINY["qwen3_moe"][1], **SLIDING},
+}
+MODELS = {name: make_pair(config)[0] for name, config in CONFIGS.items()}
+IDS = torch.randint(0, 211, (3, 17), generator=torch.Generator().manual_seed(2))
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}  # fp32, logits of scale 1..10: sums in another order
+
+
+@pytest.fixture(params=["eager", "torch"], autouse=True)
+def implementation(request):
+    with backend.use({"attention": request.param}, strict=True), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_split_point(name):
+    model = MODELS[name]
+    whole = model(IDS)
+    for split in range(1, IDS.shape[1]):
+        cache = model.make_cache()
+        parts = [model(IDS[:, :split], cache=cache), model(IDS[:, split:], cache=cache)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+        assert cache.length == IDS.shape[1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_token_by_token(name):
+    model, cache = MODELS[name], MODELS[name].make_cache()
+    steps = [model(IDS[:, i : i + 1], cache=cache) for i in range(IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, 1), model(IDS), **CLOSE)
+
+
+@given(cuts=st.lists(st.integers(1, 16), max_size=5, unique=True), padding=st.integers(0, 6), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_moe sliding"])
+def test_any_chunks_with_left_padding(name, implementation, cuts, padding, seed):
+    """A row padded on the left, read in any chunks beside an unpadded one, equals the row alone."""
+    model = MODELS[name]
+    ids = torch.randint(0, 211, (2, 17), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(17).repeat(2, 1)
+    positions[1] = (positions[1] - padding).clamp_min(-1)
+    with torch.no_grad():
+        cache, parts = model.make_cache(), []
+        edges = [0, *sorted(cuts), 17]
+        for a, b in zip(edges, edges[1:], strict=False):
+            parts.append(model(ids[:, a:b], positions[:, a:b], cache))
+        out = torch.cat(parts, 1)
+        torch.testing.assert_close(out[0], model(ids[:1])[0], **CLOSE)
+        torch.testing.assert_close(out[1, padding:], model(ids[1:, padding:])[0], **CLOSE)
+        after = model(ids[:, :1], cache=cache)  # positions continue per row
+        alone = model(torch.cat((ids[1:, padding:], ids[1:, :1]), 1))
+        torch.testing.assert_close(after[1, 0], alone[0, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batch_equals_single(name):
+    model = MODELS[name]
+    torch.testing.assert_close(model(IDS), torch.cat([model(row[None]) for row in IDS]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_truncate_and_select(name):
+    model, cache = MODELS[name], MODELS[name].make_cache()
+    model(IDS, cache=cache)
+    cache.truncate(6)
+    cache.select(torch.tensor([2, 0]))
+    out = model(IDS[[2, 0], 6:], cache=cache)
+    torch.testing.assert_close(out, model(IDS[[2, 0]])[:, 6:], **CLOSE)
+
+
+def test_sliding_cache_holds_the_window_only_and_says_what_it_cannot_cut():
+    model, cache = MODELS["qwen3_moe sliding"], MODELS["qwen3_moe sliding"].make_cache()
+    for i in range(17):
+        model(IDS[:, i : i + 1], cache=cache)
+    layer = cache.layers[0]
+    assert isinstance(layer, SlidingKVCache) and layer._buffer.shape[3] == 5
+    with pytest.raises(RequestError, match="cannot cut a cache of 17 tokens back to 9"):
+        cache.truncate(9)
+    model(IDS[:, :12], cache=cache)  # one long append can be taken back
+    cache.truncate(18)
+    expected = model(torch.cat((IDS, IDS[:, :1], IDS[:, :4]), 1))[:, -4:]
+    torch.testing.assert_close(model(IDS[:, :4], cache=cache), expected, **CLOSE)
+
+
+@given(steps=st.lists(st.integers(1, 70), min_size=1, max_size=8), keep=st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_kv_cache_is_a_list_of_columns(implementation, steps, keep):
+    """Against the plainest model of it: concatenation. Grown buffers are poisoned, so unwritten memory would show."""
+    cache, columns = KVCache(), torch.empty(2, 2, 3, 0, 4)
+    for n in steps:
+        kv = torch.randn(2, 2, 3, n, 4)
+        columns = torch.cat((columns, kv), 3)
+        k, v = cache.append(kv[0], kv[1])
+        assert torch.equal(k, columns[0]) and torch.equal(v, columns[1])
+        cache._buffer[:, :, :, cache.length :] = torch.nan
+        length = int(cache.length * keep)
+        cache.truncate(length)
+        columns = columns[:, :, :, :length]

@@ -1,0 +1,479 @@
+"""Train the two models that ship inside the package, `tiny` (qwen3) and `tiny-moe` (qwen3_moe), from text files.
+
+    python tools/train_tiny.py --stories tinystories-dedup.txt --books gutenberg-children.txt andersen.txt \\
+        --out qwen_ref/assets/tiny --model tiny --minutes 35
+
+The result is a model folder in the official format: byte-level BPE tokenizer with Qwen3's split pattern and added
+tokens, chat template, config, bf16 weights of at most 8,000,000 bytes, and MODEL_CARD.md. It is exported whenever the
+held-out loss improves. Needs `pip install qwen-ref[test]` for the safetensors library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shlex
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny_data as data
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from qwen_ref.models import qwen3
+
+VOCABULARY = 4096
+LENGTH = 512                        # tokens of a training window
+BATCH = 8                           # windows of an optimiser step
+BYTE_LIMIT = 8_000_000
+SAVE_SECONDS = 150
+
+# Peak learning rate of both optimisers; Muon's updates are scaled to the size of AdamW's (see `Muon`).
+LEARNING_RATE = 4e-3
+WEIGHT_DECAY = 0.1
+WARM_UP, DECAY_FROM = 0.02, 0.4     # shares of the time budget: linear up, flat, then linear down to zero
+BOOKS_AT_START, BOOKS_UNTIL = 0.25, 0.5     # share of book examples, falling linearly to none: the end is all stories
+BALANCE = 0.01                      # weight of the load-balancing loss
+
+# ---------------------------------------------------------------- the folder's small files
+
+# The 26 tokens Qwen3 adds after its base vocabulary, in order; the first 14 are special, as in its tokenizer.json.
+ADDED_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think>"
+).split()
+SPECIAL_COUNT = 14
+BASE_VOCABULARY = VOCABULARY - len(ADDED_TOKENS)
+END_OF_TEXT, IM_END = BASE_VOCABULARY, BASE_VOCABULARY + 2
+
+# Qwen2's and Qwen3's, from their tokenizer.json.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+# Writes what Qwen3's own template writes for system, user and assistant messages: reasoning is shown only after the
+# last request, and enable_thinking=False closes the think block in advance.
+CHAT_TEMPLATE = r"""
+{%- if tools %}{{- raise_exception('This small model does not call tools.') }}{%- endif %}
+{%- set ns = namespace(last_request=messages | length - 1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last_request = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_request and (loop.last or reasoning) %}
+            {%- set content = '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') %}
+        {%- endif %}
+    {%- elif message.role not in ('system', 'user') %}
+        {{- raise_exception('Roles are system, user and assistant, not ' + message.role + '.') }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}
+""".strip()
+
+SHARED_CONFIG: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": END_OF_TEXT, "eos_token_id": IM_END,
+    "head_dim": 32, "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 1024,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": VOCABULARY,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **SHARED_CONFIG,
+        "hidden_size": 192, "intermediate_size": 448, "num_hidden_layers": 8, "max_window_layers": 8,
+        "num_attention_heads": 8,
+    },
+    "tiny-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **SHARED_CONFIG,
+        "hidden_size": 160, "intermediate_size": 288, "num_hidden_layers": 6, "max_window_layers": 6,
+        "num_attention_heads": 6, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 96,
+        "norm_topk_prob": True, "num_experts": 10, "num_experts_per_tok": 3, "output_router_logits": False,
+        "router_aux_loss_coef": BALANCE,
+    },
+}
+GENERATION_CONFIG = {
+    "bos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT, "eos_token_id": [IM_END, END_OF_TEXT],
+    "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "transformers_version": "4.51.0",
+}
+
+
+def train_tokenizer(texts: Iterable[str]) -> dict[str, Any]:
+    """tokenizer.json as an object: byte-level BPE learned from `texts`, then Qwen3's 26 added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pattern=_regex(SPLIT_PATTERN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=BASE_VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    if len(learned["vocab"]) != BASE_VOCABULARY:
+        raise SystemExit(f"the text gives only {len(learned['vocab'])} of {BASE_VOCABULARY} tokens; give more text")
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(),
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]},
+        "post_processor": BYTE_LEVEL, "decoder": BYTE_LEVEL,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": learned["vocab"], "merges": learned["merges"],
+        },
+    }
+
+
+def _regex(pattern: str) -> Any:
+    from tokenizers import Regex    # its stub is missing, so that a top-level import fails mypy
+
+    return Regex(pattern)
+
+
+def _added_tokens() -> list[dict[str, Any]]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": BASE_VOCABULARY + i, "content": token, **flags, "special": i < SPECIAL_COUNT}
+        for i, token in enumerate(ADDED_TOKENS)
+    ]
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """tokenizer_config.json with the keys of Qwen3's."""
+    added = {str(token.pop("id")): token for token in _added_tokens()}
+    return {
+        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
+        "additional_special_tokens": list(ADDED_TOKENS[1:SPECIAL_COUNT]), "bos_token": None,
+        "chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>",
+        "errors": "replace", "model_max_length": CONFIGS["tiny"]["max_position_embeddings"],
+        "pad_token": "<|endoftext|>", "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
+# ---------------------------------------------------------------- model, loss, optimiser
+
+
+def build(name: str) -> qwen3.Model:
+    """The model with fresh weights: normal(0, 0.02), smaller where a projection writes into the residual stream."""
+    model = qwen3.Model(qwen3.Config.from_json(CONFIGS[name]))
+    residual_scale = (2 * len(model.model.layers)) ** -0.5          # GPT-2: keeps the stream's variance over depth
+    for key, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            scale = residual_scale if key.endswith(("o_proj.weight", "down_proj")) or "down_proj" in key else 1.0
+            nn.init.normal_(parameter, 0.0, 0.02 * scale)
+    return model
+
+
+class Objective(nn.Module):
+    """Next-token cross-entropy, plus for a mixture of experts the load-balancing loss of its routers."""
+
+    def __init__(self, model: qwen3.Model) -> None:
+        super().__init__()
+        self.model, self.top_k = model, model.config.num_experts_per_tok
+        self.router_logits: list[Tensor] = []
+        for key, module in model.named_modules():
+            if key.endswith("mlp.gate"):
+                module.register_forward_hook(lambda module, args, output: self.router_logits.append(output))
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(cross-entropy, balance loss), both scalars; inputs and targets (B, T) int64."""
+        self.router_logits.clear()
+        logits = self.model(inputs)                                             # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE)
+        balance = [balance_loss(logits, self.top_k) for logits in self.router_logits]
+        return loss, torch.stack(balance).mean() if balance else loss.new_zeros(())
+
+
+def balance_loss(logits: Tensor, top_k: int) -> Tensor:
+    """E * sum over experts of (share of routed slots) * (mean probability); 1 when balanced (Fedus et al. 2021, eq. 4).
+
+    Args: router logits (M, E).
+    """
+    probabilities = logits.float().softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1 / top_k)
+    return logits.shape[1] * (chosen.mean(0) * probabilities.mean(0)).sum()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (Jordan et al. 2024), for matrices and stacks of matrices.
+
+    Steps are scaled by 0.2 * sqrt(max(rows, columns)), which gives them the root mean square size of AdamW's and so
+    lets both optimisers share a learning rate (Liu et al., arXiv 2502.16982, eq. 4). Matrices of one shape are
+    orthogonalised together.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = orthogonalize(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                size = 0.2 * max(shape[-2:]) ** 0.5
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        state = self.state[parameter]
+        buffer = state.setdefault("momentum", torch.zeros_like(parameter))
+        buffer.lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(buffer, momentum)                # Nesterov
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T (..., rows, columns): Jordan's quintic Newton-Schulz iteration, five steps."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embedding, routers and norm weights."""
+    groups: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for key, parameter in model.named_parameters():
+        hidden = parameter.dim() > 1 and "embed_tokens" not in key and ".gate." not in key
+        groups["muon" if hidden else "matrix" if parameter.dim() > 1 else "vector"].append(parameter)
+    adam_groups = [
+        {"params": groups["matrix"], "weight_decay": WEIGHT_DECAY}, {"params": groups["vector"], "weight_decay": 0.0},
+    ]
+    return [
+        Muon(groups["muon"], LEARNING_RATE, WEIGHT_DECAY),
+        torch.optim.AdamW(adam_groups, lr=LEARNING_RATE, betas=(0.9, 0.95)),
+    ]
+
+
+def learning_rate(progress: float) -> float:
+    """Warm-up, plateau, linear decay to zero (WSD); `progress` is the share of the time budget that is spent."""
+    return LEARNING_RATE * max(0.0, min(1.0, (progress + 1e-3) / WARM_UP, (1 - progress) / (1 - DECAY_FROM)))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Score:
+    """Average negative log-likelihood, in nats, of held-out stories and the `<|endoftext|>` after each."""
+
+    per_token: float
+    per_byte: float
+
+
+def score(nll: float, stories: list[list[int]], text_bytes: int) -> Score:
+    return Score(nll / sum(len(ids) for ids in stories), nll / text_bytes)
+
+
+@torch.no_grad()
+def model_nll(model: nn.Module, stories: list[list[int]]) -> float:
+    """Sum over stories (token ids, the end included) of -log p, each story after an `<|endoftext|>` of its own."""
+    total = 0.0
+    ordered = sorted(stories, key=len)                              # similar lengths together: little padding
+    for start in range(0, len(ordered), BATCH):
+        rows = [[END_OF_TEXT, *ids] for ids in ordered[start : start + BATCH]]
+        longest = max(map(len, rows))
+        inputs = torch.tensor([row[:-1] + [END_OF_TEXT] * (longest - len(row)) for row in rows])
+        targets = torch.tensor([row[1:] + [data.IGNORE] * (longest - len(row)) for row in rows])
+        logits = model(inputs).float()
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    return total
+
+
+class Trigram:
+    """Interpolated Kneser-Ney trigram over token ids (Chen & Goodman 1999), the baseline beside the model's figures."""
+
+    def __init__(self, stories: list[list[int]]) -> None:
+        padded = [[END_OF_TEXT, END_OF_TEXT, *ids] for ids in stories]
+        trigrams = Counter(t for ids in padded for t in zip(ids, ids[1:], ids[2:], strict=False))
+        bigrams = Counter(t[1:] for t in trigrams)                  # lower orders count distinct contexts
+        unigrams = Counter(t[1:] for t in bigrams)
+        self.orders = [self._order(counts) for counts in (unigrams, bigrams, trigrams)]
+
+    @staticmethod
+    def _order(counts: Counter) -> tuple[Counter, Counter, Counter, float]:
+        once, twice = (sum(c == n for c in counts.values()) for n in (1, 2))
+        totals: Counter = Counter()
+        for gram, count in counts.items():
+            totals[gram[:-1]] += count
+        return counts, totals, Counter(gram[:-1] for gram in counts), once / max(once + 2 * twice, 1)
+
+    def probability(self, gram: tuple[int, ...]) -> float:
+        """p(last id | the up to two before it)."""
+        if not gram:
+            return 1 / VOCABULARY
+        counts, totals, distinct, discount = self.orders[len(gram) - 1]
+        lower, total = self.probability(gram[1:]), totals[gram[:-1]]
+        if not total:
+            return lower
+        return (max(counts[gram] - discount, 0) + discount * distinct[gram[:-1]] * lower) / total
+
+    def nll(self, stories: list[list[int]]) -> float:
+        padded = [[END_OF_TEXT, END_OF_TEXT, *ids] for ids in stories]
+        return -sum(math.log(self.probability(t)) for ids in padded for t in zip(ids, ids[1:], ids[2:], strict=False))
+
+
+@torch.no_grad()
+def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, seed: int, limit: int = 250) -> str:
+    """A continuation under GENERATION_CONFIG's sampling, without a cache: slow, but it needs nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(prompt).ids
+    start = len(ids)
+    while len(ids) < start + limit and (len(ids) == start or ids[-1] not in GENERATION_CONFIG["eos_token_id"]):
+        logits, order = model(torch.tensor([ids]))[0, -1].float().topk(GENERATION_CONFIG["top_k"])
+        probabilities = (logits / GENERATION_CONFIG["temperature"]).softmax(0)
+        before = probabilities.cumsum(0) - probabilities            # top-p keeps the token that crosses the threshold
+        kept = probabilities.masked_fill(before >= GENERATION_CONFIG["top_p"], 0.0)
+        ids.append(int(order[torch.multinomial(kept, 1, generator=generator)]))
+    return tokenizer.decode(ids[start:], skip_special_tokens=False)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass
+class Texts:
+    """Cleaned text and what is derived from it once."""
+
+    stories: list[str]
+    held_out: list[str]
+    books: list[str]
+    tokenizer_json: dict[str, Any]
+
+    @classmethod
+    def read(cls, stories: Path, books: list[Path]) -> Texts:
+        training, held_out = data.split_held_out(data.clean_stories(stories.read_text(encoding="utf-8")))
+        pieces = [piece for book in books for piece in data.clean_books(book.read_text(encoding="utf-8"))]
+        # A quarter of the books: the vocabulary is to serve the stories first.
+        return cls(training, held_out, pieces, train_tokenizer([*training, *pieces[::4]]))
+
+
+@dataclass
+class Progress:
+    seconds: float = 0.0            # of training, excluding start-up and restarts
+    steps: int = 0
+    tokens: int = 0                 # that went through the model
+    best: float = math.inf          # held-out nats per token at the last export
+
+
+class Run:
+    """One training run: everything that changes while it goes on, and how it is stored and continued."""
+
+    def __init__(self, arguments: argparse.Namespace, texts: Texts) -> None:
+        self.arguments, self.texts = arguments, texts
+        self.tokenizer = Tokenizer.from_str(json.dumps(texts.tokenizer_json))
+        self.model = build(arguments.model)
+        self.optimizers = make_optimizers(self.model)
+        self.sampler = data.Sampler(self.tokenizer, texts.stories, texts.books, LENGTH, arguments.seed)
+        self.progress = Progress()
+        self.held_out = self._encode(texts.held_out)
+        self.held_out_bytes = sum(len(story.encode()) for story in texts.held_out)
+
+    def train(self) -> None:
+        """Train until the time budget is spent; export whenever the held-out loss is the lowest so far."""
+        self._restore()
+        objective = torch.compile(Objective(self.model), disable=not self.arguments.compile)
+        budget, last_save, clock = 60 * self.arguments.minutes, self.progress.seconds, time.monotonic()
+        while (share := self.progress.seconds / budget) < 1 and self.progress.steps < self.arguments.steps:
+            loss, balance = self._step(objective, share)
+            self.progress.steps += 1
+            self.progress.tokens += BATCH * LENGTH
+            self.progress.seconds += time.monotonic() - clock
+            clock = time.monotonic()
+            if self.progress.steps % 20 == 1:
+                speed = self.progress.tokens / self.progress.seconds
+                print(f"step {self.progress.steps} {self.progress.seconds / 60:.1f} min loss {loss:.3f} "
+                      f"balance {balance:.3f} {speed:.0f} tokens/s", flush=True)
+            if self.progress.seconds - last_save > SAVE_SECONDS:
+                self._save()
+                last_save = self.progress.seconds
+                clock = time.monotonic()                            # measuring is not training time
+        self._save()
+
+    def _step(self, objective: nn.Module, share: float) -> tuple[float, float]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(share)
+        inputs, targets = self.sampler.batch(BATCH, BOOKS_AT_START * max(0.0, 1 - share / BOOKS_UNTIL))
+        loss, balance = objective(inputs, targets)
+        (loss + BALANCE * balance).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item(), balance.item()
+
+    def _save(self) -> None:
+        rounded = rounded_copy(self.model, self.arguments.model)
+        result = score(model_nll(rounded, self.held_out), self.held_out, self.held_out_bytes)
+        print(f"held out: {result.per_token:.4f} nats/token, {result.per_byte:.4f} nats/byte", flush=True)
+        if result.per_token < self.progress.best:
+            self.progress.best = result.per_token
+            export(self, rounded, result)
+        if self.arguments.state:
+            state = {
+                "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                "progress": asdict(self.progress),
+            }
+            temporary = self.arguments.state.with_suffix(".new")
+            torch.save(state, temporary)
+            temporary.replace(self.arguments.state)                 # a kill while writing leaves the previous state
+
+    def _restore(self) -> None:
+        if self.arguments.state and self.arguments.state.exists():
+            state = torch.load(self.arguments.state)
+            self.model.load_state_dict(state["model"])
+            for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+            self.progress = Progress(**state["progress"])
+            # A different seed, or the same examples would be drawn again from the beginning.
+            self.sampler.rng = random.Random(self.arguments.seed + self.progress.steps)
+
+    def _encode(self, stories: list[str]) -> list[list[int]]:
+        return [[*e.ids, END_OF_TEXT] for e in self.tokenizer.encode_batch(stories, add_special_tokens=False)]
+
+    def baseline(self) -> Score:
+        nll = Trigram(self._encode(self.texts.stories)).nll(self.held_out)
+        return score(nll, self.held_out, self.held_out_bytes)
+
+
+def rounded_copy(model: qwen3.Model, name: str) -> qwen3.Model:
+    """A copy whose weights are rounded to bf16, as in the exported file; its arithmetic stays fp32."""
+    copy = qwen3.Model(qwen3.Config.from_json(CONFIGS[name]))
+    copy.load_state_dict({key: value.bfloat16().float() for key, value in model.state_dict().items()})
+    return copy.eval()
