@@ -1,3 +1,32 @@
-"""Every Qwen in PyTorch you can read, proven layer by layer against transformers."""
+"""Every Qwen in PyTorch you can read, proven layer by layer against transformers.
+
+    import qwen_ref as qr
+    model, tokenizer = qr.load("tiny")
+    for piece in qr.stream(model, tokenizer, "Once upon a time"): print(piece.text, end="")
+"""
+
+from . import backend, ops
+from .errors import QwenRefError
+from .generate import Piece, Result, Session, generate, stream
+from .loading import load
+from .retrieval import embed, rerank
+from .tokenizer import Tokenizer
+from .verify import verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Piece",
+    "QwenRefError",
+    "Result",
+    "Session",
+    "Tokenizer",
+    "backend",
+    "embed",
+    "generate",
+    "load",
+    "ops",
+    "rerank",
+    "stream",
+    "verify",
+]

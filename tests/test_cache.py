@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TINY, make_pair
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_ref import backend
@@ -49,7 +49,7 @@ def test_token_by_token(name):
 
 
 @given(cuts=st.lists(st.integers(1, 16), max_size=5, unique=True), padding=st.integers(0, 6), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_moe sliding"])
 def test_any_chunks_with_left_padding(name, implementation, cuts, padding, seed):
     """A row padded on the left, read in any chunks beside an unpadded one, equals the row alone."""
@@ -101,7 +101,7 @@ def test_sliding_cache_holds_the_window_only_and_says_what_it_cannot_cut():
 
 
 @given(steps=st.lists(st.integers(1, 70), min_size=1, max_size=8), keep=st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_kv_cache_is_a_list_of_columns(implementation, steps, keep):
     """Against the plainest model of it: concatenation. Grown buffers are poisoned, so unwritten memory would show."""
     cache, columns = KVCache(), torch.empty(2, 2, 3, 0, 4)

@@ -15,11 +15,11 @@ import json
 import math
 import random
 import shlex
-import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ VOCABULARY = 4096
 LENGTH = 512                        # tokens of a training window
 BATCH = 8                           # windows of an optimiser step
 BYTE_LIMIT = 8_000_000
-SAVE_SECONDS = 150
+SAVE_SECONDS = 240
 
 # Peak learning rate of both optimisers; Muon's updates are scaled to the size of AdamW's (see `Muon`).
 LEARNING_RATE = 4e-3
 WEIGHT_DECAY = 0.1
-WARM_UP, DECAY_FROM = 0.02, 0.4     # shares of the time budget: linear up, flat, then linear down to zero
+WARM_UP_STEPS = 40
+DECAY_FROM = 0.4                    # share of the time budget after which the rate falls linearly to zero
 BOOKS_AT_START, BOOKS_UNTIL = 0.25, 0.5     # share of book examples, falling linearly to none: the end is all stories
 BALANCE = 0.01                      # weight of the load-balancing loss
 
@@ -187,7 +188,7 @@ def build(name: str) -> qwen3.Model:
     residual_scale = (2 * len(model.model.layers)) ** -0.5          # GPT-2: keeps the stream's variance over depth
     for key, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            scale = residual_scale if key.endswith(("o_proj.weight", "down_proj")) or "down_proj" in key else 1.0
+            scale = residual_scale if "o_proj" in key or "down_proj" in key else 1.0
             nn.init.normal_(parameter, 0.0, 0.02 * scale)
     return model
 
@@ -280,9 +281,9 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate(progress: float) -> float:
-    """Warm-up, plateau, linear decay to zero (WSD); `progress` is the share of the time budget that is spent."""
-    return LEARNING_RATE * max(0.0, min(1.0, (progress + 1e-3) / WARM_UP, (1 - progress) / (1 - DECAY_FROM)))
+def learning_rate(step: int, share: float) -> float:
+    """Warm-up, plateau, linear decay to zero (WSD); `share` is the part of the time budget that is spent."""
+    return LEARNING_RATE * max(0.0, min(1.0, (step + 1) / WARM_UP_STEPS, (1 - share) / (1 - DECAY_FROM)))
 
 
 # ---------------------------------------------------------------- measuring
@@ -428,7 +429,7 @@ class Run:
     def _step(self, objective: nn.Module, share: float) -> tuple[float, float]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(share)
+                group["lr"] = learning_rate(self.progress.steps, share)
         inputs, targets = self.sampler.batch(BATCH, BOOKS_AT_START * max(0.0, 1 - share / BOOKS_UNTIL))
         loss, balance = objective(inputs, targets)
         (loss + BALANCE * balance).backward()
@@ -467,7 +468,9 @@ class Run:
     def _encode(self, stories: list[str]) -> list[list[int]]:
         return [[*e.ids, END_OF_TEXT] for e in self.tokenizer.encode_batch(stories, add_special_tokens=False)]
 
+    @cached_property
     def baseline(self) -> Score:
+        """The trigram's score."""
         nll = Trigram(self._encode(self.texts.stories)).nll(self.held_out)
         return score(nll, self.held_out, self.held_out_bytes)
 
@@ -477,3 +480,128 @@ def rounded_copy(model: qwen3.Model, name: str) -> qwen3.Model:
     copy = qwen3.Model(qwen3.Config.from_json(CONFIGS[name]))
     copy.load_state_dict({key: value.bfloat16().float() for key, value in model.state_dict().items()})
     return copy.eval()
+
+
+# ---------------------------------------------------------------- export
+
+CARD = """# {name}
+
+A {parameters:,}-parameter `{model_type}` language model that writes short stories in simple English. It ships with
+qwen-ref so that examples and tests run on trained weights without a download. It knows nothing but its stories and
+must not be used for facts or advice.
+
+| | |
+|---|---|
+| text | {texts} |
+| licences | TinyStories samples: CDLA-Sharing-1.0 (Eldan & Li, arXiv 2305.07759); Project Gutenberg books and \
+H. C. Andersen's tales: public domain in the US |
+| command | `{command}` |
+| weights | {bytes:,} bytes, bfloat16 |
+| tokens seen | {tokens:,} in {steps:,} steps |
+| training time | {minutes:.0f} minutes on {threads} CPU threads |
+| held-out text | {held_out} stories, {held_out_tokens:,} tokens, {held_out_bytes:,} bytes; no near-copies in training |
+| held-out loss | {loss.per_token:.4f} nats per token (perplexity {ppl:.2f}), {loss.per_byte:.4f} nats per byte \
+(perplexity {byte_ppl:.3f}) |
+| trigram baseline | {trigram.per_token:.4f} nats per token (perplexity {trigram_ppl:.2f}), \
+{trigram.per_byte:.4f} nats per byte (perplexity {trigram_byte_ppl:.3f}); interpolated Kneser-Ney, same tokens and split |
+
+The losses are of the exported weights, computed in float32. About half of the story examples were chat requests derived
+from the story by pattern; the requests themselves and the empty think block carried no loss.
+
+Prompt `Once upon a time`, sampled as generation_config.json says:
+
+{plain}
+
+Request `Tell me a story about a little frog.`, thinking:
+
+{chat}
+"""
+CARD_PROMPTS = {
+    "plain": "Once upon a time",
+    "chat": "<|im_start|>user\nTell me a story about a little frog.<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+def export(run: Run, model: qwen3.Model, result: Score) -> None:
+    """Write the model folder. `model` holds weights already rounded to bf16; SystemExit if the file is too large."""
+    folder, name = run.arguments.out, run.arguments.model
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": CONFIGS[name], "generation_config.json": GENERATION_CONFIG,
+        "tokenizer.json": run.texts.tokenizer_json, "tokenizer_config.json": tokenizer_config(),
+    }
+    for file, content in files.items():
+        replace(folder / file, lambda path, content=content: path.write_text(_json(content), encoding="utf-8"))
+    tensors = {key: value.bfloat16().contiguous() for key, value in model.checkpoint_tensors().items()}
+    weights = folder / "model.safetensors"
+    replace(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    if weights.stat().st_size > BYTE_LIMIT:
+        raise SystemExit(f"{weights.name} has {weights.stat().st_size:,} bytes, more than {BYTE_LIMIT:,}")
+    card = model_card(run, model, result, weights.stat().st_size)
+    replace(folder / "MODEL_CARD.md", lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, then put it in place at once: a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".new")
+    write(temporary)
+    temporary.chmod(0o644)                                          # safetensors makes files only their owner can read
+    temporary.replace(path)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(run: Run, model: qwen3.Model, result: Score, weight_bytes: int) -> str:
+    """MODEL_CARD.md. Data files are named without their folders, which mean nothing on another machine."""
+    arguments, progress, trigram = run.arguments, run.progress, run.baseline
+    samples = {
+        key: "\n".join(f"> {line}".rstrip() for line in (prompt * (key == "plain") + text).split("\n"))
+        for key, prompt in CARD_PROMPTS.items()
+        for text in [sample(model, run.tokenizer, prompt, seed=1)]
+    }
+    command = [
+        "python", "tools/train_tiny.py", "--stories", arguments.stories.name,
+        "--books", *(book.name for book in arguments.books), "--out", f"qwen_ref/assets/{arguments.model}",
+        "--model", arguments.model, "--minutes", f"{arguments.minutes:g}", "--seed", str(arguments.seed),
+        "--threads", str(arguments.threads), *(["--compile"] if arguments.compile else []),
+    ]
+    return CARD.format(
+        name=arguments.model, parameters=model.num_parameters(), model_type=model.config.model_type,
+        texts=", ".join(path.name for path in (arguments.stories, *arguments.books)), command=shlex.join(command),
+        bytes=weight_bytes, tokens=progress.tokens, steps=progress.steps, minutes=progress.seconds / 60,
+        threads=arguments.threads, held_out=len(run.held_out), held_out_tokens=sum(map(len, run.held_out)),
+        held_out_bytes=run.held_out_bytes, loss=result, ppl=math.exp(result.per_token),
+        byte_ppl=math.exp(result.per_byte), trigram=trigram, trigram_ppl=math.exp(trigram.per_token),
+        trigram_byte_ppl=math.exp(trigram.per_byte), **samples,
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train one of the bundled models.")
+    parser.add_argument("--stories", type=Path, required=True, help="stories separated by <|endoftext|>")
+    parser.add_argument("--books", type=Path, nargs="*", default=[], help="plain text, used early in training only")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--model", choices=CONFIGS, default="tiny")
+    parser.add_argument("--minutes", type=float, default=35.0, help="training time")
+    parser.add_argument("--steps", type=float, default=math.inf, help="stop early after so many optimiser steps")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--state", type=Path, help="file to store progress in, and to continue from if it exists")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then about twice as fast")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> Run:
+    arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    run = Run(arguments, Texts.read(arguments.stories, arguments.books))
+    print(f"{run.model.num_parameters():,} parameters, {len(run.texts.stories)} stories; trigram {run.baseline}")
+    run.train()
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,560 @@
+"""Hub or folder -> config, and safetensors straight into a model's memory.
+
+A safetensors file is eight bytes of header length N (u64, little-endian), N bytes of JSON that map each tensor's name to
+{"dtype", "shape", "data_offsets": [begin, end)}, and the tensors' bytes, row-major and little-endian, without gaps
+(github.com/huggingface/safetensors, README "Format"). Everything that can be wrong is found in the headers, before the
+first weight is read; a file is read, not mapped, so that one which shrinks is an error and not a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, QwenRefError
+from .limits import LIMITS
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+INDEX = "model.safetensors.index.json"
+
+
+# ------------------------------------------------------------------------------------------------- JSON files
+
+
+def read_json(path: Path, error: type[QwenRefError] = CheckpointError, limit: int = LIMITS.config_bytes) -> dict[str, Any]:
+    """A JSON object from a file: UTF-8 without BOM, no duplicate keys, finite numbers, bounded size and depth."""
+    if not path.is_file():
+        raise error(f"{path}: no such file")
+    size = path.stat().st_size
+    if size > limit:
+        raise error(f"{path}: {size:,} bytes; a file of this kind has at most {limit:,}")
+    value = parse_json(path.read_bytes(), str(path), error)
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def parse_json(raw: bytes, where: str, error: type[QwenRefError]) -> Any:
+    """Strict JSON. `where` names the source in messages."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise error(f"{where}: the key {twice!r} stands twice")
+        return result
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise error(f"{where}: the number {text} is not finite")
+        return value
+
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise error(f"{where}: begins with a byte order mark; save it as UTF-8 without BOM")
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: not UTF-8 (byte {problem.start})") from problem
+    except RecursionError as problem:
+        raise error(f"{where}: nested deeper than {LIMITS.config_depth}") from problem
+    except ValueError as problem:  # JSONDecodeError, and integers of more digits than Python converts
+        raise error(f"{where}: not valid JSON: {str(problem)[:200]}") from problem
+    if _depth(value) > LIMITS.config_depth:
+        raise error(f"{where}: nested deeper than {LIMITS.config_depth}")
+    return value
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        level = below
+        if depth > LIMITS.config_depth:
+            break
+    return depth
+
+
+# ------------------------------------------------------------------------------------------------- one safetensors file
+
+
+class TensorInfo(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte offsets in the file
+    end: int
+
+
+class SafetensorsFile:
+    """An open safetensors file whose header has been checked completely. CheckpointError on any damage.
+
+    `tensors` maps names to `TensorInfo` in file order, `metadata` is the header's `__metadata__`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would block on open
+                raise CheckpointError(f"{path}: not a regular file")
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        except OSError as problem:
+            raise CheckpointError(f"{path}: {problem.strerror or problem}") from problem
+        try:
+            self.tensors, self.metadata = self._header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in CPU memory of its own."""
+        info = self.tensors[name]
+        out = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Read a tensor into `out`, which has its shape: directly where dtype and layout agree, else through one copy."""
+        info = self.tensors[name]
+        if out.device.type != "cpu" or out.dtype != info.dtype or not out.is_contiguous():
+            out.copy_(self.read(name))
+            return
+        memory = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        self._file.seek(info.start)
+        done = 0
+        while done < len(memory):
+            count = self._file.readinto(memory[done:])  # one call may return less than asked, 2 GiB at most on Linux
+            if not count:
+                raise CheckpointError(f"{self.path}: ends inside tensor {name!r}; the file has shrunk since it was opened")
+            done += count
+
+    def _header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        size = os.fstat(self._file.fileno()).st_size
+        start = self._file.read(8) or b""
+        self._recognise(start, size)
+        (length,) = struct.unpack("<Q", start)
+        if length > LIMITS.safetensors_header_bytes:
+            raise self._damage(f"its header claims {length:,} bytes, over {LIMITS.safetensors_header_bytes:,}")
+        if 8 + length > size:
+            raise self._damage(f"its header claims {length:,} bytes, but the file has {size:,}: truncated?")
+        raw = self._file.read(length) or b""
+        if len(raw) < length:
+            raise self._damage("it ends inside its header")
+        header = parse_json(raw, f"{self.path} (header)", CheckpointError)
+        if not isinstance(header, dict):
+            raise self._damage("its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._damage("__metadata__ does not map strings to strings")
+        tensors = {name: self._tensor(name, entry, 8 + length) for name, entry in header.items()}
+        ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+        at = 8 + length
+        for name, info in ordered.items():
+            if info.start != at:
+                kind = "overlaps the tensor before it" if info.start < at else "leaves a hole before it"
+                raise self._damage(f"tensor {name!r} {kind}")
+            at = info.end
+        if at != size:
+            raise self._damage(f"its tensors end at byte {at:,} of {size:,}" + (": truncated" if at > size else ""))
+        return ordered, metadata
+
+    def _tensor(self, name: str, entry: Any, base: int) -> TensorInfo:
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise self._damage(f"tensor {name!r} lacks dtype, shape or data_offsets, or has more")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            raise self._damage(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+        if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
+            raise self._damage(f"tensor {name!r} has the shape {str(shape)[:80]}, not a list of sizes")
+        if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
+            raise self._damage(f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
+        dtype, (begin, end) = DTYPES[entry["dtype"]], offsets
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise self._damage(f"tensor {name!r} of {entry['dtype']} {shape} does not fit its {end - begin} bytes")
+        return TensorInfo(dtype, tuple(shape), base + begin, base + end)
+
+    def _recognise(self, start: bytes, size: int) -> None:
+        for magic, what in (
+            (b"version ", "a Git LFS pointer, not the file itself: run `git lfs pull`, or download from the hub"),
+            (b"<!doctyp", "an HTML page: the download went wrong"),
+            (b"<html", "an HTML page: the download went wrong"),
+            (b"PK\x03\x04", "a zip or PyTorch pickle file; only safetensors are read, never pickles"),
+            (b"\x80\x02", "a pickle file; only safetensors are read, never pickles"),
+            (b"GGUF", "a GGUF file, not safetensors"),
+        ):
+            if start.lower().startswith(magic.lower()):
+                raise self._damage(f"it is {what}")
+        if len(start) < 8:
+            raise self._damage("it is empty" if size == 0 else f"it has only {size} bytes")
+
+    def _damage(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is not a usable safetensors file: {problem}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or the only one. CheckpointError if unclear."""
+    if (folder / INDEX).is_file():
+        return [folder / shard for shard in sorted(set(read_index(folder / INDEX).values()))]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise CheckpointError(f"{folder}: several safetensors files and no {INDEX} that says which belong to the model")
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+    hint = f"; {pickles[0]} is a pickle, which is never read: convert it to safetensors" if pickles else ""
+    raise CheckpointError(f"{folder}: no model.safetensors and no {INDEX}{hint}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """weight_map of a model.safetensors.index.json: tensor name -> shard, a plain file name in the same folder."""
+    weight_map = read_json(path, limit=LIMITS.index_bytes).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map")
+    if len(weight_map) > LIMITS.index_entries:
+        raise CheckpointError(f"{path}: names {len(weight_map):,} tensors, over {LIMITS.index_entries:,}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard) or shard.startswith("."):
+            raise CheckpointError(f"{path}: puts {name!r} in {shard!r}, which is not the name of a safetensors file here")
+    return weight_map
+
+
+# ------------------------------------------------------------------------------------------------- a whole checkpoint
+
+
+class CheckpointModule(Protocol):
+    """What loading and saving ask of a model; see `models.common.LanguageModel`."""
+
+    @property
+    def tied(self) -> dict[str, str]: ...
+    @property
+    def ignored(self) -> tuple[str, ...]: ...
+    def checkpoint_tensors(self) -> dict[str, Tensor]: ...
+    def canonical_name(self, name: str) -> str: ...
+    def named_parameters(self) -> Iterable[tuple[str, Any]]: ...
+
+
+@dataclass
+class LoadReport:
+    """What a load found, by name. The first group are problems, each of which refuses the checkpoint."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    wrong_dtype: list[str] = field(default_factory=list)
+    duplicate: list[str] = field(default_factory=list)
+    wrong_file: list[str] = field(default_factory=list)  # the index and the shards contradict each other
+
+    ignored: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)  # present although tied, and equal to their source
+    notes: list[str] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def problems(self) -> str:
+        """All problems as text, ten of each kind; empty if there are none."""
+        kinds = ("missing", "unexpected", "wrong_shape", "wrong_dtype", "duplicate", "wrong_file")
+        lines = []
+        for kind in kinds:
+            if names := getattr(self, kind):
+                more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+                lines.append(f"  {kind.replace('_', ' ')} ({len(names)}): " + "; ".join(sorted(names)[:10]) + more)
+        return "\n".join(lines)
+
+
+class _Read(NamedTuple):
+    """One tensor of one file and where it goes; `out` None = compare it with its tied source instead."""
+
+    file: SafetensorsFile
+    name: str
+    out: Tensor | None
+    source: Tensor | None = None
+
+
+def load_weights(
+    model: CheckpointModule, folder: Path, *, progress: bool = True, check_finite: bool = False
+) -> LoadReport:
+    """Fill the model from the folder's safetensors, one tensor at a time, converted to the model's dtype and device.
+
+    Peak memory is the model and its largest tensor. Raises CheckpointError, before reading any weight, that names every
+    missing, unexpected, wrongly shaped or typed, or duplicate tensor. `check_finite` also refuses NaN and infinity.
+    """
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    report = LoadReport()
+    files = [SafetensorsFile(path) for path in weight_files(folder)]
+    try:
+        plan = _plan(model, files, report)
+        _check_index(folder, files, report)
+        if problems := report.problems():
+            raise CheckpointError(f"{folder} does not fit its config.json:\n{problems}{_hint(report)}")
+        report.bytes = sum(read.file.tensors[read.name].end - read.file.tensors[read.name].start for read in plan)
+        with tqdm(total=report.bytes, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
+            for read in plan:
+                _carry_out(read, check_finite)
+                bar.update(read.file.tensors[read.name].end - read.file.tensors[read.name].start)
+    finally:
+        for file in files:
+            file.__exit__(None, None, None)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def has_language_head(folder: Path) -> bool:
+    """False for the files of a base model (an embedding checkpoint), whose names lack the `model.` prefix and a head."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        with SafetensorsFile(path) as file:
+            names.update(file.tensors)
+    return "lm_head.weight" in names or not any(name.startswith("embed_tokens.") for name in names)
+
+
+def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadReport) -> list[_Read]:
+    """Decide for every tensor on disk where it goes, and note in the report what does not fit."""
+    slots, tied = model.checkpoint_tensors(), model.tied
+    whole = {name: parameter.data for name, parameter in model.named_parameters() if name not in slots}
+    parts: dict[str, list[str]] = {name: [] for name in whole}  # a stacked parameter and the names of its parts
+    for slot, view in slots.items():
+        for name in parts:
+            if slot.startswith(name.rpartition(".")[0] + ".") and _inside(view, whole[name]):
+                parts[name].append(slot)
+    filled: dict[str, str] = {}
+    plan = []
+    for file in files:
+        for disk_name, info in file.tensors.items():
+            name = model.canonical_name(disk_name)
+            if any(re.search(pattern, name) for pattern in model.ignored):
+                report.ignored.append(disk_name)
+                continue
+            out, source = slots.get(name, whole.get(name)), None
+            if name in tied and name not in slots:
+                out, source = None, slots[tied[name]]
+            target = out if out is not None else source
+            if target is None:
+                report.unexpected.append(f"{disk_name} {info.dtype} {list(info.shape)}".replace("torch.", ""))
+                continue
+            if info.shape != tuple(target.shape):
+                report.wrong_shape.append(f"{disk_name} is {list(info.shape)}, the config wants {list(target.shape)}")
+            elif info.dtype not in _WEIGHT_DTYPES:
+                report.wrong_dtype.append(f"{disk_name} is {info.dtype}".replace("torch.", ""))
+            for part in parts.get(name) or [name]:
+                if part in filled:
+                    report.duplicate.append(f"{part} ({filled[part]} and {file.path.name}:{disk_name})")
+                filled[part] = f"{file.path.name}:{disk_name}"
+            if source is not None:
+                report.tied.append(disk_name)
+            plan.append(_Read(file, disk_name, out, source))
+    report.missing.extend(name for name in slots if name not in filled)
+    plan.sort(key=lambda read: read.out is None)  # a tied copy is compared once its source is read
+    return plan
+
+
+def _inside(view: Tensor, whole: Tensor) -> bool:
+    # The meta device has no addresses; there the offset within the (shared) storage decides.
+    return view._base is whole._base or view.untyped_storage()._cdata == whole.untyped_storage()._cdata
+
+
+def _check_index(folder: Path, files: list[SafetensorsFile], report: LoadReport) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    weight_map = read_index(folder / INDEX)
+    actual = {(name, file.path.name) for file in files for name in file.tensors}
+    claimed = set(weight_map.items())
+    report.wrong_file += [f"{name} is not in {shard}, where the index puts it" for name, shard in claimed - actual]
+    report.wrong_file += [f"{name} in {shard} is not in the index" for name, shard in actual - claimed
+                          if weight_map.get(name) in (None, shard)]
+    size = sum(info.end - info.start for file in files for info in file.tensors.values())
+    metadata = read_json(folder / INDEX, limit=LIMITS.index_bytes).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and total != size:  # official repositories have had wrong ones
+        report.notes.append(f"{INDEX} says total_size {total}; the tensors have {size} bytes")
+
+
+def _carry_out(read: _Read, check_finite: bool) -> None:
+    if read.out is not None:
+        read.file.read_into(read.name, read.out)
+        if check_finite and not bool(torch.isfinite(read.out).all()):
+            raise CheckpointError(f"{read.file.path}: tensor {read.name!r} holds NaN or infinity")
+        return
+    source = read.source
+    if source is not None and not torch.equal(read.file.read(read.name).to(source.dtype), source.cpu()):
+        raise CheckpointError(
+            f"{read.file.path}: {read.name!r} differs from the embedding, but config.json says tie_word_embeddings"
+        )
+
+
+def _hint(report: LoadReport) -> str:
+    if "lm_head.weight" in report.missing:
+        return "\n  (lm_head.weight may only be absent if config.json says tie_word_embeddings)"
+    if report.wrong_dtype:
+        return "\n  (a quantised checkpoint needs its quantization_config in config.json)"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------- saving
+
+
+def save_model(
+    model: CheckpointModule,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    extra: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json, weights under their official names, and `extra` files to a new folder, all or nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; nothing is overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        shards = _shards(model.checkpoint_tensors(), max_shard_bytes)
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, tensors in zip(names, shards, strict=True):
+            write_safetensors(temporary / name, tensors)
+        if len(shards) > 1:
+            weight_map = {t: name for name, tensors in zip(names, shards, strict=True) for t in tensors}
+            total = sum(t.nbytes for tensors in shards for t in tensors.values())
+            _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(temporary / "config.json", config)
+        for name, content in (extra or {}).items():
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)  # mkdtemp makes private folders
+        temporary.replace(folder)  # a rename; an empty folder may stand there
+    except OSError as problem:
+        raise CheckpointError(f"could not write {folder}: {problem.strerror or problem}") from problem
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to one file, one at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the data begins at a multiple of eight
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for tensor in tensors.values():
+            if tensor.numel():
+                file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- the hub
+
+_METADATA = ["*.json", "merges.txt", "*.tiktoken", "*.jinja"]
+
+
+def find(
+    model: str | Path, *, revision: str | None = None, offline: bool | None = None, metadata_only: bool = False
+) -> Path:
+    """The folder of a checkpoint: `model` itself if it is one, else the hub repository `org/name`, downloaded.
+
+    Only what is needed is fetched: configs, tokenizer files and, unless `metadata_only`, the safetensors the index names.
+    `offline` (or HF_HUB_OFFLINE=1) uses the local cache alone. CheckpointError says what to do about a failure.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        raise CheckpointError(f"{name!r} is neither a folder, nor a bundled model, nor a hub id such as Qwen/Qwen3-0.6B")
+    local = _download(name, revision, offline, _METADATA)
+    if not metadata_only:
+        index = local / INDEX
+        wanted = sorted(set(read_index(index).values())) if index.is_file() else ["*.safetensors"]
+        local = _download(name, revision, offline, [*_METADATA, *wanted])
+        weight_files(local)
+    return local
+
+
+def _download(name: str, revision: str | None, offline: bool | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=bool(offline)))
+    except errors.GatedRepoError as problem:
+        raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in (hf auth login)") from problem
+    except errors.RepositoryNotFoundError as problem:
+        raise CheckpointError(f"the hub has no model {name!r}, or it is private: check the name, or log in") from problem
+    except errors.RevisionNotFoundError as problem:
+        raise CheckpointError(f"{name} has no revision {revision!r}") from problem
+    except errors.LocalEntryNotFoundError as problem:
+        raise CheckpointError(
+            f"{name} is not in the local cache and the hub cannot be reached (or offline mode is on): "
+            f"connect once, or give a folder"
+        ) from problem
+    except Exception as problem:  # every transport has exceptions of its own; the text of all is what helps
+        if isinstance(problem, KeyError | TypeError | AttributeError):
+            raise
+        raise CheckpointError(f"downloading {name} failed: {str(problem)[:300]}") from problem

@@ -1,0 +1,112 @@
+"""The house rules that code can hold: who imports whom, what an import costs, and that sibling models have not drifted."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import subprocess
+import sys
+from pathlib import Path
+
+import qwen_ref
+from qwen_ref.models import qwen2, qwen3
+
+PACKAGE = Path(qwen_ref.__file__).parent
+# What a module of the package may import from it, downward only.
+ALLOWED = {
+    "errors": set(),
+    "limits": set(),
+    "ops": set(),
+    "cache": {"errors"},
+    "backend": {"ops", "errors"},
+    "config": {"ops", "errors", "limits"},
+    "layers": {"backend", "ops", "cache", "config"},
+    "checkpoint": {"errors", "limits"},
+    "models": {"errors"},
+    "models.common": {"cache", "layers", "checkpoint"},
+    "models.qwen2": {"backend", "cache", "config", "layers", "models.common"},
+    "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
+    "chat": {"errors", "limits"},
+    "tokenizer": {"errors", "limits", "chat"},
+    "text": {"tokenizer"},
+    "sampling": {"errors"},
+    "loading": {"checkpoint", "errors", "models", "models.common", "tokenizer"},
+    "generate": {"cache", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
+    "retrieval": {"ops", "errors", "models.common", "tokenizer"},
+    "verify": {"backend", "ops", "errors", "loading", "models.common"},
+    "describe": {"checkpoint", "errors", "loading", "models.common"},
+    "cli": {"errors", "generate", "loading", "describe", "verify"},
+}
+
+
+def imports_of(path: Path, module: str) -> set[str]:
+    """Modules of the package that a file imports, at any depth of its code."""
+    found = set()
+    package = module.split(".")[:-1] if path.name != "__init__.py" else module.split(".")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - (node.level - 1)]
+            target = [*base, *(node.module.split(".") if node.module else [])]
+            if node.module:
+                found.add(".".join(target))
+            else:
+                found.update(".".join([*target, alias.name]) for alias in node.names)
+    return found
+
+
+def test_imports_point_downward():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if module == "__init__" or path.name.startswith("_template"):
+            continue
+        extra = imports_of(path, module) - ALLOWED[module]
+        assert not extra, f"{module} must not import {sorted(extra)}"
+
+
+def test_only_verify_names_transformers():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert path.name == "verify.py" or not any(n.split(".")[0] == "transformers" for n in names), path
+
+
+def test_no_assert_guards():
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))), path
+
+
+def test_import_stays_light():
+    """Which third-party modules `import qwen_ref` loads beyond torch's own. (Its time is measured in tools/bench_peers.)"""
+    code = (
+        "import torch, sys; before = set(sys.modules); import qwen_ref;"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("transformers", "tokenizers", "huggingface_hub", "jinja2", "tqdm", "safetensors"):
+        assert f"'{heavy}'" not in out, f"{heavy} is imported eagerly: {out}"
+
+
+def test_siblings_differ_only_where_meant():
+    """Qwen3's attention is Qwen2's but for the q/k norms and the bias; blocks and decoders are the same text."""
+
+    def source(module, name):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+        return [line.split("  #")[0] for line in ast.unparse(node).splitlines() if not line.strip().startswith(('"""', "'"))]
+
+    for name in ("Block", "Decoder", "Model"):
+        assert source(qwen2, name) == source(qwen3, name), f"{name} has drifted between qwen2 and qwen3"
+    lines = difflib.ndiff(source(qwen2, "Attention"), source(qwen3, "Attention"))
+    assert {line[2:].strip() for line in lines if line[0] in "+-"} == {
+        "hidden, dim, bias = (config.hidden_size, config.head_dim, config.qkv_bias)",
+        "hidden, dim, bias = (config.hidden_size, config.head_dim, config.attention_bias)",
+        "self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)",
+        "self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=bias)",
+        "self.q_norm = RMSNorm(dim, config.rms_norm_eps)",
+        "self.k_norm = RMSNorm(dim, config.rms_norm_eps)",
+        "q = self.q_proj(x).view(heads).transpose(1, 2)",
+        "k = self.k_proj(x).view(heads).transpose(1, 2)",
+        "q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)",
+        "k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)",
+    }

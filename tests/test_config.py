@@ -1,0 +1,160 @@
+"""config.json: every official file parses and has transformers' parameter count; every wrong value is named."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_ref.config import Fields, Rope
+from qwen_ref.errors import ConfigError, QwenRefError
+from qwen_ref.loading import build
+from qwen_ref.models import FILES, module_for
+
+
+def meta_count(raw: dict) -> int:
+    """transformers' own parameter count for a config.json, on the meta device."""
+    import transformers
+
+    raw = {k: v for k, v in raw.items() if k not in ("quantization_config", "model_type")} | {}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(raw_config(raw))
+    return sum(p.numel() for p in model.parameters())
+
+
+def raw_config(raw: dict):
+    import transformers
+
+    return transformers.AutoConfig.for_model(TYPES[raw["architectures"][0]], **raw)
+
+
+TYPES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+
+
+def test_official_configs_have_transformers_parameter_count(data):
+    checked = []
+    for path in sorted((data / "configs").glob("*.json")):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("model_type") not in FILES:
+            continue
+        ours = build(raw)
+        assert ours.num_parameters() == meta_count(raw), path.name
+        module = module_for(raw)
+        assert module.Config.from_json(ours.config.to_json()) == ours.config, path.name
+        checked.append(path.name)
+    assert len(checked) >= 19, checked  # 11 qwen3 and 8 qwen3_moe files
+
+
+@pytest.mark.parametrize("model_type", FILES)
+def test_class_defaults_are_transformers(model_type):
+    """A config.json that names nothing but its type: the same sizes on both sides."""
+    import transformers
+
+    architecture = next(a for a, t in TYPES.items() if t == model_type)
+    ours = build({"model_type": model_type})
+    theirs = transformers.AutoConfig.for_model(model_type)
+    c = ours.config
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+                 "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(c, name) == getattr(theirs, name), name
+    assert c.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.num_parameters() == meta_count({"architectures": [architecture]})
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters", "type"])
+def test_yarn_in_every_spelling(spelling):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    if spelling == "type":
+        scaling["type"] = scaling.pop("rope_type")
+    raw = {"rope_theta": 1e6, "rope_parameters" if spelling == "rope_parameters" else "rope_scaling": scaling}
+    rope = Rope.from_json(Fields(raw), 40960)
+    assert rope == Rope(1e6, 4.0, 32768, attention_factor=0.1 * math.log(4) + 1)
+    assert Rope.from_json(Fields(rope.to_json()), 1) == rope
+
+
+@pytest.mark.parametrize("scaling", [
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 2.5, "beta_fast": 16.0, "beta_slow": 2.0, "original_max_position_embeddings": 100},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+    {"rope_type": "yarn", "factor": 8.0, "truncate": False, "original_max_position_embeddings": 8192},
+    {"rope_type": "default"},
+])  # fmt: skip
+def test_rope_frequencies_are_transformers(scaling):
+    import transformers
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    raw = {"rope_theta": 1e6, "max_position_embeddings": 40960, "rope_scaling": scaling, "head_dim": 128}
+    theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config(**json.loads(json.dumps(raw))))
+    rope = Rope.from_json(Fields(raw), 40960)
+    torch.testing.assert_close(rope.frequencies(128), theirs.inv_freq, rtol=1e-6, atol=0)
+    assert rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
+BAD = [
+    ("hidden_size", 0), ("hidden_size", -5), ("hidden_size", 4096.0), ("hidden_size", True), ("hidden_size", "4096"),
+    ("hidden_size", 2**62), ("num_hidden_layers", 10**6), ("num_attention_heads", 0), ("num_key_value_heads", 4),
+    ("vocab_size", []), ("head_dim", 7), ("rms_norm_eps", 0), ("rms_norm_eps", -1e-6), ("rms_norm_eps", math.nan),
+    ("rms_norm_eps", math.inf), ("rope_theta", 0), ("rope_theta", -1), ("rope_theta", 1), ("hidden_act", "gelu"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 0}), ("rope_scaling", {"rope_type": "yarn", "factor": -4.0}),
+    ("rope_scaling", {"rope_type": "yarn", "factor": math.inf}), ("rope_scaling", {"rope_type": "yarn"}),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}), ("rope_scaling", "yarn"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}), ("partial_rotary_factor", 0.5),
+    ("tie_word_embeddings", 1), ("use_sliding_window", "yes"), ("layer_types", ["full_attention"]),
+    ("layer_types", ["full_attention", "linear_attention", "full_attention"]), ("layer_types", 3),
+    ("layer_types", ["sliding_attention"] * 3), ("model_type", "qwen9"), ("model_type", None), ("model_type", ["qwen3"]),
+    ("max_position_embeddings", 0),
+]  # fmt: skip
+BAD_MOE = [
+    ("num_experts", 0), ("num_experts", -1), ("num_experts_per_tok", 8), ("num_experts_per_tok", 0),
+    ("mlp_only_layers", [3]), ("mlp_only_layers", [-1]), ("mlp_only_layers", ["1"]), ("mlp_only_layers", 1),
+    ("decoder_sparse_step", 0), ("norm_topk_prob", "true"), ("moe_intermediate_size", None.__class__),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field,value", BAD)
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_wrong_value_is_named(model_type, field, value):
+    named = "factor" if isinstance(value, dict) and value.get("factor", 0) in (0, -4.0, math.inf) else field
+    with pytest.raises(ConfigError, match="rope_type|beta_fast|factor" if isinstance(value, dict) else named):
+        build({**TINY[model_type][1], field: value})
+
+
+@pytest.mark.parametrize("field,value", BAD_MOE[:-1])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+def test_a_wrong_moe_value_is_named(model_type, field, value):
+    with pytest.raises(ConfigError, match=field):
+        build({**TINY[model_type][1], field: value})
+
+
+@given(st.dictionaries(
+    st.sampled_from(sorted({**TINY["qwen3_moe"][1], "rope_scaling": 0, "layer_types": 0, "sliding_window": 0,
+                            "use_sliding_window": 0, "rms_norm_eps": 0})),
+    st.recursive(st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=5),
+                 lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3), max_leaves=4),
+    max_size=4))  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_any_values_parse_or_are_refused(changes):
+    for base in (TINY["qwen3_moe"][1], TINY["qwen2_moe"][1]):
+        try:
+            build({**base, **{k: v for k, v in changes.items() if k != "model_type"}})
+        except QwenRefError:
+            pass  # the point of the test: nothing else escapes
+
+
+def test_auto_map_and_unknown_keys_are_ignored():
+    assert build({**TINY["qwen3"][1], "auto_map": {"AutoModel": "evil.Model"}, "some_new_key": [1]}).num_parameters()
+
+
+def test_dual_chunk_attention_is_refused_not_ignored():
+    with pytest.raises(ConfigError, match="dual_chunk_attention_config"):
+        build({**TINY["qwen2"][1], "dual_chunk_attention_config": {"chunk_size": 262144}})
