@@ -100,11 +100,10 @@ def marker(index):
     return f"{SECRET}{index:06d}"
 
 
-def mark(text, tokens):
-    """Put markers in place of control tokens. Longest first, as the tokenizer matches them."""
-    for index, token in sorted(enumerate(tokens), key=lambda item: -len(item[1])):
-        text = text.replace(token, marker(index))
-    return text
+def mark(text, tokens, among):
+    """Put markers in place of the control tokens `among` all of them. Longest first, as the tokenizer matches them."""
+    pattern = "|".join(map(re.escape, sorted(among, key=len, reverse=True)))
+    return re.sub(pattern, lambda found: marker(tokens.index(found[0])), text) if among else text
 
 
 def unmark(text, tokens):
@@ -123,7 +122,7 @@ def compiled(source, tokens):
     for node in tree.find_all((jinja2.nodes.TemplateData, jinja2.nodes.Const)):
         field = "data" if isinstance(node, jinja2.nodes.TemplateData) else "value"
         if isinstance(getattr(node, field), str):
-            setattr(node, field, mark(getattr(node, field), tokens))
+            setattr(node, field, mark(getattr(node, field), tokens, tokens))
     return env.from_string(tree)
 
 
@@ -131,24 +130,17 @@ def mark_variables(variables, own, tokens):
     """Mark the tokenizer's own variables (eos_token), and the thinking tags in what the assistant said: templates look
     for them there to drop old reasoning, and in the model's own words they are what they say."""
     for name in own:
-        variables[name] = mark(variables[name], tokens)
-    # Every other token keeps its place in the numbering but is empty, and so never found
-    thinking = [(index, tag) for index, tag in enumerate(tokens) if tag in THINK_TAGS]
-
-    def mark_thinking(text):
-        for index, tag in thinking:
-            text = text.replace(tag, marker(index))
-        return text
-
+        variables[name] = mark(variables[name], tokens, tokens)
+    thinking = [token for token in tokens if token in THINK_TAGS]
     for message in variables["messages"]:
-        if message.get("role") != "assistant":
+        if message["role"] != "assistant":
             continue
         content = message.get("content")
         if isinstance(content, str):
-            message["content"] = mark_thinking(content)
+            message["content"] = mark(content, tokens, thinking)
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("text"), str):
-                part["text"] = mark_thinking(part["text"])
+                part["text"] = mark(part["text"], tokens, thinking)
 
 
 def render(request):
@@ -170,7 +162,8 @@ def describe(error, request):
     """The message of an error: for whom to blame, and the line of the template where it can be told."""
     import jinja2
 
-    text = "".join(piece for piece, _ in unmark(str(error)[:2000], request["control"] or ()))
+    text = "".join(piece for piece, _ in unmark(str(error), request["control"] or ()))
+    text = text.partition(SECRET[:8])[0][:2000]  # should something have cut a marker in two, the secret stays one
     if isinstance(error, TooLong | ImportError):
         return text
     if isinstance(error, MemoryError):

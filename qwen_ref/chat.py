@@ -23,16 +23,20 @@ from .errors import TemplateError
 from .limits import LIMITS
 
 _WORKER = Path(__file__).with_name("_template_worker.py")
-_MEMORY_BYTES = 1 << 30  # of the child's address space: ten times what Python, jinja2 and a long conversation need
+_MEMORY_BYTES = 2 << 30  # of the child's address space: room for LIMITS.text_chars in any script, some copies of it
 _DEPTH = 64  # nesting of lists and objects in messages, tools and variables
 # Names that a caller's variables may not take: the arguments themselves, options of the same call in transformers, and
 # the functions that templates call.
-_RESERVED = frozenset(
-    "messages tools add_generation_prompt chat_template tokenize continue_final_message conversation "
-    "raise_exception strftime_now namespace dict range lipsum cycler joiner loop self caller varargs kwargs".split()
-)
+_RESERVED = frozenset((
+    "messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message", "conversation",
+    "raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner",
+    "loop", "self", "caller", "varargs", "kwargs",
+))
 # Other names for a message's reasoning, in the order in which transformers looks for it.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# Of the environment the child sees what Python may need to start and tell the time: no keys or tokens.
+_INHERITED = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
 
 class Segment(NamedTuple):
@@ -292,10 +296,6 @@ class _Renderer:
                 env={name: os.environ[name] for name in _INHERITED if name in os.environ},
             )
         return self._process
-
-
-# Of the environment the child sees what Python may need to start and tell the time: no keys or tokens.
-_INHERITED = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
 
 def _write_and_read(process: subprocess.Popen[bytes], line: bytes) -> bytes:

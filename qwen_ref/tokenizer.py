@@ -16,6 +16,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ class Tokenizer:
         if template_path.exists():
             template = _read_text(template_path, LIMITS.template_bytes)
         if not isinstance(template, str | None):
-            raise TokenizerError(f"{config_path}: chat_template is not a string; put the one to use into {template_path}")
+            raise TokenizerError(f"{config_path}: chat_template is not a string; put the one to use in {template_path}")
         spec, path = _read_spec(folder, config)
         return cls(spec, config, template, str(path))
 
@@ -216,7 +217,7 @@ class Tokenizer:
 
     def _visible(self, id: int, skip_special: bool) -> bytes:
         piece = self.token_bytes(id)
-        return b"" if skip_special and id in self.special_ids else piece
+        return b"" if skip_special and operator.index(id) in self.special_ids else piece
 
     def _named_id(self, name: str) -> int | None:
         token = self._named_tokens.get(name)
@@ -247,30 +248,33 @@ class StreamDecoder:
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge that makes each token of a tiktoken vocabulary, in order of rank.
 
-    tiktoken merges the neighbours whose union has the lowest rank. A token's own merge is therefore what is left when
-    its bytes are merged with lower ranks only. Most tokens split into two known tokens in one way, which settles it.
-
-    Raises: TokenizerError if no pair of tokens of lower rank makes a token.
+    tiktoken merges the neighbours whose union has the lowest rank. A token's own merge is therefore the last one when
+    its bytes are merged so. Where only one cut leaves two known tokens, it can be no other. Qwen 3.5 has 201 tokens
+    that merging does not reach: they have no merge, or one that never applies, and are made only of a word that is
+    that token as a whole.
     """
     merges = []
-    for token, rank in sorted(ranks.items(), key=operator.itemgetter(1)):
+    for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:
             continue
-        cuts = [i for i in range(1, len(token)) if ranks.get(token[:i], rank) < rank > ranks.get(token[i:], rank)]
-        parts = [token[: cuts[0]], token[cuts[0] :]] if len(cuts) == 1 else _merge_below(token, rank, ranks)
-        if len(parts) != 2:
-            raise TokenizerError(f"rank {rank} ({token!r}) is not the union of two tokens of lower rank")
-        merges.append((parts[0], parts[1]))
+        cuts = [i for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        parts = [token[: cuts[0]], token[cuts[0] :]] if len(cuts) == 1 else _merge_to_two(token, ranks)
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
     return merges
 
 
-def _merge_below(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[bytes]:
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        best, i = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-        if best >= rank:
-            break
+def _merge_to_two(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """The two parts before a token's last merge, or more if merging ends before that."""
+    parts, never = [token[i : i + 1] for i in range(len(token))], len(ranks)
+    pair_ranks = [ranks.get(left + right, never) for left, right in pairwise(parts)]
+    while len(parts) > 2 and (best := min(pair_ranks)) < never:
+        i = pair_ranks.index(best)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del pair_ranks[i]
+        for j in (i - 1, i):  # the new part's pairs with its two neighbours
+            if 0 <= j < len(pair_ranks):
+                pair_ranks[j] = ranks.get(parts[j] + parts[j + 1], never)
     return parts
 
 
@@ -314,14 +318,12 @@ def _spec_from_ranks(ranks: dict[bytes, int], path: Path) -> dict[str, Any]:
             f"{path} has {len(ranks)} ranks, so it is neither the vocabulary of Qwen 1 ({_QWEN1_RANKS}) nor that of "
             f"Qwen 3.5 ({_QWEN3_5_RANKS}); use a folder with a tokenizer.json"
         )
-    try:
-        merges = [[_spelling(left), _spelling(right)] for left, right in merges_from_ranks(ranks)]
-    except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
     vocab = {_spelling(token): rank for token, rank in ranks.items()}
-    if len(ranks) == _QWEN1_RANKS:
-        return _spec(vocab, merges, PATTERN_QWEN, _QWEN1_SPECIAL)
-    return _spec(vocab, merges, PATTERN_QWEN3_5, ())
+    merges = [[_spelling(left), _spelling(right)] for left, right in merges_from_ranks(ranks)]
+    first = len(ranks) == _QWEN1_RANKS
+    spec = _spec(vocab, merges, PATTERN_QWEN if first else PATTERN_QWEN3_5, _QWEN1_SPECIAL if first else ())
+    spec["model"]["ignore_merges"] = True  # as tiktoken: a whole word that is a token is that token
+    return spec
 
 
 def _spelling(token: bytes) -> str:
@@ -331,7 +333,7 @@ def _spelling(token: bytes) -> str:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """tiktoken's format: a line per token, its bytes in base64, a space, its rank (which is its id)."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path, LIMITS.tokenizer_bytes).splitlines(), start=1):
         try:
             encoded, rank = line.split(" ")
             token = base64.b64decode(encoded, validate=True)
@@ -343,12 +345,14 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             problem = "appears twice" if token in ranks else f"has {len(token)} bytes, not 1 to {_LONGEST_RANK}"
             raise TokenizerError(f"{path}, line {number}: the token {problem}")
         ranks[token] = int(rank)
+    if len(set(ranks.values())) != len(ranks):
+        raise TokenizerError(f"{path}: two tokens share a rank")
     return ranks
 
 
 def _read_merges(path: Path) -> list[list[str]]:
     """merges.txt: a comment line with the version, then a pair of tokens per line, in order of priority."""
-    lines = _read_text(path).split("\n")
+    lines = _read_text(path, LIMITS.tokenizer_bytes).split("\n")
     first = 1 if lines[0].startswith("#version") else 0
     merges = []
     for number, line in enumerate(lines[first:], start=first + 1):
@@ -362,7 +366,7 @@ def _read_merges(path: Path) -> list[list[str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read_text(path), object_pairs_hook=_unique_keys)
+        value = json.loads(_read_text(path, LIMITS.tokenizer_bytes), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -379,7 +383,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_text(path: Path, limit: int = LIMITS.tokenizer_bytes) -> str:
+def _read_text(path: Path, limit: int) -> str:
     try:
         # A named pipe or a device in place of the file would block or never end
         if not path.is_file():
@@ -401,20 +405,21 @@ def _read_text(path: Path, limit: int = LIMITS.tokenizer_bytes) -> str:
 
 
 def _added_tokens(spec: dict[str, Any], config: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:
-    """The added tokens of both files by text, in order of id. tokenizer_config.json decides where flags differ."""
-    from_spec = _typed(spec, "added_tokens", list, source)
-    from_config = _typed(config, "added_tokens_decoder", dict, "tokenizer_config.json")
-    entries = [_added_token(entry, source) for entry in from_spec]
-    for key, entry in from_config.items():
+    """The added tokens by text, in order of id: those of tokenizer_config.json, else those of tokenizer.json. Where a
+    folder has both lists they are the same, unless somebody changed one; transformers then reads the former."""
+    entries = []
+    for key, entry in _typed(config, "added_tokens_decoder", dict, "tokenizer_config.json").items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and isinstance(entry, dict)):
-            raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder has the entry {key[:40]!r}: {entry!r:.80}")
+            raise TokenizerError(f"tokenizer_config.json: added_tokens_decoder holds {key!r:.40}: {entry!r:.80}")
         entries.append(_added_token({**entry, "id": int(key)}, "tokenizer_config.json"))
+    if not entries:
+        entries = [_added_token(entry, source) for entry in _typed(spec, "added_tokens", list, source)]
     tokens: dict[str, dict[str, Any]] = {}
     ids: dict[int, str] = {}
     for entry in entries:
         token, id = entry["content"], entry["id"]
         if ids.setdefault(id, token) != token or (token in tokens and tokens[token]["id"] != id):
-            raise TokenizerError(f"{source}: the added token {token!r} and id {id} are each used for something else too")
+            raise TokenizerError(f"{source}: the added token {token!r} or its id {id} is also used for another")
         tokens[token] = entry
     return dict(sorted(tokens.items(), key=lambda item: item[1]["id"]))
 
@@ -521,7 +526,7 @@ def _typed(data: dict[str, Any], field: str, kind: type, where: str) -> Any:
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """Matches any of the tokens, in a group so that `split` keeps them. Longest first: `re` takes the first that fits."""
+    """Matches any of the tokens, in a group so that `split` keeps them. Longest first: `re` takes the first fit."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 

@@ -11,8 +11,6 @@ import torch
 
 from qwen_ref.models import qwen2, qwen3
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
-
 TINY = {
     "qwen2": (qwen2, qwen2.TINY),
     "qwen2_moe": (qwen2, qwen2.TINY_MOE),

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from tokenizers import Tokenizer
@@ -146,7 +146,11 @@ def _is_prose(paragraph: str) -> bool:
 
 # ---------------------------------------------------------------- what a story is about
 
-_FUNCTION_WORDS = frozenset(
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FUNCTION_WORDS = _words(
     """a about after again all also always am an and any are around as ask asked at away back be became because been
     before began behind being best big but by called came can can't come could couldn't cry cried dad day did didn't
     do does doesn't don't down each eat even ever every everyone feel feels felt find first for found friend friends
@@ -158,18 +162,21 @@ _FUNCTION_WORDS = frozenset(
     smile smiled so some something soon start started still stop sun suddenly take takes tell that that's the their
     them then there they thing things think this thought time to together told too took toward towards tried two under
     until up upon us very walk walked want wanted wants was way we well went were what when where which while who why
-    will with without work would yes you your""".split()
+    will with without work would yes you your"""
 )
-_NOT_A_NOUN = frozenset(            # what ends a noun phrase although it is no function word
+_NOT_A_NOUN = _words(               # what ends a noun phrase although it is no function word
     """above across against along among became began behind below beside between beyond bought brought came carried
     climbed closed decided fell flew gave grew hid hugged is jumped kept knew left listened lost loved makes needed
     nodded opened picked pretended pulled pushed remembered replied runs sang shared shouted sits slept spotted stood
-    swam thanked through threw turned visited waited walks watched woke wore""".split()
+    swam thanked through threw turned visited waited walks watched woke wore"""
 )
-_NAME_WORDS = frozenset("Mom Dad Mommy Daddy Mum Once One The They She He But And Then When Her His It".split())
+_PLAIN_ADJECTIVES = _words("big little good happy sad new nice best great")     # function words to keywords only
+_PLAIN_NOUNS = _words("girl boy friend friends mom dad hat sun")
+_NAME_WORDS = _words("Mom Dad Mommy Daddy Mum Once One The They She He But And Then When Her His It")
+_VAGUE = _words("moral end day time rest full cold call move minutes class pass kids others side way top")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _content_words(text: str) -> frozenset[str]:
     return frozenset(w for w in re.findall(r"[a-z]{3,}", text.lower()) if w not in _FUNCTION_WORDS)
 
@@ -179,15 +186,17 @@ def _noun_phrase(words: list[str]) -> list[str]:
     phrase: list[str] = []
     for word in words[:6]:
         bare = word.rstrip(".,!?;:\"'")
-        adjective = bare in ("big", "little", "good", "happy", "sad", "new", "nice", "best", "great")
-        person = bare in ("girl", "boy", "friend", "friends", "mom", "dad", "day", "hat", "sun")
-        if not bare.islower() or bare in _NOT_A_NOUN or (bare in _FUNCTION_WORDS and not adjective and not person):
+        may_belong = bare in _PLAIN_ADJECTIVES or bare in _PLAIN_NOUNS or bare not in _FUNCTION_WORDS
+        if not bare.islower() or bare in _NOT_A_NOUN or not may_belong:
             break
         phrase.append(bare)
-        if word != bare and not (word == bare + "," and adjective):
+        if word != bare and not (word == bare + "," and bare in _PLAIN_ADJECTIVES):
             break
-    clear = 0 < len(phrase) <= 4 and not re.search(r"[aeiouy]\w+(ing|ed|ly)$", phrase[-1]) and phrase[-1] not in _FUNCTION_WORDS
-    return phrase if clear or (phrase and phrase[-1] in ("girl", "boy", "friends", "hat")) else []
+    if not 0 < len(phrase) <= 4:
+        return []
+    noun = phrase[-1]
+    verbal = re.search(r"[aeiouy]\w+(ing|ed|ly)$", noun)
+    return phrase if noun in _PLAIN_NOUNS or not (verbal or noun in _FUNCTION_WORDS) else []
 
 
 def subject(story: str) -> str | None:
@@ -197,8 +206,9 @@ def subject(story: str) -> str | None:
     """
     opening = " ".join(re.split(r"(?<=[.!?])\s+", story)[:3])
     start = re.search(
-        r"\b(?:there (?:was|were|lived|once was)|there once lived|lived|(?:One|Every) \w+,?|upon a time,?) (a|an|two|three) (.*)",
-        opening, re.S,
+        r"\b(?:there (?:was|were|lived|once was)|lived|(?:One|Every) \w+,?|upon a time,?) (a|an|two|three) (.*)",
+        opening,
+        re.S,
     )
     if start:
         words = start.group(2).split()
@@ -240,7 +250,7 @@ def things(story: str, vocabulary: Vocabulary) -> list[str]:
         for i, token in enumerate(tokens)
         if token.lower() in ("a", "an", "the") and (phrase := _noun_phrase(tokens[i + 1 : i + 5]))
     )
-    return [noun for noun, _ in heads.most_common() if noun in vocabulary.counts and vocabulary.is_telling(noun)]
+    return [noun for noun, _ in heads.most_common() if noun not in _VAGUE and vocabulary.is_telling(noun)]
 
 
 def keywords(story: str, vocabulary: Vocabulary) -> list[str]:
@@ -269,8 +279,8 @@ _WORDS = (
     "Please write a story that uses the words {}.", "Can you use these words in a story? {}",
 )
 _ANY = (
-    "Tell me a story.", "Please tell me a story.", "Tell me a bedtime story.", "Write a story.", "Can you tell me a story?",
-    "I want a story.", "Tell me a short story.", "Hello! Please tell me a story.", "Hi! Tell me a story.",
+    "Tell me a story.", "Please tell me a story.", "Tell me a bedtime story.", "Write a story.", "I want a story.",
+    "Can you tell me a story?", "Tell me a short story.", "Hello! Please tell me a story.", "Hi! Tell me a story.",
 )
 _AGAIN = ("Tell me another one.", "Another story, please.", "Tell me another story.", "Thank you! One more, please.")
 _SYSTEM = ("You are a helpful assistant.", "You tell short stories for children.", "You are a kind storyteller.")
@@ -286,7 +296,7 @@ class Turn:
 
 
 def make_turn(story: str, vocabulary: Vocabulary, rng: random.Random) -> Turn:
-    """One of four kinds of request for `story`: about someone or something, with words, by its opening, or any story."""
+    """A request for `story`: about someone or something, with given words, by its opening, or for any story."""
     kind = rng.choices(("about", "words", "opening", "any"), (0.55, 0.2, 0.17, 0.08))[0]
     who, nouns, words = subject(story), things(story, vocabulary), keywords(story, vocabulary)
     plan = _plan(who, nouns)
@@ -385,8 +395,8 @@ class Sampler:
             ids, mask = ids + more_ids, mask + more_mask
             room -= len(more_ids)
         padding = max(room, 0)
-        pad = self.tokenizer.token_to_id(END_OF_TEXT)
-        return (ids + [pad] * padding)[: self.length + 1], (mask + [False] * padding)[: self.length + 1]
+        pad = self.tokenizer.encode(END_OF_TEXT).ids
+        return (ids + pad * padding)[: self.length + 1], (mask + [False] * padding)[: self.length + 1]
 
     def _example(self, book_share: float) -> Example:
         if self.books and self.rng.random() < book_share:

@@ -19,7 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ import tiny_data as data
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from qwen_ref.models import qwen3
 
 VOCABULARY = 4096
 LENGTH = 512                        # tokens of a training window
-BATCH = 8                           # windows of an optimiser step
+BATCH = 4                           # windows of an optimiser step
 BYTE_LIMIT = 8_000_000
 SAVE_SECONDS = 240
+SAMPLE_TOKENS = 250
 
 # Peak learning rate of both optimisers; Muon's updates are scaled to the size of AdamW's (see `Muon`).
 LEARNING_RATE = 4e-3
@@ -50,14 +51,16 @@ BALANCE = 0.01                      # weight of the load-balancing loss
 
 # The 26 tokens Qwen3 adds after its base vocabulary, in order; the first 14 are special, as in its tokenizer.json.
 ADDED_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-    "<tool_response> </tool_response> <think> </think>"
-).split()
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
+    "<think>", "</think>",
+)
 SPECIAL_COUNT = 14
 BASE_VOCABULARY = VOCABULARY - len(ADDED_TOKENS)
 END_OF_TEXT, IM_END = BASE_VOCABULARY, BASE_VOCABULARY + 2
+STOP = (IM_END, END_OF_TEXT)
 
 # Qwen2's and Qwen3's, from their tokenizer.json.
 SPLIT_PATTERN = (
@@ -119,7 +122,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 GENERATION_CONFIG = {
-    "bos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT, "eos_token_id": [IM_END, END_OF_TEXT],
+    "bos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT, "eos_token_id": list(STOP),
     "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "transformers_version": "4.51.0",
 }
 
@@ -129,7 +132,7 @@ def train_tokenizer(texts: Iterable[str]) -> dict[str, Any]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pattern=_regex(SPLIT_PATTERN), behavior="isolated"),
+        pre_tokenizers.Split(pattern=Regex(SPLIT_PATTERN), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -150,12 +153,6 @@ def train_tokenizer(texts: Iterable[str]) -> dict[str, Any]:
             "vocab": learned["vocab"], "merges": learned["merges"],
         },
     }
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex    # its stub is missing, so that a top-level import fails mypy
-
-    return Regex(pattern)
 
 
 def _added_tokens() -> list[dict[str, Any]]:
@@ -231,11 +228,11 @@ class Muon(torch.optim.Optimizer):
     orthogonalised together.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -350,12 +347,12 @@ class Trigram:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, seed: int, limit: int = 250) -> str:
+def sample(model: nn.Module, tokenizer: Tokenizer, prompt: str, seed: int) -> str:
     """A continuation under GENERATION_CONFIG's sampling, without a cache: slow, but it needs nothing else."""
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt).ids
     start = len(ids)
-    while len(ids) < start + limit and (len(ids) == start or ids[-1] not in GENERATION_CONFIG["eos_token_id"]):
+    while len(ids) < start + SAMPLE_TOKENS and (len(ids) == start or ids[-1] not in STOP):
         logits, order = model(torch.tensor([ids]))[0, -1].float().topk(GENERATION_CONFIG["top_k"])
         probabilities = (logits / GENERATION_CONFIG["temperature"]).softmax(0)
         before = probabilities.cumsum(0) - probabilities            # top-p keeps the token that crosses the threshold
@@ -426,7 +423,7 @@ class Run:
                 clock = time.monotonic()                            # measuring is not training time
         self._save()
 
-    def _step(self, objective: nn.Module, share: float) -> tuple[float, float]:
+    def _step(self, objective: Callable[..., tuple[Tensor, Tensor]], share: float) -> tuple[float, float]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.progress.steps, share)
@@ -503,7 +500,8 @@ H. C. Andersen's tales: public domain in the US |
 | held-out loss | {loss.per_token:.4f} nats per token (perplexity {ppl:.2f}), {loss.per_byte:.4f} nats per byte \
 (perplexity {byte_ppl:.3f}) |
 | trigram baseline | {trigram.per_token:.4f} nats per token (perplexity {trigram_ppl:.2f}), \
-{trigram.per_byte:.4f} nats per byte (perplexity {trigram_byte_ppl:.3f}); interpolated Kneser-Ney, same tokens and split |
+{trigram.per_byte:.4f} nats per byte (perplexity {trigram_byte_ppl:.3f}); interpolated Kneser-Ney, \
+same tokens and split |
 
 The losses are of the exported weights, computed in float32. About half of the story examples were chat requests derived
 from the story by pattern; the requests themselves and the empty think block carried no loss.
@@ -531,14 +529,14 @@ def export(run: Run, model: qwen3.Model, result: Score) -> None:
         "tokenizer.json": run.texts.tokenizer_json, "tokenizer_config.json": tokenizer_config(),
     }
     for file, content in files.items():
-        replace(folder / file, lambda path, content=content: path.write_text(_json(content), encoding="utf-8"))
+        replace(folder / file, partial(Path.write_text, data=_json(content), encoding="utf-8"))
     tensors = {key: value.bfloat16().contiguous() for key, value in model.checkpoint_tensors().items()}
     weights = folder / "model.safetensors"
-    replace(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace(weights, partial(save_file, tensors, metadata={"format": "pt"}))
     if weights.stat().st_size > BYTE_LIMIT:
         raise SystemExit(f"{weights.name} has {weights.stat().st_size:,} bytes, more than {BYTE_LIMIT:,}")
     card = model_card(run, model, result, weights.stat().st_size)
-    replace(folder / "MODEL_CARD.md", lambda path: path.write_text(card, encoding="utf-8"))
+    replace(folder / "MODEL_CARD.md", partial(Path.write_text, data=card, encoding="utf-8"))
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -589,7 +587,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--state", type=Path, help="file to store progress in, and to continue from if it exists")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then about twice as fast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
     return parser.parse_args(argv)
 
 

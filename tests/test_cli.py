@@ -1,0 +1,96 @@
+"""The command line as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import qwen_ref as qr
+
+
+def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "qwen_ref.cli", *args], capture_output=True, text=True, input=stdin, timeout=120)
+
+
+def test_first_command_writes_a_story_and_says_who_answers():
+    out = run("generate", "Once upon a time", "--max-tokens", "40", "--seed", "1")
+    assert out.returncode == 0 and len(out.stdout.split()) > 15
+    assert "bundled model" in out.stderr and "--model Qwen/Qwen3-0.6B" in out.stderr
+    assert len(out.stderr.splitlines()) == 1
+
+
+def test_json_equals_the_python_call():
+    args = ["generate", "--model", "tiny-moe", "--prompt", "Once upon a time", "--temp", "0", "--max-tokens", "12"]
+    out = run(*args, "--json", "--ignore-chat-template", "--logprobs", "1")
+    data = json.loads(out.stdout)
+    model, tokenizer = qr.load("tiny-moe")
+    expected = qr.generate(model, tokenizer, "Once upon a time", temperature=0, max_tokens=12)[0]
+    assert (data["text"], data["token_ids"], data["finish_reason"]) == (
+        expected.text, expected.token_ids, expected.finish_reason)  # fmt: skip
+    assert set(data["usage"]) >= {"prompt_tokens", "completion_tokens", "cached_tokens"}
+    assert data["timing"].keys() == {"prefill_seconds", "decode_seconds"} and len(data["logprobs"]) == 12
+    assert out.stderr == ""  # a named model needs no notice
+
+
+def test_plain_and_chat_prompts_stdin_and_prefill():
+    plain = run("generate", "-", "--ignore-chat-template", "--temp", "0", "--max-tokens", "5", stdin="The dog ran to the")
+    assert plain.stdout.startswith("The dog ran to the")
+    chat = run("generate", "A dog?", "--temp", "0", "--max-tokens", "5", "--prefill-response", "Once there was",
+               "--no-thinking", "--system-prompt", "You tell stories.")  # fmt: skip
+    assert chat.returncode == 0 and chat.stdout.startswith("Once there was")
+
+
+def test_chat_keeps_the_conversation_and_reports_reuse():
+    out = run("chat", "--temp", "0", "--max-tokens", "16", "--json", "--no-thinking", stdin="A story about a cat.\n\nAnother one.\n")
+    turns = [json.loads(line) for line in out.stdout.splitlines()]
+    assert len(turns) == 2
+    assert turns[0]["usage"]["cached_tokens"] == 0 and turns[1]["usage"]["cached_tokens"] > 5
+    assert "reused" in run("chat", "--max-tokens", "4", stdin="Hello\n").stderr
+
+
+def test_inspect_needs_no_weights(tmp_path):
+    source = qr.loading.ASSETS / "tiny-moe"
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    data = json.loads(run("inspect", str(tmp_path), "--json", "--context", "100").stdout)
+    model, _ = qr.load("tiny-moe")
+    assert data["total"] == sum(p.numel() for p in model.parameters()) == sum(data["parameters"].values())
+    assert data["weight_bytes"] == 2 * data["total"]
+    cache = model.make_cache()
+    model(qr.generate.__globals__["torch"].zeros(1, 64, dtype=int), cache=cache)  # the first buffer holds exactly 64
+    assert data["kv_bytes_per_token"] * 64 == cache.nbytes() and data["kv_bytes"] == 100 * data["kv_bytes_per_token"]
+    assert data["tensors"]["model.layers.0.mlp.experts.3.up_proj.weight"] == [96, 160]
+    assert data["end_tokens"]["tokenizer_config.json"] == "<|im_end|>"
+    text = run("inspect", str(tmp_path), "--tensors").stdout
+    assert "active per token" in text and "model.layers.5.mlp.experts.9.down_proj.weight" in text
+
+
+def test_inspect_counts_active_parameters_of_the_official_moe(data):
+    raw = (data / "configs" / "Qwen--Qwen3-30B-A3B_config.json").read_text()
+    from qwen_ref.describe import _idle
+    from qwen_ref.loading import build
+
+    model = build(json.loads(raw))
+    assert round(model.num_parameters() / 1e9, 1) == 30.5
+    assert 3.3e9 <= model.num_parameters() - _idle(model) < 3.4e9  # the card says 3.3B
+
+
+def test_verify_exit_status(tmp_path):
+    assert run("verify", "tiny", "--prompt", "Once upon a time").returncode == 0
+    data = json.loads(run("verify", "tiny-moe", "--json", "--prompt", "Lily saw").stdout)
+    assert data["ok"] and data["rows"]
+    assert run("verify", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.parametrize("args,message", [
+    (["generate"], "no prompt"), (["generate", "A", "--temp", "-1"], "temperature"),
+    (["generate", "A", "--model", "nobody"], "neither a folder"), (["generate", "A", "--max-tokens", "0"], "max_tokens"),
+    (["generate", "A", "--chat-template-config", "[1]"], "JSON object"), (["inspect", "./nowhere/at/all"], "neither a folder"),
+    (["generate", "A", "--extra-eos-token", "<|nope|>"], "not a token"), (["generate", "A", "--dtype", "int3"], "int3"),
+])  # fmt: skip
+def test_errors_are_one_line_and_status_2(args, message):
+    out = run(*args)
+    assert out.returncode == 2 and message in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr

@@ -1,0 +1,324 @@
+"""`find` against a stand-in for the hub: what is asked for, what is kept, and what each failure says.
+
+The hub client reads HF_ENDPOINT and HF_HOME when it is imported, so it runs in child processes that obey one line of
+JSON at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from safetensors.torch import save
+
+WEIGHTS = {"a.weight": torch.arange(60.0).reshape(5, 12), "b.weight": torch.arange(7.0)}
+INDEX = "model.safetensors.index.json"
+
+CHILD = """
+import json, sys
+from qwen_ref.checkpoint import find
+from qwen_ref.errors import CheckpointError
+for line in sys.stdin:
+    name, options = json.loads(line)
+    try:
+        answer = {"folder": str(find(name, **options))}
+    except CheckpointError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def single(**others: bytes) -> dict[str, bytes]:
+    """A checkpoint of one weight file, and all that other files a real repository has beside it."""
+    return {
+        "config.json": b'{"model_type": "qwen3"}',
+        "tokenizer.json": b"{}",
+        "merges.txt": b"#version: 0.2\n",
+        "qwen.tiktoken": b"IQ== 0\n",
+        "chat_template.jinja": b"{{ messages }}",
+        "model.safetensors": save(WEIGHTS),
+        "pytorch_model.bin": b"pickle",
+        "model.pt": b"pickle",
+        "modeling_qwen.py": b"raise SystemExit",
+        "model-q4.gguf": b"GGUF",
+        "README.md": b"# card",
+        "original/params.json": b"{}",
+        "original/consolidated.safetensors": b"other",
+        "onnx/model.onnx": b"other",
+        **others,
+    }
+
+
+NEEDED = {"config.json", "tokenizer.json", "merges.txt", "qwen.tiktoken", "chat_template.jinja"}
+
+
+def sharded() -> dict[str, bytes]:
+    """Two shards and their index, beside a stray file with all weights in another layout."""
+    files = single(**{"consolidated.safetensors": b"other"})
+    del files["model.safetensors"]
+    names = {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors"}
+    for tensor, shard in names.items():
+        files[shard] = save({tensor: WEIGHTS[tensor]})
+    files[INDEX] = json.dumps({"metadata": {}, "weight_map": names}).encode()
+    return files
+
+
+def commit_of(files: dict[str, bytes]) -> str:
+    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+
+
+@dataclass
+class Hub:
+    """Repositories: id -> revision -> files. `failing` and `cut` break answers on purpose."""
+
+    repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    failing: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)  # id -> status, headers
+    cut: set[str] = field(default_factory=set)  # files that end in the middle
+    fetched: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        for name, files in self.repositories.get(repo, {}).items():
+            if revision in (name, commit_of(files)):
+                return commit_of(files), files
+        return None
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            api = parts[:2] == ["api", "models"]
+            repo, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
+            if repo in hub.failing:
+                status, headers = hub.failing[repo]
+                return self.reply(b"", status=status, **headers)
+            if repo not in hub.repositories:
+                return self.reply(b"", status=404, **{"X-Error-Code": "RepoNotFound"})
+            found = hub.files(repo, rest[1] if len(rest) > 1 else "main")
+            if found is None:
+                return self.reply(b"", status=404, **{"X-Error-Code": "RevisionNotFound"})
+            commit, files = found
+            if api:
+                return self.reply(json.dumps(self.describe(repo, commit, files, rest[:1] == ["tree"])).encode())
+            return self.file("/".join(rest[2:]), commit, files)
+
+        @staticmethod
+        def describe(repo: str, commit: str, files: dict[str, bytes], tree: bool) -> Any:
+            if tree:
+                return [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
+                        for p, b in files.items()]  # fmt: skip
+            return {"id": repo, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+
+        def file(self, path: str, commit: str, files: dict[str, bytes]) -> None:
+            if path not in files:
+                return self.reply(b"", status=404, **{"X-Error-Code": "EntryNotFound"})
+            if self.command == "GET":
+                hub.fetched.append(path)
+            etag = {"ETag": f'"{hashlib.sha1(files[path]).hexdigest()}"', "X-Repo-Commit": commit}
+            return self.reply(files[path], cut=path in hub.cut, **etag)
+
+        def reply(self, body: bytes, status: int = 200, cut: bool = False, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection |= cut
+
+    return Handler
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Child:
+    """A process with a hub client of its own, on a cache that may be shared."""
+
+    def __init__(self, home: Path, url: str, **environment: str) -> None:
+        keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
+        keep = {key: value for key, value in keep.items() if not key.lower().endswith("_proxy")}
+        keep["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), keep.get("PYTHONPATH", "")])
+        keep |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=keep)  # fmt: skip
+
+    def send(self, name: str, **options: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps([name, options]) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> dict[str, str]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, "the child ended; an error that is no CheckpointError"
+        return json.loads(line)
+
+    def find(self, name: str, **options: object) -> Path:
+        self.send(name, **options)
+        return Path(self.answer()["folder"])
+
+    def error(self, name: str, **options: object) -> str:
+        self.send(name, **options)
+        return self.answer()["error"]
+
+
+@pytest.fixture
+def child(hub: Hub, tmp_path: Path) -> Iterator[Any]:
+    """A function that starts children; they end with the test."""
+    children: list[Child] = []
+
+    def start(url: str = hub.url, **environment: str) -> Child:
+        children.append(Child(tmp_path / "home", url, **environment))
+        return children[-1]
+
+    yield start
+    for one in children:
+        one.process.kill()
+        one.process.communicate()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def test_only_what_is_needed_is_fetched(hub, child):
+    hub.repositories = {"org/one": {"main": single()}, "org/shards": {"main": sharded()}}
+    process = child()
+    folder = process.find("org/one", metadata_only=True)
+    assert names(folder) == set(hub.fetched) == NEEDED
+    folder = process.find("org/one")
+    assert names(folder) == set(hub.fetched) == NEEDED | {"model.safetensors"}
+    assert (folder / "model.safetensors").read_bytes() == single()["model.safetensors"]
+    assert len(hub.fetched) == len(set(hub.fetched)), "a file was fetched twice"
+
+    hub.fetched.clear()
+    folder = process.find("org/shards")
+    shards = {INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert names(folder) == set(hub.fetched) == NEEDED | shards
+
+
+def test_revisions_are_honoured(hub, child):
+    old, new = single(), single(**{"config.json": b'{"model_type": "qwen2"}'})
+    hub.repositories = {"org/m": {"main": new, "v1": old}}
+    process = child()
+    commits = {revision: process.find("org/m", revision=revision) for revision in (None, "v1", commit_of(old))}
+    assert commits[None].name == commit_of(new)
+    assert commits["v1"] == commits[commit_of(old)] and commits["v1"].name == commit_of(old)
+    assert (commits["v1"] / "config.json").read_bytes() == old["config.json"]
+    assert (commits[None] / "config.json").read_bytes() == new["config.json"]
+    assert "v9" in process.error("org/m", revision="v9")
+
+
+def test_what_was_downloaded_loads_without_the_hub(hub, child):
+    hub.repositories = {"org/m": {"main": sharded()}, "org/half": {"main": sharded()}}
+    process = child()
+    folder, half = process.find("org/m"), process.find("org/half", metadata_only=True)
+    hub.fetched.clear()
+    assert process.find("org/m") == folder and hub.fetched == []
+    assert process.find("org/m", offline=True) == folder
+    assert "org/never" in process.error("org/never", offline=True)
+
+    away = "http://127.0.0.1:9"  # discard: nothing listens
+    stopped, forbidden = child(away), child(away, HF_HUB_OFFLINE="1")
+    for process in (stopped, forbidden):
+        assert process.find("org/m") == folder
+        assert process.find("org/half", metadata_only=True) == half
+        for missing in ("org/half", "org/never"):  # no weights, nothing at all
+            message = process.error(missing)
+            assert missing in message and "cache" in message
+
+
+def test_each_failure_says_what_to_do(hub, child):
+    hub.repositories = {"org/pickles": {"main": {k: v for k, v in single().items() if k != "model.safetensors"}},
+                        "org/escape": {"main": {**sharded(), INDEX: b'{"weight_map": {"a": "../../x.safetensors"}}'}}}  # fmt: skip
+    hub.failing = {
+        "org/gated": (403, {"X-Error-Code": "GatedRepo"}),
+        "org/private": (401, {"X-Error-Code": "RepoNotFound"}),
+        "org/denied": (401, {}),
+        "org/broken": (500, {}),
+    }
+    process = child()
+    for name, expected in {
+        "org/absent": "private",
+        "org/gated": "gated",
+        "org/private": "log",
+        "org/denied": "",
+        "org/broken": "",
+        "org/pickles": "safetensors",
+        "org/escape": "../../x.safetensors",
+        "org/bad..name": "",
+        "no-such-folder": "neither a folder",
+        "./no/such/folder": "neither a folder",
+        "org/name\n": "",
+    }.items():
+        message = process.error(name)
+        assert name.strip() in message and expected in message, message
+        assert len(message) < 1000
+    assert not any(path.endswith((".bin", ".pt", ".py")) for path in hub.fetched)
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_looks_whole(hub, child):
+    hub.repositories = {"org/m": {"main": single()}}
+    hub.cut = {"model.safetensors"}
+    process = child()
+    assert "org/m" in process.error("org/m")
+    hub.cut.clear()
+    folder = process.find("org/m")
+    assert (folder / "model.safetensors").read_bytes() == single()["model.safetensors"]
+
+
+def test_two_processes_download_at_once(hub, child):
+    hub.repositories = {"org/m": {"main": {**sharded(), "tokenizer.json": b" " * 3_000_000 + b"{}"}}}
+    both = child(), child()
+    for process in both:
+        process.send("org/m")
+    folders = [Path(process.answer()["folder"]) for process in both]
+    assert folders[0] == folders[1]
+    for name in names(folders[0]):
+        assert (folders[0] / name).read_bytes() == hub.repositories["org/m"]["main"][name]
+
+
+def test_the_compression_transport_is_not_needed(hub, child):
+    hub.repositories = {"org/m": {"main": single()}}
+    assert (child(HF_HUB_DISABLE_XET="1").find("org/m") / "model.safetensors").is_file()
+
+
+def test_a_cache_that_cannot_be_written(hub, child, tmp_path):
+    hub.repositories = {"org/m": {"main": single()}}
+    (tmp_path / "home").write_text("a file where the cache should be")
+    assert "org/m" in child().error("org/m")
