@@ -8,6 +8,7 @@ first weight is read; a file is read, not mapped, so that one which shrinks is a
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -178,7 +179,7 @@ class SafetensorsFile:
             part.copy_(block[: len(part)])
 
     def _fill(self, name: str, start: int, out: Tensor) -> None:
-        memory = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        memory = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         self._file.seek(start)
         done = 0
         while done < len(memory):
@@ -501,7 +502,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in tensors.values():
             if tensor.numel():
-                file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -523,50 +524,88 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- the hub
 
 _METADATA = ["*.json", "merges.txt", "*.tiktoken", "*.jinja"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def find(
     model: str | Path, *, revision: str | None = None, offline: bool | None = None, metadata_only: bool = False
 ) -> Path:
-    """The folder of a checkpoint: `model` itself if it is one, else the hub repository `org/name`, downloaded.
+    """The folder of a checkpoint: an existing folder itself, or a hub id such as "Qwen/Qwen3-0.6B", downloaded.
 
-    Only what is needed is fetched: configs, tokenizer files and, unless `metadata_only`, the safetensors the index names.
-    `offline` (or HF_HUB_OFFLINE=1) uses the local cache alone. CheckpointError says what to do about a failure.
+    Only JSON, tokenizer and template files and the safetensors files of the index are fetched, never code or pickles.
+
+    Args:
+        revision: a branch, tag or commit of the hub.
+        offline: True uses only what was downloaded before; None follows the environment's HF_HUB_OFFLINE.
+        metadata_only: leave the weights out.
+    Raises: CheckpointError that says what to do.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{model} is a folder, which has no revision {revision!r}; leave the revision out")
         return folder
-    name = str(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
-        raise CheckpointError(f"{name!r} is neither a folder, nor a bundled model, nor a hub id such as Qwen/Qwen3-0.6B")
-    local = _download(name, revision, offline, _METADATA)
-    if not metadata_only:
-        index = local / INDEX
-        wanted = sorted(set(read_index(index).values())) if index.is_file() else ["*.safetensors"]
-        local = _download(name, revision, offline, [*_METADATA, *wanted])
-        weight_files(local)
-    return local
+    if not _HUB_ID.fullmatch(str(model)):
+        raise CheckpointError(f"{str(model)!r} is neither a folder nor a hub id of the form organisation/name")
+    return _download(str(model), revision, bool(offline), metadata_only)
 
 
-def _download(name: str, revision: str | None, offline: bool | None, patterns: list[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
+def _download(repo: str, revision: str | None, offline: bool, metadata_only: bool) -> Path:
+    folder = _snapshot(repo, revision, offline, _METADATA)
+    if metadata_only:
+        return folder
+    index = folder / INDEX
+    names = sorted(set(read_index(index).values())) if index.is_file() else ["model.safetensors"]
+    # A snapshot's folder is named by its commit. Asking for that keeps both halves of one version, whatever is pushed
+    # to the branch in the meantime.
+    folder = _snapshot(repo, folder.name, offline, names)
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{repo}: {', '.join(absent[:10])} could not be found (offline, or the repository holds no safetensors weights; "
+            "pickled .bin and .pt files are never read)"
+        )
+    return folder
+
+
+def _snapshot(repo: str, revision: str | None, offline: bool, patterns: Iterable[str]) -> Path:
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=bool(offline)))
-    except errors.GatedRepoError as problem:
-        raise CheckpointError(f"{name} is gated: accept its terms on the hub and log in (hf auth login)") from problem
-    except errors.RepositoryNotFoundError as problem:
-        raise CheckpointError(f"the hub has no model {name!r}, or it is private: check the name, or log in") from problem
-    except errors.RevisionNotFoundError as problem:
-        raise CheckpointError(f"{name} has no revision {revision!r}") from problem
-    except errors.LocalEntryNotFoundError as problem:
-        raise CheckpointError(
-            f"{name} is not in the local cache and the hub cannot be reached (or offline mode is on): "
-            f"connect once, or give a folder"
-        ) from problem
-    except Exception as problem:  # every transport has exceptions of its own; the text of all is what helps
-        if isinstance(problem, KeyError | TypeError | AttributeError):
-            raise
-        raise CheckpointError(f"downloading {name} failed: {str(problem)[:300]}") from problem
+        # "*" of a pattern crosses folders, so everything inside folders (original/, onnx/) is left out by name.
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                local_files_only=offline,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as cause:  # also those of its HTTP client, which are a different package's from version to version
+        raise _hub_error(repo, revision, cause) from cause
+
+
+def _hub_error(repo: str, revision: str | None, cause: Exception) -> CheckpointError:
+    from huggingface_hub import errors
+
+    where = repo if revision is None else f"{repo} (revision {revision})"
+    number = cause.errno if isinstance(cause, OSError) else None
+    if isinstance(cause, errors.HFValidationError):
+        advice = "is not a valid hub id"
+    elif isinstance(cause, errors.GatedRepoError):
+        advice = "is gated: accept its terms on the hub, then set HF_TOKEN or run `hf auth login`"
+    elif isinstance(cause, errors.RepositoryNotFoundError):
+        advice = "is not on the hub, or is private: check the spelling, or set HF_TOKEN or run `hf auth login`"
+    elif isinstance(cause, errors.RevisionNotFoundError):
+        advice = "has no such revision on the hub"
+    elif isinstance(cause, errors.LocalEntryNotFoundError):
+        advice = "is not (completely) in the local cache, and the hub was not reached: connect, or give a local folder"
+    elif number in (errno.ENOSPC, errno.EDQUOT):
+        advice = "does not fit on the disk: free some space, or point HF_HOME to a larger disk"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "cannot be written to the cache: point HF_HOME to a folder you may write to"
+    else:
+        advice = "could not be downloaded: try again, or give a local folder"
+    detail = " ".join(str(cause).split())
+    return CheckpointError(f"{where} {advice} [{type(cause).__name__}: {detail[:500]}]")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ def encode_prompt(
             variables = {"enable_thinking": enable_thinking, **(variables or {})}
         ids = tokenizer.encode_chat(list(prompt), tools, allow_special=allow_special, **(variables or {}))  # type: ignore[arg-type]
     else:
-        ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
     if not ids:
         raise RequestError("the prompt is empty: a model continues at least one token")
     return ids

@@ -8,7 +8,6 @@ This is the only module that imports transformers, and only when it runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backend, ops
-from .errors import QwenRefError, RequestError
-from .loading import build, load, locate, materialize
+from . import backend
+from .errors import RequestError
+from .loading import load, locate
 from .models.common import LanguageModel
 
 PROMPTS = (
@@ -151,7 +150,7 @@ def capture(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def _row(name: str, pairs: list[tuple[dict[str, Tensor], ...]], dtype: torch.dtype) -> Row:
+def _row(name: str, pairs: Sequence[tuple[dict[str, Tensor], ...]], dtype: torch.dtype) -> Row:
     ours, theirs, exact = (
         torch.cat([capture[name].double().flatten() for capture in side]) for side in zip(*pairs, strict=True)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import TINY, make_pair
@@ -60,7 +62,7 @@ def test_any_chunks_with_left_padding(name, implementation, cuts, padding, seed)
     with torch.no_grad():
         cache, parts = model.make_cache(), []
         edges = [0, *sorted(cuts), 17]
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             parts.append(model(ids[:, a:b], positions[:, a:b], cache))
         out = torch.cat(parts, 1)
         torch.testing.assert_close(out[0], model(ids[:1])[0], **CLOSE)

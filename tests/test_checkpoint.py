@@ -399,7 +399,7 @@ def compare_with_library(path: Path) -> None:
         return
     theirs = load_file(path)
     assert ours.keys() == theirs.keys()
-    assert all(ours[n].dtype == theirs[n].dtype and ours[n].equal(theirs[n]) or ours[n].isnan().any() for n in ours)
+    assert all((ours[n].dtype == theirs[n].dtype and ours[n].equal(theirs[n])) or ours[n].isnan().any() for n in ours)
 
 
 def test_guards_hold_without_asserts(tmp_path):

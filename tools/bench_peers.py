@@ -49,11 +49,13 @@ def main() -> None:
         write_random_model(Path(folder), {**QWEN3_06B, "num_hidden_layers": args.layers})
         results = {"import": turns(args.repeats, lambda: import_seconds("torch, qwen_ref"),
                                    lambda: import_seconds("torch, transformers"))}
-        results["load"] = turns(args.repeats, lambda: timed(lambda: load_ours(folder)), lambda: timed(lambda: load_theirs(folder)))
+        results["load"] = turns(args.repeats, lambda: timed(lambda: load_ours(folder)),
+                                lambda: timed(lambda: load_theirs(folder)))
         ours, theirs = load_ours(folder), load_theirs(folder)
     ids = torch.randint(0, 151643, (1, args.prompt), generator=torch.Generator().manual_seed(0))
     gate(ours, theirs, ids)
-    results["prefill"] = turns(args.repeats, lambda: prefill(step_ours(ours), ids), lambda: prefill(step_theirs(theirs), ids))
+    results["prefill"] = turns(args.repeats, lambda: prefill(step_ours(ours), ids),
+                               lambda: prefill(step_theirs(theirs), ids))
     results["decode"] = turns(args.repeats, lambda: decode(step_ours(ours), ids, args.tokens),
                               lambda: decode(step_theirs(theirs), ids, args.tokens))
     report(results, args)

@@ -20,6 +20,8 @@ class LanguageModel(nn.Module):
     """
 
     config: Any  # the generation's own Config
+    model: Any  # the decoder: ids to final hidden states
+    lm_head: Any  # nn.Linear; None for the files of an embedding model
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint names that are skipped on purpose
 
     def __init__(self, config: Any) -> None:
