@@ -337,8 +337,9 @@ def load_weights(
 ) -> LoadReport:
     """Fill the model from the folder's safetensors, one tensor at a time, converted to the model's dtype and device.
 
-    Peak memory is the model and one block of 16 MiB (with tied copies in the file: one tensor). Raises CheckpointError, before reading any weight, that names every
-    missing, unexpected, wrongly shaped or typed, or duplicate tensor. `check_finite` also refuses NaN and infinity.
+    Peak memory is the model and one block of 16 MiB; where the file holds a copy of a tied tensor, and that copy. Raises
+    CheckpointError, before any weight is read, that names every missing, unexpected, wrongly shaped or typed, or duplicate
+    tensor. `check_finite` also refuses NaN and infinity.
     """
     from tqdm import tqdm
 

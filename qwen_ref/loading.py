@@ -113,4 +113,10 @@ def _attach(network: LanguageModel, folder: Path) -> Tokenizer:
     if (folder / "generation_config.json").is_file():
         network.generation_config = read_json(folder / "generation_config.json", error=ConfigError)
     network.extra_files = {name: (folder / name).read_bytes() for name in _EXTRA_FILES if (folder / name).is_file()}
-    return Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > network.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds {network.config.vocab_size}: "
+            "they belong to different models"
+        )
+    return tokenizer

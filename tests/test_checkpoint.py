@@ -193,6 +193,14 @@ def test_saved_bundled_model_keeps_tokenizer_and_generation_files(tmp_path):
     assert theirs("Once upon a time")["input_ids"] == tokenizer.encode("Once upon a time")
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    model, _ = make_pair(TINY["qwen3"][1])  # 211 ids
+    model.extra_files = {name: (qr.loading.ASSETS / "tiny" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    model.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="4096 ids.*211.*different models"):
+        qr.load(tmp_path / "m")
+
+
 # ------------------------------------------------------------------------------------------------- the strict report
 
 
