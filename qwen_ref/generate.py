@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .chat import decode_arguments
 from .config import Fields
 from .errors import ConfigError, NumericsError, RequestError
 from .models.common import LanguageModel
@@ -167,9 +168,12 @@ def encode_prompt(
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, allow_special=allow_special)
     elif _is_messages(prompt):
+        messages: list[Any] = list(prompt)
+        if not allow_special:  # which asks for transformers' behaviour to the letter
+            messages = decode_arguments(messages)
         if enable_thinking is not None:
             variables = {"enable_thinking": enable_thinking, **(variables or {})}
-        ids = tokenizer.encode_chat(list(prompt), tools, allow_special=allow_special, **(variables or {}))  # type: ignore[arg-type]
+        ids = tokenizer.encode_chat(messages, tools, allow_special=allow_special, **(variables or {}))
     else:
         ids = [int(i) for i in prompt]  # type: ignore[arg-type]
     if not ids:

@@ -31,7 +31,7 @@ ALLOWED = {
     "text": {"tokenizer"},
     "sampling": {"errors"},
     "loading": {"checkpoint", "errors", "models", "models.common", "tokenizer"},
-    "generate": {"cache", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
+    "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
     "retrieval": {"ops", "errors", "models.common", "tokenizer"},
     "verify": {"backend", "ops", "errors", "loading", "models.common"},
     "describe": {"checkpoint", "errors", "loading", "models.common"},

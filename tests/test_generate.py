@@ -11,7 +11,7 @@ import transformers
 
 import qwen_ref as qr
 from qwen_ref.errors import ConfigError, NumericsError, RequestError
-from qwen_ref.generate import end_tokens, sampling_defaults
+from qwen_ref.generate import encode_prompt, end_tokens, sampling_defaults
 from qwen_ref.loading import ASSETS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -156,6 +156,20 @@ def test_defaults_come_from_generation_config(tiny):
     ends = end_tokens(model, tokenizer)
     assert set(ends) == {"generation_config.json", "config.json", "tokenizer_config.json"}
     assert {tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|endoftext|>")} == set().union(*ends.values())
+
+
+def test_tool_arguments_as_servers_send_them(data, tmp_path):
+    """OpenAI's API has `arguments` as a JSON string; templates want the object. Both give the same prompt."""
+    (tmp_path / "tokenizer.json").write_bytes((data / "tokenizers" / "qwen3" / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes((data / "chat-templates" / "Qwen3-Coder.jinja").read_bytes())
+    tokenizer = qr.Tokenizer.load(tmp_path)
+
+    def history(arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "12"}]
+
+    as_text, as_object = (encode_prompt(tokenizer, history(a)) for a in ('{"city": "Köln"}', {"city": "Köln"}))
+    assert as_text == as_object and "Köln" in tokenizer.decode(as_text)
 
 
 def test_context_is_a_bound(tiny):
