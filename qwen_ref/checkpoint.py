@@ -1,7 +1,7 @@
 """Hub or folder -> config, and safetensors straight into a model's memory.
 
-A safetensors file is eight bytes of header length N (u64, little-endian), N bytes of JSON that map each tensor's name to
-{"dtype", "shape", "data_offsets": [begin, end)}, and the tensors' bytes, row-major and little-endian, without gaps
+A safetensors file is eight bytes of header length N (u64, little-endian), N bytes of JSON that map each tensor's name
+to {"dtype", "shape", "data_offsets": [begin, end)}, and the tensors' bytes, row-major and little-endian, without gaps
 (github.com/huggingface/safetensors, README "Format"). Everything that can be wrong is found in the headers, before the
 first weight is read; a file is read, not mapped, so that one which shrinks is an error and not a crash.
 """
@@ -16,8 +16,9 @@ import re
 import shutil
 import stat
 import struct
-import tempfile
 import time
+import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,21 +52,29 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_BLOCK_BYTES = 1 << 24  # read at a time where a tensor is converted or moved
+_BLOCK_BYTES = 1 << 22  # read at a time where a tensor is converted or moved: stays in the processor's cache
+_MAX_RANK = 8  # no weight has more dimensions
+_SURROGATE = re.compile("[\ud800-\udfff]")
 INDEX = "model.safetensors.index.json"
 
 
 # ------------------------------------------------------------------------------------------------- JSON files
 
 
-def read_json(path: Path, error: type[QwenRefError] = CheckpointError, limit: int = LIMITS.config_bytes) -> dict[str, Any]:
+def read_json(
+    path: Path, error: type[QwenRefError] = CheckpointError, limit: int = LIMITS.config_bytes
+) -> dict[str, Any]:
     """A JSON object from a file: UTF-8 without BOM, no duplicate keys, finite numbers, bounded size and depth."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, where Path.is_file raises, for a name the system cannot hold
         raise error(f"{path}: no such file")
-    size = path.stat().st_size
-    if size > limit:
-        raise error(f"{path}: {size:,} bytes; a file of this kind has at most {limit:,}")
-    value = parse_json(path.read_bytes(), str(path), error)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror or problem}") from problem
+    if len(raw) > limit:
+        raise error(f"{path}: a file of this kind has at most {limit:,} bytes")
+    value = parse_json(raw, str(path), error)
     if not isinstance(value, dict):
         raise error(f"{path}: holds a {type(value).__name__}, not a JSON object")
     return value
@@ -77,22 +86,32 @@ def parse_json(raw: bytes, where: str, error: type[QwenRefError]) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise error(f"{where}: the key {twice!r} stands twice")
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise error(f"{where}: the key {_quote(twice)} stands twice")
         return result
 
     def finite(text: str) -> float:
         if not math.isfinite(value := float(text)):
-            raise error(f"{where}: the number {text} is not finite")
+            raise error(f"{where}: the number {text:.80} is not finite")
         return value
+
+    def integer(text: str) -> int | float:
+        return -0.0 if text == "-0" else int(text)  # to JSON -0 is a float, which is no size; int() would give 0
 
     if raw.startswith(b"\xef\xbb\xbf"):
         raise error(f"{where}: begins with a byte order mark; save it as UTF-8 without BOM")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_float=finite,
+            parse_constant=finite,
+            parse_int=integer,
+        )
     except UnicodeDecodeError as problem:
         raise error(f"{where}: not UTF-8 (byte {problem.start})") from problem
+    except QwenRefError:  # some of them are ValueErrors
+        raise
     except RecursionError as problem:
         raise error(f"{where}: nested deeper than {LIMITS.config_depth}") from problem
     except ValueError as problem:  # JSONDecodeError, and integers of more digits than Python converts
@@ -100,6 +119,12 @@ def parse_json(raw: bytes, where: str, error: type[QwenRefError]) -> Any:
     if _depth(value) > LIMITS.config_depth:
         raise error(f"{where}: nested deeper than {LIMITS.config_depth}")
     return value
+
+
+def _quote(value: object, limit: int = 120) -> str:
+    """Something from an untrusted file, short enough and safe to print."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _depth(value: Any) -> int:
@@ -164,6 +189,9 @@ class SafetensorsFile:
     def read_into(self, name: str, out: Tensor) -> None:
         """Read a tensor into `out`, which has its shape: in place where dtype and layout agree, else block by block."""
         info = self.tensors[name]
+        if tuple(out.shape) != info.shape or not _converts(info.dtype, out.dtype):
+            wanted = f"{out.dtype} {list(out.shape)}"
+            raise CheckpointError(f"{self.path}: {_quote(name)} is {info.dtype} {list(info.shape)}, not {wanted}")
         if out.device.type == "cpu" and out.dtype == info.dtype and out.is_contiguous():
             self._fill(name, info.start, out)
             return
@@ -183,16 +211,23 @@ class SafetensorsFile:
         self._file.seek(start)
         done = 0
         while done < len(memory):
-            count = self._file.readinto(memory[done:])  # one call may return less than asked, 2 GiB at most on Linux
+            try:
+                count = self._file.readinto(memory[done:])  # one call may return less than asked: Linux stops at 2 GiB
+            except OSError as problem:
+                raise CheckpointError(f"{self.path}: {problem.strerror or problem}") from problem
             if not count:
-                raise CheckpointError(f"{self.path}: ends inside tensor {name!r}; the file has shrunk since it was opened")
+                raise CheckpointError(f"{self.path}: ends inside tensor {_quote(name)}: has it shrunk?")
             done += count
 
     def _header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         size = os.fstat(self._file.fileno()).st_size
         start = self._file.read(8) or b""
-        self._recognise(start, size)
+        if len(start) < 8:
+            raise self._damage(f"it has only {size} bytes" if size else "it is empty")
         (length,) = struct.unpack("<Q", start)
+        # Only a length that cannot be: "\x80\x02", which begins pickles, also begins a header of 640 bytes.
+        if 8 + length > size or length > LIMITS.safetensors_header_bytes:
+            self._recognise(start)
         if length > LIMITS.safetensors_header_bytes:
             raise self._damage(f"its header claims {length:,} bytes, over {LIMITS.safetensors_header_bytes:,}")
         if 8 + length > size:
@@ -203,16 +238,20 @@ class SafetensorsFile:
         header = parse_json(raw, f"{self.path} (header)", CheckpointError)
         if not isinstance(header, dict):
             raise self._damage("its header is not a JSON object")
+        if not raw.startswith(b"{"):
+            raise self._damage("its header does not begin with {, as the format wants")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self._damage("__metadata__ does not map strings to strings")
-        tensors = {name: self._tensor(name, entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: self._tensor(_quote(name), entry, 8 + length) for name, entry in header.items()}
+        if any(_SURROGATE.search(text) for text in (*header, *metadata, *metadata.values())):
+            raise self._damage("a name holds half a surrogate pair, which is no character")
         ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
         at = 8 + length
         for name, info in ordered.items():
             if info.start != at:
                 kind = "overlaps the tensor before it" if info.start < at else "leaves a hole before it"
-                raise self._damage(f"tensor {name!r} {kind}")
+                raise self._damage(f"tensor {_quote(name)} {kind}")
             at = info.end
         if at != size:
             raise self._damage(f"its tensors end at byte {at:,} of {size:,}" + (": truncated" if at > size else ""))
@@ -220,20 +259,23 @@ class SafetensorsFile:
 
     def _tensor(self, name: str, entry: Any, base: int) -> TensorInfo:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise self._damage(f"tensor {name!r} lacks dtype, shape or data_offsets, or has more")
+            raise self._damage(f"tensor {name} lacks dtype, shape or data_offsets, or has more")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-            raise self._damage(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+            raise self._damage(f"tensor {name} has the unknown dtype {_quote(entry['dtype'])}")
         if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
-            raise self._damage(f"tensor {name!r} has the shape {str(shape)[:80]}, not a list of sizes")
+            raise self._damage(f"tensor {name} has the shape {_quote(shape)}, not a list of sizes")
+        if len(shape) > _MAX_RANK:  # first: the product of a million sizes takes hours
+            raise self._damage(f"tensor {name} has {len(shape):,} dimensions, over {_MAX_RANK}")
         if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
-            raise self._damage(f"tensor {name!r} has the data_offsets {str(offsets)[:80]}")
+            raise self._damage(f"tensor {name} has the data_offsets {_quote(offsets)}")
         dtype, (begin, end) = DTYPES[entry["dtype"]], offsets
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise self._damage(f"tensor {name!r} of {entry['dtype']} {shape} does not fit its {end - begin} bytes")
+        if end - begin != math.prod(shape) * dtype.itemsize or math.prod(n or 1 for n in shape) >= 1 << 63:
+            what = f"{entry['dtype']} {shape}"
+            raise self._damage(f"tensor {name} of {what} does not fit its data_offsets {_quote(offsets)}")
         return TensorInfo(dtype, tuple(shape), base + begin, base + end)
 
-    def _recognise(self, start: bytes, size: int) -> None:
+    def _recognise(self, start: bytes) -> None:
         for magic, what in (
             (b"version ", "a Git LFS pointer, not the file itself: run `git lfs pull`, or download from the hub"),
             (b"<!doctyp", "an HTML page: the download went wrong"),
@@ -244,11 +286,14 @@ class SafetensorsFile:
         ):
             if start.lower().startswith(magic.lower()):
                 raise self._damage(f"it is {what}")
-        if len(start) < 8:
-            raise self._damage("it is empty" if size == 0 else f"it has only {size} bytes")
 
     def _damage(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a usable safetensors file: {problem}")
+
+
+def _converts(disk: torch.dtype, memory: torch.dtype) -> bool:
+    """Floats convert into each other; integers and float8 are codes that mean nothing without their scales."""
+    return disk == memory or (disk in _WEIGHT_DTYPES and memory in _WEIGHT_DTYPES)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -276,7 +321,8 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: names {len(weight_map):,} tensors, over {LIMITS.index_entries:,}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard) or shard.startswith("."):
-            raise CheckpointError(f"{path}: puts {name!r} in {shard!r}, which is not the name of a safetensors file here")
+            what = "which is not the name of a safetensors file beside it"
+            raise CheckpointError(f"{path}: puts {_quote(name)} in {_quote(shard)}, {what}")
     return weight_map
 
 
@@ -337,9 +383,9 @@ def load_weights(
 ) -> LoadReport:
     """Fill the model from the folder's safetensors, one tensor at a time, converted to the model's dtype and device.
 
-    Peak memory is the model and one block of 16 MiB; where the file holds a copy of a tied tensor, and that copy. Raises
-    CheckpointError, before any weight is read, that names every missing, unexpected, wrongly shaped or typed, or duplicate
-    tensor. `check_finite` also refuses NaN and infinity.
+    Peak memory is the model and one block of 4 MiB; where the file holds a copy of a tied tensor, that copy instead.
+    Raises CheckpointError, before any weight is read, that names every missing, unexpected, wrongly shaped or typed, or
+    duplicate tensor. `check_finite` also refuses NaN and infinity.
     """
     from tqdm import tqdm
 
@@ -364,7 +410,7 @@ def load_weights(
 
 
 def has_language_head(folder: Path) -> bool:
-    """False for the files of a base model (an embedding checkpoint), whose names lack the `model.` prefix and a head."""
+    """False for a base model's files (an embedding checkpoint), whose names lack the `model.` prefix and a head."""
     names: set[str] = set()
     for path in weight_files(folder):
         with SafetensorsFile(path) as file:
@@ -381,6 +427,7 @@ def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadRep
         for name in parts:
             if slot.startswith(name.rpartition(".")[0] + ".") and _inside(view, whole[name]):
                 parts[name].append(slot)
+    _check_coverage(model, slots)
     filled: dict[str, str] = {}
     plan = []
     for file in files:
@@ -398,8 +445,8 @@ def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadRep
                 continue
             if info.shape != tuple(target.shape):
                 report.wrong_shape.append(f"{disk_name} is {list(info.shape)}, the config wants {list(target.shape)}")
-            elif info.dtype not in _WEIGHT_DTYPES:
-                report.wrong_dtype.append(f"{disk_name} is {info.dtype}".replace("torch.", ""))
+            elif not _converts(info.dtype, target.dtype):
+                report.wrong_dtype.append(f"{disk_name} is {info.dtype}, not {target.dtype}".replace("torch.", ""))
             for part in parts.get(name) or [name]:
                 if part in filled:
                     report.duplicate.append(f"{part} ({filled[part]} and {file.path.name}:{disk_name})")
@@ -410,6 +457,18 @@ def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadRep
     report.missing.extend(name for name in slots if name not in filled)
     plan.sort(key=lambda read: read.out is None)  # a tied copy is compared once its source is read
     return plan
+
+
+def _check_coverage(model: CheckpointModule, slots: Mapping[str, Tensor]) -> None:
+    """Each parameter's elements are as many as its storage's slots: memory nobody names would stay uninitialised."""
+    named: Counter[int] = Counter()
+    for view in slots.values():
+        named[view.untyped_storage().data_ptr()] += view.numel()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(f"the model's {name} has no memory (meta device): allocate it before loading")
+        if parameter.numel() > named[parameter.untyped_storage().data_ptr()]:
+            raise CheckpointError(f"checkpoint_tensors() leaves part of {name} out: a fault of the model, not the file")
 
 
 def _inside(view: Tensor, whole: Tensor) -> bool:
@@ -467,9 +526,12 @@ def save_model(
     """Write config.json, weights under their official names, and `extra` files to a new folder, all or nothing."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    for name in extra or {}:
+        if Path(name).name != name or name.endswith(".safetensors") or name in ("config.json", INDEX):
+            raise CheckpointError(f"{_quote(name)} is not the name of an extra file")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
+        temporary.mkdir(parents=True)
         shards = _shards(model.checkpoint_tensors(), max_shard_bytes)
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -482,8 +544,9 @@ def save_model(
         _write_json(temporary / "config.json", config)
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content)
-        temporary.chmod(0o755)  # mkdtemp makes private folders
-        temporary.replace(folder)  # a rename; an empty folder may stand there
+        if folder.exists():
+            folder.rmdir()  # Windows does not rename onto a folder, not even an empty one
+        temporary.rename(folder)
     except OSError as problem:
         raise CheckpointError(f"could not write {folder}: {problem.strerror or problem}") from problem
     finally:
@@ -494,9 +557,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to one file, one at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
+    # Wide dtypes first: each tensor is then aligned to its own item size, which readers that map the file rely on.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     for name, tensor in tensors.items():
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
+        if tensor.dtype not in _CODES:
+            raise CheckpointError(f"{_quote(name)} is {tensor.dtype}, which safetensors cannot hold")
+        end = at + tensor.nbytes
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data begins at a multiple of eight
     with open(path, "wb") as file:
@@ -519,7 +587,11 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise CheckpointError(f"{path.name} cannot be written as JSON: {problem}") from problem
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- the hub
@@ -542,12 +614,12 @@ def find(
     Raises: CheckpointError that says what to do.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, where Path.is_dir raises, for a name the system cannot hold
         if revision is not None:
             raise CheckpointError(f"{model} is a folder, which has no revision {revision!r}; leave the revision out")
         return folder
     if not _HUB_ID.fullmatch(str(model)):
-        raise CheckpointError(f"{str(model)!r} is neither a folder nor a hub id of the form organisation/name")
+        raise CheckpointError(f"{_quote(str(model))} is neither a folder nor a hub id of the form organisation/name")
     return _download(str(model), revision, bool(offline), metadata_only)
 
 
@@ -563,7 +635,7 @@ def _download(repo: str, revision: str | None, offline: bool, metadata_only: boo
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{repo}: {', '.join(absent[:10])} could not be found (offline, or the repository holds no safetensors weights; "
+            f"{repo}: {_quote(absent)} could not be found (offline, or the repository holds no safetensors weights; "
             "pickled .bin and .pt files are never read)"
         )
     return folder

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import find, has_language_head, load_weights, read_json
 from .errors import CheckpointError, ConfigError
@@ -18,6 +21,7 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("tiny", "tiny-moe")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
 _EXTRA_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,9 +95,19 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> N
             if old is None:
                 continue
             if old not in made:
-                empty = torch.empty(old.shape, dtype=dtype, device=device)
-                made[old] = nn.Parameter(empty, requires_grad=False)
+                made[old] = nn.Parameter(_empty(old.shape, dtype, device), requires_grad=False)
             module._parameters[name] = made[old]
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`; on Linux a large CPU tensor lies in huge pages, or the first touch of a GB costs 250,000 page faults."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:

@@ -51,6 +51,8 @@ def main() -> None:
                                    lambda: import_seconds("torch, transformers"))}
         results["load"] = turns(args.repeats, lambda: timed(lambda: load_ours(folder)),
                                 lambda: timed(lambda: load_theirs(folder)))
+        results["first token"] = turns(args.repeats, lambda: first_token(lambda: step_ours(load_ours(folder))),
+                                       lambda: first_token(lambda: step_theirs(load_theirs(folder))))
         ours, theirs = load_ours(folder), load_theirs(folder)
     ids = torch.randint(0, 151643, (1, args.prompt), generator=torch.Generator().manual_seed(0))
     gate(ours, theirs, ids)
@@ -115,6 +117,11 @@ def gate(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
         a, b = mine(token), reference(token)
 
 
+def first_token(load: Callable[[], Callable]) -> float:
+    """Seconds from a folder to the first logits: transformers maps the file and reads a weight when it is first used."""
+    return timed(lambda: load()()(torch.tensor([[9707]])))
+
+
 def prefill(fresh: Callable, ids: torch.Tensor) -> float:
     """Tokens per second."""
     step = fresh()
@@ -152,16 +159,16 @@ def turns(repeats: int, ours: Callable[[], float], theirs: Callable[[], float]) 
 
 
 def report(results: dict[str, tuple[list[float], list[float]]], args: argparse.Namespace) -> None:
-    units = {"import": "s", "load": "s", "prefill": "tok/s", "decode": "tok/s"}
+    units = {"import": "s", "load": "s", "first token": "s", "prefill": "tok/s", "decode": "tok/s"}
     summary: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__,
                                "machine": platform.processor() or platform.machine(), "threads": args.threads,
                                "layers": args.layers, "dtype": "bfloat16", "repeats": args.repeats}
-    print(f"{'':10} {'qwen_ref':>28} {'transformers':>28}   ratio")
+    print(f"{'':12} {'qwen_ref':>28} {'transformers':>28}   ratio")
     for name, (ours, theirs) in results.items():
         a, b = statistics.median(ours), statistics.median(theirs)
         ratio = b / a if units[name] == "s" else a / b
         cells = [f"{m:.3g} ({min(x):.3g} to {max(x):.3g}) {units[name]}" for m, x in ((a, ours), (b, theirs))]
-        print(f"{name:10} {cells[0]:>28} {cells[1]:>28}   {ratio:.2f}")
+        print(f"{name:12} {cells[0]:>28} {cells[1]:>28}   {ratio:.2f}")
         summary[name] = {"ours": ours, "theirs": theirs, "ratio": ratio}
     print(json.dumps(summary))
 

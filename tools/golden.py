@@ -14,16 +14,16 @@ import qwen_ref as qr
 
 PROMPTS = [
     "Once upon a time, there was a little girl named",
+    "Once upon a time, in a big forest, there lived",
     "One day, a big dog",
-    "Tom and Sue went to the park. They",
-    "The cat was very hungry. She",
-    "Mom said, \"",
-    "In a small house by the sea lived",
-    "Tim was sad because",
-    "The bird wanted to fly, but",
-    "It was a sunny day and the children",
-    "\"Thank you,\" said the little",
-]  # fmt: skip
+    "One day, a little cat named",
+    "Ben had a toy car. He liked to",
+    "The little bird was scared. It",
+    "Max was a good dog. He",
+    "Once there was a kind old man who",
+    "A little boy named Tim was sad.",
+    "The bear was very big and",
+]
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name in ("tiny", "tiny-moe"):
         model, tokenizer = qr.load(name, dtype=torch.float32)
-        results = qr.generate(model, tokenizer, PROMPTS, temperature=0, max_tokens=48)
+        results = qr.generate(model, tokenizer, PROMPTS, temperature=0, max_tokens=40)
         golden = {prompt: result.text for prompt, result in zip(PROMPTS, results, strict=True)}
         (folder / f"{name}.json").write_text(json.dumps(golden, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print("\n\n".join(f"{name}: {prompt}|{text}" for prompt, text in golden.items()))
