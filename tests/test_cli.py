@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import qwen_ref as qr
 
@@ -60,7 +61,7 @@ def test_inspect_needs_no_weights(tmp_path):
     assert data["total"] == sum(p.numel() for p in model.parameters()) == sum(data["parameters"].values())
     assert data["weight_bytes"] == 2 * data["total"]
     cache = model.make_cache()
-    model(qr.generate.__globals__["torch"].zeros(1, 64, dtype=int), cache=cache)  # the first buffer holds exactly 64
+    model(torch.zeros(1, 64, dtype=torch.int64), cache=cache)  # the first buffer holds exactly 64
     assert data["kv_bytes_per_token"] * 64 == cache.nbytes() and data["kv_bytes"] == 100 * data["kv_bytes_per_token"]
     assert data["tensors"]["model.layers.0.mlp.experts.3.up_proj.weight"] == [96, 160]
     assert data["end_tokens"]["tokenizer_config.json"] == "<|im_end|>"
