@@ -266,6 +266,36 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+# ---------------------------------------------------------------- other names for the same story
+
+_GIRLS = _words(
+    """Lily Sue Lucy Mia Anna Sally Sara Sarah Amy Jane Daisy Molly Kitty Jill Lila Emma Mary Jenny Jen Ella Emily Penny
+    Bella Kate Lola Lulu Polly Claire Sandy Becky Jenna Milly Poppy Julie Susie Tilly Lisa Sophie Grace Rachel Rosie Zoe
+    Ruby Nina Nancy Betty Maya Chloe Hannah Lizzie"""
+)
+_BOYS = _words(
+    """Tim Tom Timmy Max Ben Sam Jack Bob John Tommy Billy Joe Jimmy Benny Jake Sammy James Mark Jim Peter Leo Johnny
+    Pete Henry Jerry Charlie Bobby Frank Fred Freddy George Thomas Tony Ted Dave Gary Dan Bill Steve Joey Nick Mike Luke
+    Noah Harry Danny Toby Rob Roy Finn"""
+)
+_ANIMALS = _words("dog cat bird bear fish rabbit frog squirrel lion duck monkey turtle cow pig zebra kitten goat tiger")
+
+
+def recast(story: str, rng: random.Random) -> str:
+    """`story` with its people, and sometimes its animals, exchanged for others of their kind, each throughout.
+
+    One story in six is about a Lily: a model that reads each story several times learns which name follows by heart.
+    Exchanged at every reading, a name or an animal can only be known by looking at the request or the opening.
+    """
+    for kind, share in ((_GIRLS, 0.8), (_BOYS, 0.8), (_ANIMALS, 0.5)):
+        present = sorted(set(re.findall(r"[A-Za-z]+", story)) & kind)
+        if present and rng.random() < share:
+            others = dict(zip(present, rng.sample(sorted(kind), len(present)), strict=True))
+            pattern = rf"\b({'|'.join(present)})(?=s?\b)"
+            story = re.sub(pattern, lambda match, others=others: others[match.group()], story)      # type: ignore[misc]
+    return story
+
+
 # ---------------------------------------------------------------- requests
 
 _ABOUT = (
@@ -401,7 +431,7 @@ class Sampler:
     def _example(self, book_share: float) -> Example:
         if self.books and self.rng.random() < book_share:
             return self._encode([(self.rng.choice(self.books) + END_OF_TEXT, True)])
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.4:
             return self._encode([(self._next_story() + END_OF_TEXT, True)])
         turns = [make_turn(self._next_story(), self.vocabulary, self.rng)]
         if len(turns[0].answer) < 700 and self.rng.random() < 0.12:
@@ -415,7 +445,7 @@ class Sampler:
     def _next_story(self) -> str:
         if not self.queue:
             self.queue = self.rng.sample(self.stories, len(self.stories))
-        return self.queue.pop()
+        return recast(self.queue.pop(), self.rng)
 
     def _encode(self, segments: list[tuple[str, bool]]) -> Example:
         ids: list[int] = []

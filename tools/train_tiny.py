@@ -30,13 +30,14 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+import qwen_ref as qr
 from qwen_ref.models import qwen3
 
 VOCABULARY = 4096
 LENGTH = 512                        # tokens of a training window
 BATCH = 4                           # windows of an optimiser step
 BYTE_LIMIT = 8_000_000
-SAVE_SECONDS = 240
+SAVE_SECONDS = 600
 SAMPLE_TOKENS = 250
 
 # Peak learning rate of both optimisers; Muon's updates are scaled to the size of AdamW's (see `Muon`).
@@ -502,9 +503,12 @@ H. C. Andersen's tales: public domain in the US |
 | trigram baseline | {trigram.per_token:.4f} nats per token (perplexity {trigram_ppl:.2f}), \
 {trigram.per_byte:.4f} nats per byte (perplexity {trigram_byte_ppl:.3f}); interpolated Kneser-Ney, \
 same tokens and split |
+| requests followed | {followed[0]} of {followed[1]} held-out subjects ("Tell me a story about a brave dog named Max.") \
+are named early in the greedy answer |
 
-The losses are of the exported weights, computed in float32. About half of the story examples were chat requests derived
-from the story by pattern; the requests themselves and the empty think block carried no loss.
+The losses are of the exported weights, computed in float32. About six in ten of the story examples were chat requests derived
+from the story by pattern; the requests themselves and the empty think block carried no loss. Names and animals were
+exchanged for others at every reading of a story.
 
 Prompt `Once upon a time`, sampled as generation_config.json says:
 
@@ -518,6 +522,20 @@ CARD_PROMPTS = {
     "plain": "Once upon a time",
     "chat": "<|im_start|>user\nTell me a story about a little frog.<|im_end|>\n<|im_start|>assistant\n",
 }
+
+
+def requests_followed(folder: Path, stories: list[str]) -> tuple[int, int]:
+    """(followed, asked): greedy answers to "Tell me a story about ..." that name the subject early, on unseen stories.
+
+    Followed: the subject's noun, and its name where the request gives one, stand in the answer's first 300 characters.
+    """
+    subjects = sorted({who for story in stories if (who := data.subject(story)) and who[0].islower()})
+    model, tokenizer = qr.load(folder, dtype=torch.float32)
+    chats = [[{"role": "user", "content": f"Tell me a story about {who}."}] for who in subjects]
+    answers = qr.generate(model, tokenizer, chats, temperature=0, max_tokens=80, enable_thinking=False)
+    nouns = [[who.split(" named ")[0].split()[-1], *who.split(" named ")[1:]] for who in subjects]
+    hits = [all(word in answer.text[:300] for word in words) for words, answer in zip(nouns, answers, strict=True)]
+    return sum(hits), len(hits)
 
 
 def export(run: Run, model: qwen3.Model, result: Score) -> None:
@@ -572,7 +590,8 @@ def model_card(run: Run, model: qwen3.Model, result: Score, weight_bytes: int) -
         threads=arguments.threads, held_out=len(run.held_out), held_out_tokens=sum(map(len, run.held_out)),
         held_out_bytes=run.held_out_bytes, loss=result, ppl=math.exp(result.per_token),
         byte_ppl=math.exp(result.per_byte), trigram=trigram, trigram_ppl=math.exp(trigram.per_token),
-        trigram_byte_ppl=math.exp(trigram.per_byte), **samples,
+        trigram_byte_ppl=math.exp(trigram.per_byte),
+        followed=requests_followed(run.arguments.out, run.texts.held_out), **samples,
     )
 
 
