@@ -11,7 +11,9 @@ call, so a choice costs one dictionary look-up and stays visible to torch.compil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,12 +45,15 @@ class Operation:
     implementations: dict[str, Implementation]  # preferred first
     forced: str | None = None
     strict: bool = False
+    wrappers: list[Callable[..., Any]] = field(default_factory=list)  # see `intercept`
     _resolved: dict[tuple[torch.device, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = self._resolved.get((x.device, x.dtype))
         if run is None:
             run = self.resolve(x.device, x.dtype).run
+            for wrapper in self.wrappers:
+                run = partial(wrapper, run)
             self._resolved[x.device, x.dtype] = run
         return run(x, *args, **kwargs)
 
@@ -70,6 +75,10 @@ class Operation:
                 f"operation {self.name} has no implementation {implementation!r}; it has {list(self.implementations)}"
             )
         self.forced, self.strict = implementation, strict
+        self._resolved.clear()
+
+    def wrap(self, wrappers: list[Callable[..., Any]]) -> None:
+        self.wrappers = wrappers
         self._resolved.clear()
 
     def _candidates(self) -> Iterator[Implementation]:
@@ -112,6 +121,20 @@ class use:
     def __exit__(self, *exception: object) -> None:
         for name, (forced, strict) in self._before.items():
             OPERATIONS[name].choose(forced, strict)
+
+
+@contextmanager
+def intercept(operation: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """For a while, call `wrapper(run, *args)` in place of `run(*args)`, whichever implementation `run` is.
+
+    It is put in where implementations are resolved, so an operation nobody intercepts pays nothing.
+    """
+    op = _operation(operation)
+    op.wrap([*op.wrappers, wrapper])
+    try:
+        yield
+    finally:
+        op.wrap([w for w in op.wrappers if w is not wrapper])
 
 
 def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:

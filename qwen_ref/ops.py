@@ -112,11 +112,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 def attention_pattern(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """The attention probabilities of `attention`: (B, N, T, S), rows sum to one, in q's dtype."""
+    return attention_softmax(attention_scores(q, k, mask))
+
+
+def attention_scores(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q k^T / sqrt(D), hidden keys at the dtype's lowest number: (B, N, T, S) in q's dtype."""
     if mask is None:
         mask = causal_mask(q.shape[2], k.shape[2], q.device)
-    scores = (q @ repeat_kv(k, q.shape[1]).transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, N, T, S)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return F.softmax(scores, dim=-1, dtype=_at_least_fp32(q.dtype)).to(q.dtype)
+    scores = (q @ repeat_kv(k, q.shape[1]).transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+
+
+def attention_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the keys, at least in fp32, rounded to the scores' dtype."""
+    return F.softmax(scores, dim=-1, dtype=_at_least_fp32(scores.dtype)).to(scores.dtype)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

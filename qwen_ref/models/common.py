@@ -66,6 +66,30 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def run_with_cache(self, input_ids: Tensor, names_filter: Any = None, **options: Any) -> tuple[Tensor, Any]:
+        """(logits, activations by name): see `hooks.run_with_cache` for the options."""
+        from .. import hooks
+
+        return hooks.run_with_cache(self, input_ids, names_filter or hooks.DEFAULT_FILTER, **options)
+
+    def run_with_hooks(self, input_ids: Tensor, fwd_hooks: Any, **options: Any) -> Tensor:
+        """The logits with functions active at named points: see `hooks.run_with_hooks`."""
+        from .. import hooks
+
+        return hooks.run_with_hooks(self, input_ids, fwd_hooks, **options)
+
+    def hooks(self, fwd_hooks: Any) -> Any:
+        """A context in which [(name, function), ...] are active in every forward: see `hooks.active`."""
+        from .. import hooks
+
+        return hooks.active(self, fwd_hooks)
+
+    def list_hooks(self) -> list[str]:
+        """The names of all points, in the order in which they are computed; `hooks.points` says what each is."""
+        from .. import hooks
+
+        return list(hooks.points(self))
+
     def save(self, folder: str | Path) -> None:
         """Write config.json, the weights and the tokenizer files to a new folder that transformers loads.
 

@@ -1,0 +1,513 @@
+"""Named activations: capture them, edit them.
+
+    logits, acts = model.run_with_cache(ids, names_filter="blocks.*.hook_resid_post")
+    with model.hooks([("blocks.3.attn.hook_pattern", ablate)]):
+        generate(model, tokenizer, "Once upon a time")
+
+A name is TransformerLens's where it has one (`list_hooks` prints them all), or the official path of a module, which
+stands for its output. A function gets the activation and `hook=` (its `Point`), and may return a replacement of the
+same shape, dtype and device; None, or a change in place, is understood too. What is captured is what the official
+model computes: no weight is folded, centred or changed.
+
+Nothing is built into the models for this. While functions are active, PyTorch's own hooks are on the modules they ask
+for, and the operations of `backend` are wrapped, because what happens between two modules (the rotation, the pattern)
+happens in an operation. With none active not a line of this file runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backend, ops
+from .cache import Cache
+from .errors import RequestError
+
+Function = Callable[..., Tensor | None]  # fn(activation, hook=point)
+Filter = str | Sequence[str] | Callable[[str], bool]
+
+DEFAULT_FILTER = ("hook_embed", "blocks.*.hook_resid_post", "ln_final.hook_out")
+MAX_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place where an activation can be seen."""
+
+    name: str
+    path: str  # the module it belongs to, by its official name
+    place: str  # "output" or "input" of that module, or the operation inside it
+    dims: str  # letters of `ops`, one per axis; S keys, V vocabulary
+    call: int = 0  # which of the operation's calls inside the module
+    editable: bool = True
+
+    @property
+    def layer(self) -> int | None:
+        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+
+    @property
+    def short(self) -> str:
+        return self.name.rpartition(".")[2].removeprefix("hook_")
+
+
+def points(model: nn.Module) -> dict[str, Point]:
+    """Every named point of a model, in the order in which they are computed."""
+    found = [Point("hook_embed", "model.embed_tokens", "output", "BTH")]
+    for i, block in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+        found += _block_points(f"blocks.{i}", f"model.layers.{i}", block)
+    found += _norm_points("ln_final", "model.norm")
+    if model.lm_head is not None:
+        found.append(Point("hook_logits", "lm_head", "output", "BTV"))
+    return {point.name: point for point in found}
+
+
+def _block_points(name: str, path: str, block: Any) -> list[Point]:
+    attn, a, mlp = f"{path}.self_attn", f"{name}.attn.hook", f"{path}.mlp"
+    return [
+        Point(f"{name}.hook_resid_pre", path, "input", "BTH"),
+        *_norm_points(f"{name}.ln1", f"{path}.input_layernorm"),
+        Point(f"{a}_q", f"{attn}.q_proj", "output", "BTND"),
+        *([Point(f"{a}_q_normed", f"{attn}.q_norm", "output", "BTND")] if hasattr(block.self_attn, "q_norm") else []),
+        Point(f"{a}_k", f"{attn}.k_proj", "output", "BTKD"),
+        *([Point(f"{a}_k_normed", f"{attn}.k_norm", "output", "BTKD")] if hasattr(block.self_attn, "k_norm") else []),
+        Point(f"{a}_v", f"{attn}.v_proj", "output", "BTKD"),
+        Point(f"{a}_rot_q", attn, "rope", "BTND", call=0),
+        Point(f"{a}_rot_k", attn, "rope", "BTKD", call=1),
+        Point(f"{a}_attn_scores", attn, "attention", "BNTS"),
+        Point(f"{a}_pattern", attn, "attention", "BNTS"),
+        Point(f"{a}_z", attn, "attention", "BTND"),
+        Point(f"{a}_result", f"{attn}.o_proj", "heads", "BTNH"),
+        Point(f"{name}.hook_attn_out", attn, "output", "BTH"),
+        Point(f"{name}.hook_resid_mid", f"{path}.post_attention_layernorm", "residual", "BTH"),
+        *_norm_points(f"{name}.ln2", f"{path}.post_attention_layernorm"),
+        *(_moe_points(name, mlp, block.mlp) if hasattr(block.mlp, "experts") else _mlp_points(f"{name}.mlp", mlp)),
+        Point(f"{name}.hook_mlp_out", mlp, "output", "BTH"),
+        Point(f"{name}.hook_resid_post", path, "output", "BTH"),
+    ]
+
+
+def _norm_points(name: str, path: str) -> list[Point]:
+    return [
+        Point(f"{name}.hook_scale", path, "rms_norm", "BT1"),  # the root mean square the vector is divided by
+        Point(f"{name}.hook_normalized", path, "rms_norm", "BTH"),  # before the weight, as in TransformerLens
+        Point(f"{name}.hook_out", path, "output", "BTH"),
+    ]
+
+
+def _mlp_points(name: str, path: str) -> list[Point]:
+    return [
+        Point(f"{name}.hook_pre", f"{path}.gate_proj", "output", "BTI"),
+        Point(f"{name}.hook_pre_linear", f"{path}.up_proj", "output", "BTI"),
+        Point(f"{name}.hook_post", f"{path}.down_proj", "input", "BTI"),
+    ]
+
+
+def _moe_points(name: str, path: str, mlp: Any) -> list[Point]:
+    name = f"{name}.mlp"
+    found = [
+        Point(f"{name}.hook_router_logits", f"{path}.gate", "output", "BTE"),
+        Point(f"{name}.hook_router_probs", path, "router_topk", "BTE", editable=False),
+        Point(f"{name}.hook_topk_weights", path, "router_topk", "BTk"),
+        Point(f"{name}.hook_topk_idx", path, "router_topk", "BTk"),
+        Point(f"{name}.hook_expert_out", f"{path}.experts", "output", "BTH"),
+    ]
+    if hasattr(mlp, "shared_expert"):
+        found.append(Point(f"{name}.hook_shared_gate", f"{path}.shared_expert_gate", "output", "BT1"))
+        found.append(Point(f"{name}.hook_shared_out", f"{path}.shared_expert", "output", "BTH"))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- what users call
+
+
+class Activations(dict[str, Tensor]):
+    """Captured tensors by name; acts["pattern", 3] is short for acts["blocks.3.attn.hook_pattern"]."""
+
+    def __missing__(self, key: Any) -> Tensor:
+        if isinstance(key, tuple) and len(key) in (2, 3):  # (short name, layer), (short name, layer, "ln1")
+            start, end = f"blocks.{key[1]}.{key[2] + '.' if len(key) == 3 else ''}", f"hook_{key[0]}"
+            for name, value in self.items():
+                if name.startswith(start) and name.rpartition(".")[2] == end:
+                    return value
+        raise RequestError(f"{key!r} was not captured; near: {_near(str(key), self)}")
+
+    def stack(self, short: str) -> Tensor:
+        """One activation of all layers: stack("resid_post") is (L, B, T, H)."""
+        chosen = [value for name, value in self.items() if name.rpartition(".")[2] == f"hook_{short}"]
+        if not chosen:
+            raise RequestError(f"hook_{short} was captured in no layer; captured: {_near(short, self)}")
+        return torch.stack(chosen)
+
+
+def run_with_cache(
+    model: Any,
+    input_ids: Tensor,
+    names_filter: Filter = DEFAULT_FILTER,
+    *,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+    stop_at_layer: int | None = None,
+    pos_slice: slice | int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[Tensor, Activations]:
+    """One forward pass; returns (logits, Activations).
+
+    Args:
+        input_ids, positions, cache: as `model.forward` has them.
+        names_filter: a name, a pattern with *, several of them, or a function of the name. Default: the residual stream.
+        stop_at_layer: leave before this block (-1 the last); the residual stream there is returned instead of logits.
+        pos_slice: keep only these query positions, in every activation.
+        device, dtype: where and as what captured tensors are kept; default as they are.
+        max_bytes: refuse, before anything runs, to keep more than this.
+    Raises: RequestError: unknown name (near ones are given), too many bytes, stop_at_layer out of range.
+    """
+    known = points(model)
+    chosen = select(model, names_filter)
+    positions_kept = slice(pos_slice, pos_slice + 1 or None) if isinstance(pos_slice, int) else pos_slice
+    _guard_bytes(model, [known.get(name) for name in chosen], input_ids, cache, positions_kept, dtype, max_bytes)
+    acts = Activations()
+
+    def keep(value: Tensor, hook: Point) -> None:
+        if positions_kept is not None and hook.dims:
+            index = [slice(None)] * hook.dims.index("T") + [positions_kept]
+            value = value[tuple(index)]
+        as_dtype = dtype if value.is_floating_point() else None
+        acts[hook.name] = value.detach().to(device or value.device, as_dtype or value.dtype, copy=True)
+
+    stop = None if stop_at_layer is None else _block_index(model, stop_at_layer)
+    if stop is not None and cache is not None:
+        raise RequestError("stop_at_layer would leave the cache with the first layers' keys only; leave one of them out")
+    with _active(model, [(name, _Reader(keep)) for name in chosen]), ExitStack() as stack:
+        if stop is not None:
+            stack.enter_context(_stopping_before(model.model.layers[stop]))
+        try:
+            return model(input_ids, positions, cache), acts
+        except _Stop as stopped:
+            return stopped.residual, acts
+
+
+def run_with_hooks(
+    model: Any,
+    input_ids: Tensor,
+    fwd_hooks: Iterable[tuple[Filter, Function]],
+    *,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """`model(input_ids, positions, cache)` with functions active: the logits they lead to."""
+    with active(model, fwd_hooks):
+        return model(input_ids, positions, cache)
+
+
+@contextmanager
+def active(model: Any, fwd_hooks: Iterable[tuple[Filter, Function]]) -> Iterator[None]:
+    """Functions at points, for a while, in every forward of the model: prefill, cached decode, `generate`.
+
+    `fwd_hooks` pairs a name (or pattern, or several, or a function of the name) with a function.
+    """
+    with _active(model, [(name, fn) for names, fn in fwd_hooks for name in select(model, names)]):
+        yield
+
+
+def select(model: nn.Module, names: Filter) -> list[str]:
+    """The names of points (or paths of modules) a filter means. RequestError, with near names, if one means nothing."""
+    known = [*points(model), *(path for path, _ in model.named_modules() if path)]
+    if callable(names):
+        return [name for name in points(model) if names(name)]
+    chosen: dict[str, None] = {}
+    for pattern in [names] if isinstance(names, str) else names:
+        matches = [name for name in known if name == pattern or fnmatchcase(name, pattern)]
+        if not matches:
+            raise RequestError(f"there is no hook {pattern!r}; near: {_near(pattern, known)}. model.list_hooks() has all")
+        chosen.update(dict.fromkeys(matches))
+    return list(chosen)
+
+
+# ------------------------------------------------------------------------------------------------- how it works
+
+
+class _Reader:
+    """A function that only looks: it is given the activation itself, others a copy they may change."""
+
+    def __init__(self, read: Callable[[Tensor, Point], None]) -> None:
+        self.read = read
+
+    def __call__(self, value: Tensor, hook: Point) -> None:
+        self.read(value, hook)
+
+
+@dataclass
+class _Frame:
+    """A module whose forward is running: operations called now are its own."""
+
+    path: str
+    lead: torch.Size  # (B, T) of its input, which a mixture of experts flattens
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+class _Frames(threading.local):  # another thread may run the same model, or another one, without hooks
+    def __init__(self) -> None:
+        self.stack: list[_Frame] = []
+
+
+@contextmanager
+def _active(model: nn.Module, functions: list[tuple[str, Function]]) -> Iterator[None]:
+    if not functions:
+        yield
+        return
+    known, modules = points(model), dict(model.named_modules())
+    by_point: dict[str, list[Function]] = defaultdict(list)
+    for name, fn in functions:
+        by_point[name].append(fn)
+    chosen = {name: known.get(name, Point(name, name, "output", "")) for name in by_point}
+    session = _Session(by_point, chosen, model.config.head_dim)  # type: ignore[union-attr, arg-type]
+    with ExitStack() as stack:
+        for operation in session.operations():
+            stack.enter_context(backend.intercept(operation, session.on_operation(operation)))
+        for path in session.framed():
+            enter = modules[path].register_forward_pre_hook(session.enter(path))
+            leave = modules[path].register_forward_hook(session.leave, always_call=True)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        for point in session.points.values():
+            if point.place in ("input", "residual"):
+                stack.callback(modules[point.path].register_forward_pre_hook(session.on_input(point)).remove)
+            elif point.place in ("output", "heads"):
+                stack.callback(modules[point.path].register_forward_hook(session.on_output(point)).remove)
+        session.say_what_runs_eagerly(next(model.parameters()))
+        yield
+
+
+class _Session:
+    """The functions of one `active` block and the PyTorch hooks that call them."""
+
+    def __init__(self, functions: dict[str, list[Function]], chosen: dict[str, Point], head_dim: int) -> None:
+        self.functions, self.points, self.head_dim, self.frames = functions, chosen, head_dim, _Frames()
+        self.by_place = {(point.path, point.short): point for point in chosen.values()}
+
+    # which modules and operations are concerned
+
+    def operations(self) -> set[str]:
+        return {point.place for point in self.points.values() if point.place in backend.OPERATIONS}
+
+    def framed(self) -> set[str]:
+        inside = {point.path for point in self.points.values() if point.place in backend.OPERATIONS}
+        flattened = {p.path.rpartition(".")[0] for p in self.points.values() if ".mlp." in p.path and p.dims}
+        return inside | flattened
+
+    def say_what_runs_eagerly(self, parameter: Tensor) -> None:
+        layers = sorted({p.layer for p in self.points.values() if p.short in ("pattern", "attn_scores")}, key=str)
+        implementation = backend.attention.resolve(parameter.device, parameter.dtype).name
+        if layers and implementation != "eager":
+            where = ", ".join(map(str, layers[:8])) + (" ..." if len(layers) > 8 else "")
+            warnings.warn(f"attention of layer {where} runs eagerly instead of by {implementation!r} while its scores or "
+                          "pattern are asked for: the fused kernel never has them", stacklevel=6)
+
+    # a value passes a point
+
+    def passes(self, point: Point | None, value: Tensor) -> Tensor:
+        """The value, or what the point's functions make of it; the same object where they leave it alone."""
+        for fn in self.functions[point.name] if point else ():
+            if isinstance(fn, _Reader):
+                fn(value, point)
+                continue
+            given = value.clone()
+            result = fn(given, hook=point)
+            edited = given if result is None else result
+            _check_edit(point, value, edited)
+            if result is not None or not torch.equal(given, value):
+                if not point.editable:
+                    raise RequestError(f"{point.name} can be read but not edited; edit hook_router_logits instead")
+                value = edited
+        return value
+
+    def wants(self, path: str, short: str) -> Point | None:
+        return self.by_place.get((path, short))
+
+    # PyTorch's hooks
+
+    def enter(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.frames.stack.append(_Frame(path, args[0].shape[:-1]))
+
+        return hook
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.frames.stack:
+            self.frames.stack.pop()
+
+    def on_input(self, point: Point) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+            x = self._shown(point, args[0])
+            edited = self.passes(point, x)
+            if edited is x:
+                return None
+            if point.place == "residual":
+                # The norm and the residual sum read one tensor, made by the block a line before: changed in place,
+                # both see the edit, and exactly.
+                args[0].copy_(edited)
+                return None
+            return (edited.reshape(args[0].shape), *args[1:])
+
+        return hook
+
+    def on_output(self, point: Point) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            if point.place == "heads":
+                return self._heads_output(point, module, args[0])
+            x = self._shown(point, first)
+            edited = self.passes(point, x)
+            if edited is x:
+                return None
+            edited = edited.reshape(first.shape)
+            return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+        return hook
+
+    def _shown(self, point: Point, x: Tensor) -> Tensor:
+        """As the point's dims say: heads apart, and tokens in rows where a mixture of experts flattened them."""
+        if point.dims in ("BTND", "BTKD") and x.dim() == 3:
+            return x.unflatten(-1, (-1, self.head_dim))
+        if point.dims and x.dim() == 2 and self.frames.stack:
+            return x.unflatten(0, self.frames.stack[-1].lead)
+        return x
+
+    def _heads_output(self, point: Point, o_proj: Any, z: Tensor) -> Tensor | None:
+        """What each head adds to the residual stream: z_n W_n^T, with W_n the head's columns of o_proj's weight."""
+        weight = o_proj.weight.unflatten(1, (-1, self.head_dim))  # (H, N, D)
+        result = torch.einsum("btnd,hnd->btnh", z.unflatten(-1, (-1, self.head_dim)), weight)  # (B, T, N, H)
+        edited = self.passes(point, result)
+        if edited is result:
+            return None
+        return edited.sum(2) + (o_proj.bias if o_proj.bias is not None else 0)
+
+    # operations
+
+    def on_operation(self, operation: str) -> Callable[..., Any]:
+        handle = {"rms_norm": self._rms_norm, "rope": self._rope, "attention": self._attention,
+                  "router_topk": self._router_topk}[operation]
+
+        def wrapper(run: Callable[..., Any], *args: Any) -> Any:
+            frame = self.frames.stack[-1] if self.frames.stack else None
+            return handle(frame, run, *args) if frame else run(*args)
+
+        return wrapper
+
+    def _rms_norm(self, frame: _Frame, run: Callable, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale_point, normalized_point = self.wants(frame.path, "scale"), self.wants(frame.path, "normalized")
+        if scale_point is None and normalized_point is None:
+            return run(x, weight, eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        scale = 1 / inverse
+        edited = self.passes(scale_point, scale)
+        # Unedited, the product of the official formula; dividing by the scale would round otherwise.
+        normalized = (wide * inverse if edited is scale else wide / edited).to(x.dtype)
+        result = self.passes(normalized_point, normalized)
+        return run(x, weight, eps) if edited is scale and result is normalized else weight * result
+
+    def _rope(self, frame: _Frame, run: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        point = self.wants(frame.path, ("rot_q", "rot_k")[frame.calls["rope"]])  # every Attention rotates q, then k
+        frame.calls["rope"] += 1
+        rotated = run(x, cos, sin)  # (B, N, T, D)
+        shown = rotated.transpose(1, 2)
+        edited = self.passes(point, shown)
+        return rotated if edited is shown else edited.transpose(1, 2)
+
+    def _attention(self, frame: _Frame, run: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores_point, pattern_point = self.wants(frame.path, "attn_scores"), self.wants(frame.path, "pattern")
+        if scores_point is None and pattern_point is None:
+            out = run(q, k, v, mask)  # (B, N, T, D)
+        else:
+            scores = self.passes(scores_point, ops.attention_scores(q, k, mask))  # (B, N, T, S)
+            pattern = self.passes(pattern_point, ops.attention_softmax(scores))
+            out = pattern @ ops.repeat_kv(v, q.shape[1])
+        shown = out.transpose(1, 2)
+        edited = self.passes(self.wants(frame.path, "z"), shown)
+        return out if edited is shown else edited.transpose(1, 2)
+
+    def _router_topk(self, frame: _Frame, run: Callable, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+        def passes(short: str, value: Tensor) -> Tensor:
+            return self.passes(self.wants(frame.path, short), value.unflatten(0, frame.lead)).flatten(0, 1)
+
+        if self.wants(frame.path, "router_probs"):
+            passes("router_probs", logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)))
+        weights, experts = run(logits, k, normalize)
+        return passes("topk_weights", weights), passes("topk_idx", experts)
+
+
+# ------------------------------------------------------------------------------------------------- guards
+
+
+class _Stop(Exception):
+    def __init__(self, residual: Tensor) -> None:
+        self.residual = residual
+
+
+@contextmanager
+def _stopping_before(block: nn.Module) -> Iterator[None]:
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Stop(args[0])
+
+    handle = block.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _block_index(model: Any, layer: int) -> int:
+    count = len(model.model.layers)
+    if not -count <= layer < count:
+        raise RequestError(f"stop_at_layer is {layer}; the model has {count} blocks")
+    return layer % count
+
+
+def _check_edit(point: Point, value: Tensor, edited: Any) -> None:
+    if not isinstance(edited, Tensor):
+        raise RequestError(f"the function at {point.name} returned a {type(edited).__name__}; return a tensor or None")
+    for what in ("shape", "dtype", "device"):
+        wanted, got = getattr(value, what), getattr(edited, what)
+        if wanted != got:
+            wanted, got = (list(wanted), list(got)) if what == "shape" else (wanted, got)
+            raise RequestError(f"the function at {point.name} returned {what} {got}; the model goes on with {wanted}")
+
+
+def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache: Cache | None,
+                 kept: slice | None, dtype: torch.dtype | None, max_bytes: int) -> None:
+    config, tokens = model.config, ids.shape[1]
+    sizes = {
+        "B": ids.shape[0], "T": len(range(tokens)[kept]) if kept else tokens, "H": config.hidden_size,
+        "N": config.num_attention_heads, "K": config.num_key_value_heads, "D": config.head_dim,
+        "S": tokens + (cache.length if cache is not None else 0), "I": config.intermediate_size,
+        "E": config.num_experts, "k": config.num_experts_per_tok, "V": config.vocab_size, "1": 1,
+    }  # fmt: skip
+    total = 0
+    for point in chosen:
+        elements = 1
+        for letter in point.dims if point and point.dims else "BTH":  # a module by its path: about the hidden size
+            elements *= sizes[letter]
+        total += elements * (dtype or model.dtype).itemsize
+    if total > max_bytes:
+        raise RequestError(
+            f"these {len(chosen)} activations of {ids.shape[0]} x {tokens} tokens take about {total:,} bytes, over "
+            f"max_bytes={max_bytes:,}: name fewer, use pos_slice or stop_at_layer, or raise max_bytes"
+        )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    known = list(dict.fromkeys(known))
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]) or "none"
