@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import tiny_data as data
+import tiny_files
 import train_tiny
 
 from qwen_ref.models import qwen3
@@ -172,7 +173,7 @@ CONVERSATIONS = [
 def test_template_writes_what_qwen3s_does(messages: list[dict], prompt: bool, options: dict):
     theirs = json.loads(official("tokenizer_config.json").read_text())["chat_template"]
     options = {**options, "add_generation_prompt": prompt}
-    assert render(train_tiny.CHAT_TEMPLATE, messages, **options) == render(theirs, messages, **options)
+    assert render(tiny_files.CHAT_TEMPLATE, messages, **options) == render(theirs, messages, **options)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -183,10 +184,10 @@ def test_training_text_is_what_the_template_writes(thinking: bool):
         messages.append({"role": "user", "content": turn.user})
         messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought * thinking})
     segments = data.chat_segments(turns, "S", thinking)
-    assert "".join(text for text, _ in segments) == render(train_tiny.CHAT_TEMPLATE, messages) + "<|endoftext|>"
+    assert "".join(text for text, _ in segments) == render(tiny_files.CHAT_TEMPLATE, messages) + "<|endoftext|>"
     learned = "".join(text for text, learned in segments if learned)
     prompt = render(
-        train_tiny.CHAT_TEMPLATE, messages[:-1], add_generation_prompt=True, enable_thinking=thinking
+        tiny_files.CHAT_TEMPLATE, messages[:-1], add_generation_prompt=True, enable_thinking=thinking
     )
     assert "".join(text for text, _ in segments).startswith(prompt)
     assert learned.endswith(messages[-1]["content"] + "<|im_end|>")
@@ -196,7 +197,7 @@ def test_tokenizer_parts_are_qwen3s(folder: Path):
     theirs, ours = (json.loads(path.read_text()) for path in (official("tokenizer.json"), folder / "tokenizer.json"))
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding", "version")
     assert {key: ours[key] for key in parts} == {key: theirs[key] for key in parts}
-    shift = 151643 - train_tiny.BASE_VOCABULARY
+    shift = 151643 - tiny_files.BASE_VOCABULARY
     assert [{**token, "id": token["id"] + shift} for token in ours["added_tokens"]] == theirs["added_tokens"]
     own = ("vocab", "merges")
     assert {k: v for k, v in ours["model"].items() if k not in own} == {
@@ -277,7 +278,7 @@ def test_card_names_files_but_no_folders(run: train_tiny.Run, folder: Path):
 def test_official_sizes_stay_under_the_byte_limit():
     for config in SHIPPED.values():
         parameters = qwen3.Model(qwen3.Config.from_json(config)).num_parameters()
-        assert config["vocab_size"] == train_tiny.VOCABULARY == 4096
+        assert config["vocab_size"] == tiny_files.VOCABULARY == 4096
         assert 7_000_000 < 2 * parameters < train_tiny.BYTE_LIMIT - 50_000      # the header names up to 200 tensors
 
 
@@ -285,7 +286,7 @@ def test_trigram_probabilities_sum_to_one():
     stories = [[1, 2, 3, 1, 2, 4], [2, 3, 3, 1], [5, 1, 2, 3]]
     trigram = train_tiny.Trigram(stories)
     for context in [(1, 2), (3, 3), (9, 2), (9, 9)]:
-        total = sum(trigram.probability((*context, token)) for token in range(train_tiny.VOCABULARY))
+        total = sum(trigram.probability((*context, token)) for token in range(tiny_files.VOCABULARY))
         assert total == pytest.approx(1.0, abs=1e-9)
 
 
@@ -314,3 +315,16 @@ def test_windows_start_with_an_example_and_skip_padding(run: train_tiny.Run):
     decoded = [run.tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in inputs]
     assert all(text.startswith(("Once", "<|im_start|>")) for text in decoded)
     assert isinstance(run.tokenizer, Tokenizer)
+
+
+def test_recast_changes_names_throughout_and_nothing_else():
+    story = "Lily had a cat. Lily's cat sat with Tim. Two cats saw the category of Lilyan."
+    rng = random.Random(1)
+    versions = {data.recast(story, rng) for _ in range(40)}
+    assert len(versions) > 20
+    for version in versions:
+        words = version.split()
+        girl, animal = words[0], words[3].rstrip(".")
+        assert version.startswith(f"{girl} had a {animal}. {girl}'s {animal} sat with ")
+        assert version.endswith(f"Two {animal}s saw the category of Lilyan.")
+    assert data.recast("The sun set over the sea.", rng) == "The sun set over the sea."
