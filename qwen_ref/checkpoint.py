@@ -1,9 +1,10 @@
-"""Hub or folder -> config, and safetensors straight into a model's memory.
+"""Folder -> config, and safetensors into a model's memory.
 
 A safetensors file is eight bytes of header length N (u64, little-endian), N bytes of JSON that map each tensor's name
 to {"dtype", "shape", "data_offsets": [begin, end)}, and the tensors' bytes, row-major and little-endian, without gaps
 (github.com/huggingface/safetensors, README "Format"). Everything that can be wrong is found in the headers, before the
-first weight is read; a file is read, not mapped, so that one which shrinks is an error and not a crash.
+first weight is read. A tensor that a parameter can hold as it stands is not copied: the parameter is a view of the
+mapped file, whose pages become the process's own when they are written to.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 import errno
 import json
 import math
+import mmap
 import os
 import re
 import shutil
 import stat
 import struct
+import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -54,6 +59,7 @@ _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _BLOCK_BYTES = 1 << 22  # read at a time where a tensor is converted or moved: stays in the processor's cache
 _MAX_RANK = 8  # no weight has more dimensions
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python's mmap does not name
 _SURROGATE = re.compile("[\ud800-\udfff]")
 INDEX = "model.safetensors.index.json"
 
@@ -87,7 +93,7 @@ def parse_json(raw: bytes, where: str, error: type[QwenRefError]) -> Any:
         result = dict(pairs)
         if len(result) < len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise error(f"{where}: the key {_quote(twice)} stands twice")
+            raise error(f"{where}: the key {quote(twice)} stands twice")
         return result
 
     def finite(text: str) -> float:
@@ -121,7 +127,7 @@ def parse_json(raw: bytes, where: str, error: type[QwenRefError]) -> Any:
     return value
 
 
-def _quote(value: object, limit: int = 120) -> str:
+def quote(value: object, limit: int = 120) -> str:
     """Something from an untrusted file, short enough and safe to print."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
@@ -191,7 +197,7 @@ class SafetensorsFile:
         info = self.tensors[name]
         if tuple(out.shape) != info.shape or not _converts(info.dtype, out.dtype):
             wanted = f"{out.dtype} {list(out.shape)}"
-            raise CheckpointError(f"{self.path}: {_quote(name)} is {info.dtype} {list(info.shape)}, not {wanted}")
+            raise CheckpointError(f"{self.path}: {quote(name)} is {info.dtype} {list(info.shape)}, not {wanted}")
         if out.device.type == "cpu" and out.dtype == info.dtype and out.is_contiguous():
             self._fill(name, info.start, out)
             return
@@ -206,6 +212,39 @@ class SafetensorsFile:
             self._fill(name, info.start + first * row, block[: len(part)])
             part.copy_(block[: len(part)])
 
+    def view(self, name: str) -> Tensor | None:
+        """A tensor that lies in the mapped file, private to this process once written to. None where it cannot be mapped.
+
+        Valid after the file is closed; the mapping ends with its last view.
+        """
+        info = self.tensors[name]
+        if info.start == info.end or info.start % info.dtype.itemsize or self._mapping is None:
+            return None
+        flat = torch.frombuffer(self._mapping, dtype=info.dtype, count=math.prod(info.shape), offset=info.start)
+        return flat.view(info.shape)
+
+    def prefault(self, name: str) -> None:
+        """Bring a mapped tensor into memory where the system can (Linux): a file that has shrunk is an error here."""
+        if sys.platform != "linux" or self._mapping is None:
+            return
+        info = self.tensors[name]
+        start = info.start - info.start % mmap.PAGESIZE
+        try:
+            self._mapping.madvise(_POPULATE_READ, start, info.end - start)
+        except OSError as problem:  # an older kernel has EINVAL
+            if problem.errno == errno.EFAULT:  # touching it would be a SIGBUS
+                raise CheckpointError(f"{self.path}: ends inside tensor {quote(name)}: has it shrunk?") from problem
+
+    @cached_property
+    def _mapping(self) -> mmap.mmap | None:
+        size = os.fstat(self._file.fileno()).st_size
+        if size != self._size:
+            raise CheckpointError(f"{self.path}: has {size:,} bytes, {self._size:,} a moment ago: is it being written?")
+        try:
+            return mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
+        except OSError:  # some network shares cannot, and under strict overcommit a copy on write counts as memory
+            return None
+
     def _fill(self, name: str, start: int, out: Tensor) -> None:
         memory = out.view(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         self._file.seek(start)
@@ -216,11 +255,11 @@ class SafetensorsFile:
             except OSError as problem:
                 raise CheckpointError(f"{self.path}: {problem.strerror or problem}") from problem
             if not count:
-                raise CheckpointError(f"{self.path}: ends inside tensor {_quote(name)}: has it shrunk?")
+                raise CheckpointError(f"{self.path}: ends inside tensor {quote(name)}: has it shrunk?")
             done += count
 
     def _header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        size = os.fstat(self._file.fileno()).st_size
+        self._size = size = os.fstat(self._file.fileno()).st_size
         start = self._file.read(8) or b""
         if len(start) < 8:
             raise self._damage(f"it has only {size} bytes" if size else "it is empty")
@@ -243,7 +282,7 @@ class SafetensorsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self._damage("__metadata__ does not map strings to strings")
-        tensors = {name: self._tensor(_quote(name), entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: self._tensor(quote(name), entry, 8 + length) for name, entry in header.items()}
         if any(_SURROGATE.search(text) for text in (*header, *metadata, *metadata.values())):
             raise self._damage("a name holds half a surrogate pair, which is no character")
         ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
@@ -251,7 +290,7 @@ class SafetensorsFile:
         for name, info in ordered.items():
             if info.start != at:
                 kind = "overlaps the tensor before it" if info.start < at else "leaves a hole before it"
-                raise self._damage(f"tensor {_quote(name)} {kind}")
+                raise self._damage(f"tensor {quote(name)} {kind}")
             at = info.end
         if at != size:
             raise self._damage(f"its tensors end at byte {at:,} of {size:,}" + (": truncated" if at > size else ""))
@@ -262,17 +301,17 @@ class SafetensorsFile:
             raise self._damage(f"tensor {name} lacks dtype, shape or data_offsets, or has more")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-            raise self._damage(f"tensor {name} has the unknown dtype {_quote(entry['dtype'])}")
+            raise self._damage(f"tensor {name} has the unknown dtype {quote(entry['dtype'])}")
         if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
-            raise self._damage(f"tensor {name} has the shape {_quote(shape)}, not a list of sizes")
+            raise self._damage(f"tensor {name} has the shape {quote(shape)}, not a list of sizes")
         if len(shape) > _MAX_RANK:  # first: the product of a million sizes takes hours
             raise self._damage(f"tensor {name} has {len(shape):,} dimensions, over {_MAX_RANK}")
         if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int or n < 0 for n in offsets):
-            raise self._damage(f"tensor {name} has the data_offsets {_quote(offsets)}")
+            raise self._damage(f"tensor {name} has the data_offsets {quote(offsets)}")
         dtype, (begin, end) = DTYPES[entry["dtype"]], offsets
         if end - begin != math.prod(shape) * dtype.itemsize or math.prod(n or 1 for n in shape) >= 1 << 63:
             what = f"{entry['dtype']} {shape}"
-            raise self._damage(f"tensor {name} of {what} does not fit its data_offsets {_quote(offsets)}")
+            raise self._damage(f"tensor {name} of {what} does not fit its data_offsets {quote(offsets)}")
         return TensorInfo(dtype, tuple(shape), base + begin, base + end)
 
     def _recognise(self, start: bytes) -> None:
@@ -322,7 +361,7 @@ def read_index(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard) or shard.startswith("."):
             what = "which is not the name of a safetensors file beside it"
-            raise CheckpointError(f"{path}: puts {_quote(name)} in {_quote(shard)}, {what}")
+            raise CheckpointError(f"{path}: puts {quote(name)} in {quote(shard)}, {what}")
     return weight_map
 
 
@@ -338,12 +377,13 @@ class CheckpointModule(Protocol):
     def ignored(self) -> tuple[str, ...]: ...
     def checkpoint_tensors(self) -> dict[str, Tensor]: ...
     def canonical_name(self, name: str) -> str: ...
+    def disk_name(self, name: str) -> str: ...
     def named_parameters(self) -> Iterable[tuple[str, Any]]: ...
 
 
 @dataclass
 class LoadReport:
-    """What a load found, by name. The first group are problems, each of which refuses the checkpoint."""
+    """What a load found, by the names on disk. The first group are problems, each of which refuses the checkpoint."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -352,10 +392,13 @@ class LoadReport:
     duplicate: list[str] = field(default_factory=list)
     wrong_file: list[str] = field(default_factory=list)  # the index and the shards contradict each other
 
+    loaded: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)  # present although tied, and equal to their source
     notes: list[str] = field(default_factory=list)
-    bytes: int = 0
+    dtypes: Counter[str] = field(default_factory=Counter)  # on disk: "bfloat16" -> how many of `loaded`
+    bytes: int = 0  # of all tensors read, mapped or compared
+    mapped: int = 0  # of those that lie in the mapped file
     seconds: float = 0.0
 
     def problems(self) -> str:
@@ -370,64 +413,116 @@ class LoadReport:
 
 
 class _Read(NamedTuple):
-    """One tensor of one file and where it goes; `out` None = compare it with its tied source instead."""
+    """One tensor of one file and where in the model it goes."""
 
     file: SafetensorsFile
     name: str
-    out: Tensor | None
-    source: Tensor | None = None
+    slot: str  # the model's name for it; of a tied tensor, the name of its source
+    tied: bool  # compare it with the slot instead of filling it
+    mappable: bool  # the slot is a whole parameter of the same dtype
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.file.tensors[self.name]
+
+
+class Checkpoint:
+    """The open weight files of a folder, on their way into a model: `check`, then perhaps `views`, then `read`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.report = LoadReport()
+        self._started = time.perf_counter()
+        self._plan: list[_Read] = []
+        self._mapped: set[str] = set()
+        with ExitStack() as opened:  # if one is damaged, those before it are closed
+            self._files = [opened.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._opened.close()
+
+    def has_language_head(self) -> bool:
+        """False for a base model's files (an embedding checkpoint), whose names lack the `model.` prefix and a head."""
+        names = {name for file in self._files for name in file.tensors}
+        return "lm_head.weight" in names or not any(name.startswith("embed_tokens.") for name in names)
+
+    def check(self, model: CheckpointModule) -> None:
+        """Decide where each tensor goes. The model needs names, shapes and dtypes, but no memory yet (meta device).
+
+        Raises CheckpointError that names every missing, unexpected, wrongly shaped or typed, or duplicate tensor.
+        """
+        self._plan = _plan(model, self._files, self.report)
+        _check_index(self.folder, self._files, self.report)
+        if problems := self.report.problems():
+            raise CheckpointError(f"{self.folder} does not fit its config.json:\n{problems}{_hint(self.report)}")
+        self.report.bytes = sum(read.info.end - read.info.start for read in self._plan)
+
+    def views(self) -> dict[str, Tensor]:
+        """Parameter name -> view of its file, where that is possible. The model must take them: `read` passes them over."""
+        views = {read.slot: read.file.view(read.name) for read in self._plan if read.mappable}
+        possible = {slot: view for slot, view in views.items() if view is not None}
+        self._mapped = set(possible)
+        self.report.mapped = sum(view.nbytes for view in possible.values())
+        return possible
+
+    def read(self, model: CheckpointModule, *, progress: bool = True, check_finite: bool = False) -> LoadReport:
+        """Fill the model's memory with what is not mapped, converted to its dtype and device.
+
+        Peak memory is the model and one block of 4 MiB; where the file holds a copy of a tied tensor, that copy instead.
+        `check_finite` also refuses NaN and infinity.
+        """
+        from tqdm import tqdm
+
+        targets = _targets(model.checkpoint_tensors(), dict(model.named_parameters()))
+        if meta := [name for name, target in targets.items() if target.is_meta]:
+            raise CheckpointError(f"the model's {meta[0]} has no memory (meta device): allocate it before loading")
+        bar = tqdm(total=self.report.bytes, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress)
+        with bar:
+            for read in self._plan:
+                self._carry_out(read, targets[read.slot])
+                if check_finite and not bool(torch.isfinite(targets[read.slot]).all()):
+                    raise CheckpointError(f"{read.file.path}: tensor {quote(read.name)} holds NaN or infinity")
+                bar.update(read.info.end - read.info.start)
+        self.report.seconds = time.perf_counter() - self._started
+        return self.report
+
+    def _carry_out(self, read: _Read, target: Tensor) -> None:
+        if not read.tied:
+            if read.slot in self._mapped:
+                read.file.prefault(read.name)
+            else:
+                read.file.read_into(read.name, target)
+            self.report.loaded.append(read.name)
+            self.report.dtypes[str(read.info.dtype).removeprefix("torch.")] += 1
+        elif not torch.equal(read.file.read(read.name).to(target.dtype), target.cpu()):
+            what = "differs from the embedding, but config.json says tie_word_embeddings"
+            raise CheckpointError(f"{read.file.path}: {quote(read.name)} {what}")
 
 
 def load_weights(
     model: CheckpointModule, folder: Path, *, progress: bool = True, check_finite: bool = False
 ) -> LoadReport:
-    """Fill the model from the folder's safetensors, one tensor at a time, converted to the model's dtype and device.
-
-    Peak memory is the model and one block of 4 MiB; where the file holds a copy of a tied tensor, that copy instead.
-    Raises CheckpointError, before any weight is read, that names every missing, unexpected, wrongly shaped or typed, or
-    duplicate tensor. `check_finite` also refuses NaN and infinity.
-    """
-    from tqdm import tqdm
-
-    started = time.perf_counter()
-    report = LoadReport()
-    files = [SafetensorsFile(path) for path in weight_files(folder)]
-    try:
-        plan = _plan(model, files, report)
-        _check_index(folder, files, report)
-        if problems := report.problems():
-            raise CheckpointError(f"{folder} does not fit its config.json:\n{problems}{_hint(report)}")
-        report.bytes = sum(read.file.tensors[read.name].end - read.file.tensors[read.name].start for read in plan)
-        with tqdm(total=report.bytes, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress) as bar:
-            for read in plan:
-                _carry_out(read, check_finite)
-                bar.update(read.file.tensors[read.name].end - read.file.tensors[read.name].start)
-    finally:
-        for file in files:
-            file.__exit__(None, None, None)
-    report.seconds = time.perf_counter() - started
-    return report
+    """Fill a model that has memory from the folder's safetensors: `Checkpoint.check` and `Checkpoint.read`."""
+    with Checkpoint(folder) as checkpoint:
+        checkpoint.check(model)
+        return checkpoint.read(model, progress=progress, check_finite=check_finite)
 
 
-def has_language_head(folder: Path) -> bool:
-    """False for a base model's files (an embedding checkpoint), whose names lack the `model.` prefix and a head."""
-    names: set[str] = set()
-    for path in weight_files(folder):
-        with SafetensorsFile(path) as file:
-            names.update(file.tensors)
-    return "lm_head.weight" in names or not any(name.startswith("embed_tokens.") for name in names)
+def _targets(slots: dict[str, Tensor], parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All a file may fill: the tensors the model names, and the stacked parameters of which they are parts."""
+    return slots | {name: parameter.data for name, parameter in parameters.items() if name not in slots}
 
 
 def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadReport) -> list[_Read]:
     """Decide for every tensor on disk where it goes, and note in the report what does not fit."""
-    slots, tied = model.checkpoint_tensors(), model.tied
-    whole = {name: parameter.data for name, parameter in model.named_parameters() if name not in slots}
-    parts: dict[str, list[str]] = {name: [] for name in whole}  # a stacked parameter and the names of its parts
-    for slot, view in slots.items():
-        for name in parts:
-            if slot.startswith(name.rpartition(".")[0] + ".") and _inside(view, whole[name]):
-                parts[name].append(slot)
-    _check_coverage(model, slots)
+    slots, parameters, tied = model.checkpoint_tensors(), dict(model.named_parameters()), model.tied
+    targets = _targets(slots, parameters)
+    parts = _parts(slots, targets)
+    _check_coverage(slots, parameters)
     filled: dict[str, str] = {}
     plan = []
     for file in files:
@@ -436,13 +531,12 @@ def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadRep
             if any(re.search(pattern, name) for pattern in model.ignored):
                 report.ignored.append(disk_name)
                 continue
-            out, source = slots.get(name, whole.get(name)), None
-            if name in tied and name not in slots:
-                out, source = None, slots[tied[name]]
-            target = out if out is not None else source
-            if target is None:
+            is_tied = name in tied and name not in slots
+            slot = tied[name] if is_tied else name
+            if slot not in targets:
                 report.unexpected.append(f"{disk_name} {info.dtype} {list(info.shape)}".replace("torch.", ""))
                 continue
+            target = targets[slot]
             if info.shape != tuple(target.shape):
                 report.wrong_shape.append(f"{disk_name} is {list(info.shape)}, the config wants {list(target.shape)}")
             elif not _converts(info.dtype, target.dtype):
@@ -451,28 +545,38 @@ def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadRep
                 if part in filled:
                     report.duplicate.append(f"{part} ({filled[part]} and {file.path.name}:{disk_name})")
                 filled[part] = f"{file.path.name}:{disk_name}"
-            if source is not None:
+            if is_tied:
                 report.tied.append(disk_name)
-            plan.append(_Read(file, disk_name, out, source))
+            mappable = not is_tied and slot in parameters and info.dtype == target.dtype
+            plan.append(_Read(file, disk_name, slot, is_tied, mappable))
     report.missing.extend(name for name in slots if name not in filled)
-    plan.sort(key=lambda read: read.out is None)  # a tied copy is compared once its source is read
+    plan.sort(key=lambda read: read.tied)  # a tied copy is compared once its source is read
     return plan
 
 
-def _check_coverage(model: CheckpointModule, slots: Mapping[str, Tensor]) -> None:
+def _parts(slots: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Each stacked parameter and the names of its parts."""
+    parts: dict[str, list[str]] = {name: [] for name in targets if name not in slots}
+    for slot, view in slots.items():
+        for name in parts:
+            if slot.startswith(name.rpartition(".")[0] + ".") and _memory(view) == _memory(targets[name]):
+                parts[name].append(slot)
+    return parts
+
+
+def _check_coverage(slots: Mapping[str, Tensor], parameters: Mapping[str, Any]) -> None:
     """Each parameter's elements are as many as its storage's slots: memory nobody names would stay uninitialised."""
     named: Counter[int] = Counter()
     for view in slots.values():
-        named[view.untyped_storage().data_ptr()] += view.numel()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise CheckpointError(f"the model's {name} has no memory (meta device): allocate it before loading")
-        if parameter.numel() > named[parameter.untyped_storage().data_ptr()]:
+        named[_memory(view)] += view.numel()
+    for name, parameter in parameters.items():
+        if parameter.numel() > named[_memory(parameter)]:
             raise CheckpointError(f"checkpoint_tensors() leaves part of {name} out: a fault of the model, not the file")
 
 
-def _inside(view: Tensor, whole: Tensor) -> bool:
-    return view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+def _memory(tensor: Tensor) -> int:
+    """Which storage a tensor lies in. Not its address: on the meta device all addresses are 0."""
+    return tensor.untyped_storage()._cdata
 
 
 def _check_index(folder: Path, files: list[SafetensorsFile], report: LoadReport) -> None:
@@ -489,19 +593,6 @@ def _check_index(folder: Path, files: list[SafetensorsFile], report: LoadReport)
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != size:  # official repositories have had wrong ones
         report.notes.append(f"{INDEX} says total_size {total}; the tensors have {size} bytes")
-
-
-def _carry_out(read: _Read, check_finite: bool) -> None:
-    if read.out is not None:
-        read.file.read_into(read.name, read.out)
-        if check_finite and not bool(torch.isfinite(read.out).all()):
-            raise CheckpointError(f"{read.file.path}: tensor {read.name!r} holds NaN or infinity")
-        return
-    source = read.source
-    if source is not None and not torch.equal(read.file.read(read.name).to(source.dtype), source.cpu()):
-        raise CheckpointError(
-            f"{read.file.path}: {read.name!r} differs from the embedding, but config.json says tie_word_embeddings"
-        )
 
 
 def _hint(report: LoadReport) -> str:
@@ -528,11 +619,12 @@ def save_model(
         raise CheckpointError(f"{folder} exists and is not empty; nothing is overwritten")
     for name in extra or {}:
         if Path(name).name != name or name.endswith(".safetensors") or name in ("config.json", INDEX):
-            raise CheckpointError(f"{_quote(name)} is not the name of an extra file")
+            raise CheckpointError(f"{quote(name)} is not the name of an extra file")
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        shards = _shards(model.checkpoint_tensors(), max_shard_bytes)
+        tensors = {model.disk_name(name): tensor for name, tensor in model.checkpoint_tensors().items()}
+        shards = _shards(tensors, max_shard_bytes)
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         for name, tensors in zip(names, shards, strict=True):
@@ -553,20 +645,20 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to one file, one at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to one file, one at a time; `metadata` is added to the header's `__metadata__`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     # Wide dtypes first: each tensor is then aligned to its own item size, which readers that map the file rely on.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     for name, tensor in tensors.items():
         if tensor.dtype not in _CODES:
-            raise CheckpointError(f"{_quote(name)} is {tensor.dtype}, which safetensors cannot hold")
+            raise CheckpointError(f"{quote(name)} is {tensor.dtype}, which safetensors cannot hold")
         end = at + tensor.nbytes
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the data begins at a multiple of eight
+    raw += b" " * (-(8 + len(raw)) % 64)  # so that the data begins at a cache line, also where the file is mapped
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in tensors.values():
@@ -592,93 +684,3 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as problem:
         raise CheckpointError(f"{path.name} cannot be written as JSON: {problem}") from problem
     path.write_text(text + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------- the hub
-
-_METADATA = ["*.json", "merges.txt", "*.tiktoken", "*.jinja"]
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
-def find(
-    model: str | Path, *, revision: str | None = None, offline: bool | None = None, metadata_only: bool = False
-) -> Path:
-    """The folder of a checkpoint: an existing folder itself, or a hub id such as "Qwen/Qwen3-0.6B", downloaded.
-
-    Only JSON, tokenizer and template files and the safetensors files of the index are fetched, never code or pickles.
-
-    Args:
-        revision: a branch, tag or commit of the hub.
-        offline: True uses only what was downloaded before; None follows the environment's HF_HUB_OFFLINE.
-        metadata_only: leave the weights out.
-    Raises: CheckpointError that says what to do.
-    """
-    folder = Path(model).expanduser()
-    if os.path.isdir(folder):  # False, where Path.is_dir raises, for a name the system cannot hold
-        if revision is not None:
-            raise CheckpointError(f"{model} is a folder, which has no revision {revision!r}; leave the revision out")
-        return folder
-    if not _HUB_ID.fullmatch(str(model)):
-        raise CheckpointError(f"{_quote(str(model))} is neither a folder nor a hub id of the form organisation/name")
-    return _download(str(model), revision, bool(offline), metadata_only)
-
-
-def _download(repo: str, revision: str | None, offline: bool, metadata_only: bool) -> Path:
-    folder = _snapshot(repo, revision, offline, _METADATA)
-    if metadata_only:
-        return folder
-    index = folder / INDEX
-    names = sorted(set(read_index(index).values())) if index.is_file() else ["model.safetensors"]
-    # A snapshot's folder is named by its commit. Asking for that keeps both halves of one version, whatever is pushed
-    # to the branch in the meantime.
-    folder = _snapshot(repo, folder.name, offline, names)
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{repo}: {_quote(absent)} could not be found (offline, or the repository holds no safetensors weights; "
-            "pickled .bin and .pt files are never read)"
-        )
-    return folder
-
-
-def _snapshot(repo: str, revision: str | None, offline: bool, patterns: Iterable[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        # "*" of a pattern crosses folders, so everything inside folders (original/, onnx/) is left out by name.
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                local_files_only=offline,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],
-            )
-        )
-    except Exception as cause:  # also those of its HTTP client, which are a different package's from version to version
-        raise _hub_error(repo, revision, cause) from cause
-
-
-def _hub_error(repo: str, revision: str | None, cause: Exception) -> CheckpointError:
-    from huggingface_hub import errors
-
-    where = repo if revision is None else f"{repo} (revision {revision})"
-    number = cause.errno if isinstance(cause, OSError) else None
-    if isinstance(cause, errors.HFValidationError):
-        advice = "is not a valid hub id"
-    elif isinstance(cause, errors.GatedRepoError):
-        advice = "is gated: accept its terms on the hub, then set HF_TOKEN or run `hf auth login`"
-    elif isinstance(cause, errors.RepositoryNotFoundError):
-        advice = "is not on the hub, or is private: check the spelling, or set HF_TOKEN or run `hf auth login`"
-    elif isinstance(cause, errors.RevisionNotFoundError):
-        advice = "has no such revision on the hub"
-    elif isinstance(cause, errors.LocalEntryNotFoundError):
-        advice = "is not (completely) in the local cache, and the hub was not reached: connect, or give a local folder"
-    elif number in (errno.ENOSPC, errno.EDQUOT):
-        advice = "does not fit on the disk: free some space, or point HF_HOME to a larger disk"
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = "cannot be written to the cache: point HF_HOME to a folder you may write to"
-    else:
-        advice = "could not be downloaded: try again, or give a local folder"
-    detail = " ".join(str(cause).split())
-    return CheckpointError(f"{where} {advice} [{type(cause).__name__}: {detail[:500]}]")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .checkpoint import find, has_language_head, load_weights, read_json
+from .checkpoint import Checkpoint, LoadReport, read_json
 from .errors import CheckpointError, ConfigError
+from .hub import find
 from .models import module_for
 from .models.common import LanguageModel
 from .tokenizer import Tokenizer
@@ -39,6 +42,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    mapped: bool = True,
     progress: bool = True,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Load a checkpoint in the official format.
@@ -48,15 +52,38 @@ def load(
         device: where the weights go; default the GPU if there is one.
         dtype: bfloat16, float16, float32 or float64; default what config.json names.
         revision, offline: of the hub. progress: a bar on stderr for anything that takes over a second.
+        mapped: on a CPU, weights stored in the model's dtype stay in the mapped file; see `load_model`.
     Raises: ConfigError, CheckpointError, TokenizerError: each says which file and what to do.
     """
     folder = locate(model, revision=revision, offline=offline)
+    network = load_model(folder, device=device, dtype=dtype, mapped=mapped, progress=progress)
+    return network, _attach(network, folder)
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    mapped: bool = True,
+    progress: bool = True,
+) -> LanguageModel:
+    """The model of a folder, without its tokenizer; `load_report` says what was found.
+
+    A mapped file must stay as it is while the model is in use: cut in place it ends the process (SIGBUS), rewritten in
+    place it changes the weights, as under every reader that maps. Replaced by rename, as the hub's cache does it, it
+    does no harm. `mapped=False` reads everything into memory of its own. Writing to a weight never reaches the file.
+    """
     raw = read_config(folder)
-    network = build(raw, head=has_language_head(folder))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    materialize(network, device, pick_dtype(dtype, raw))
-    load_weights(network, folder, progress=progress)
-    return network.eval(), _attach(network, folder)
+    dtype = pick_dtype(dtype, raw)
+    with Checkpoint(folder) as checkpoint:
+        network = build(raw, head=checkpoint.has_language_head()).to(dtype)
+        checkpoint.check(network)
+        materialize(network, device, dtype, checkpoint.views() if mapped and device.type == "cpu" else {})
+        network.load_report = checkpoint.read(network, progress=progress)
+    _note_dtypes(network.load_report, raw)
+    return network.eval()
 
 
 def locate(model: str | Path, *, revision: str | None = None, offline: bool | None = None,
@@ -79,7 +106,7 @@ def build(raw: dict[str, Any], *, head: bool = True) -> LanguageModel:
     """The model of a config.json on the meta device: all names and shapes, no memory."""
     module = module_for(raw)
     config = module.Config.from_json(raw)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         network = module.Model(config)
     if not head and not config.tie_word_embeddings:
         network.lm_head = None
@@ -87,16 +114,29 @@ def build(raw: dict[str, Any], *, head: bool = True) -> LanguageModel:
     return network
 
 
-def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter uninitialised memory, once: tied parameters stay one tensor."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out torch.nn.init, whose values a checkpoint replaces: on the meta device it costs seconds of imports."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def materialize(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, views: Mapping[str, Tensor] | None = None
+) -> None:
+    """Give every parameter its memory, once, so that tied ones stay one tensor: its view if there is one, else a new one."""
+    views = views or {}
+    made = {
+        old: nn.Parameter(views[name] if name in views else _empty(old.shape, dtype, device), requires_grad=False)
+        for name, old in model.named_parameters()
+    }
     for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is None:
-                continue
-            if old not in made:
-                made[old] = nn.Parameter(_empty(old.shape, dtype, device), requires_grad=False)
-            module._parameters[name] = made[old]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = made[parameter]
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -121,6 +161,13 @@ def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dt
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _note_dtypes(report: LoadReport, raw: dict[str, Any]) -> None:
+    claimed = str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
+    for dtype, count in report.dtypes.items():
+        if claimed and dtype != claimed:
+            report.notes.append(f"config.json says {claimed}, {count} tensors are {dtype}")
 
 
 def _attach(network: LanguageModel, folder: Path) -> Tokenizer:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qwen_ref.checkpoint import SafetensorsFile, find, load_weights, read_json, save_model
+from qwen_ref.checkpoint import SafetensorsFile, load_weights, read_json, save_model
 from qwen_ref.errors import CheckpointError, ConfigError
+from qwen_ref.hub import find
 
 U8 = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
 
@@ -44,6 +45,9 @@ class Module:
         return ((name, torch.nn.Parameter(t, requires_grad=False)) for name, t in self.parameters.items())
 
     def canonical_name(self, name: str) -> str:
+        return name
+
+    def disk_name(self, name: str) -> str:
         return name
 
 

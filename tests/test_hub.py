@@ -28,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 
 CHILD = """
 import json, sys
-from qwen_ref.checkpoint import find
+from qwen_ref.hub import find
 from qwen_ref.errors import CheckpointError
 for line in sys.stdin:
     name, options = json.loads(line)

@@ -3,8 +3,9 @@
     python tools/bench_peers.py                       # Qwen3-0.6B's shape, random bf16 weights, CPU
     python tools/bench_peers.py --layers 4            # a quick look
 
-First a gate: both sides must choose the same greedy tokens, or no speed is reported. Then the two sides take turns,
-`--repeats` times each; medians and the spread (minimum to maximum) are printed, and one JSON object as the last line.
+Loading comes first, then a gate: all sides must choose the same greedy tokens, or no speed is reported. The sides (ours
+with mapped weights and with `mapped=False`, and transformers) take turns, `--repeats` times each; medians and the spread
+(minimum to maximum) are printed, and one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import torch
 import transformers
 
 from qwen_ref.generate import _step
-from qwen_ref.loading import build, load_weights, materialize, pick_dtype, read_config
+from qwen_ref.loading import load_model
 
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "hidden_size": 1024,
@@ -33,6 +35,13 @@ QWEN3_06B = {
     "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True,
     "torch_dtype": "bfloat16", "vocab_size": 151936,
 }  # fmt: skip
+
+OURS, READ, THEIRS = "qwen_ref", "mapped=False", "transformers"
+FRESH = {
+    OURS: "from qwen_ref.loading import load_model; load_model(Path(folder), device='cpu', progress=False)",
+    READ: "from qwen_ref.loading import load_model; load_model(Path(folder), device='cpu', mapped=False, progress=False)",
+    THEIRS: "import transformers as t; t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)",
+}
 
 
 def main() -> None:
@@ -47,19 +56,21 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(Path(folder), {**QWEN3_06B, "num_hidden_layers": args.layers})
-        results = {"import": turns(args.repeats, lambda: import_seconds("torch, qwen_ref"),
-                                   lambda: import_seconds("torch, transformers"))}
-        results["load"] = turns(args.repeats, lambda: timed(lambda: load_ours(folder)),
-                                lambda: timed(lambda: load_theirs(folder)))
-        results["first token"] = turns(args.repeats, lambda: first_token(lambda: step_ours(load_ours(folder))),
-                                       lambda: first_token(lambda: step_theirs(load_theirs(folder))))
-        ours, theirs = load_ours(folder), load_theirs(folder)
-    ids = torch.randint(0, 151643, (1, args.prompt), generator=torch.Generator().manual_seed(0))
-    gate(ours, theirs, ids)
-    results["prefill"] = turns(args.repeats, lambda: prefill(step_ours(ours), ids),
-                               lambda: prefill(step_theirs(theirs), ids))
-    results["decode"] = turns(args.repeats, lambda: decode(step_ours(ours), ids, args.tokens),
-                              lambda: decode(step_theirs(theirs), ids, args.tokens))
+        load = {OURS: lambda: load_ours(folder), READ: lambda: load_ours(folder, mapped=False),
+                THEIRS: lambda: load_theirs(folder)}
+        step = {OURS: step_ours, READ: step_ours, THEIRS: step_theirs}
+        results = {
+            "import": turns(args.repeats, {OURS: lambda: import_seconds("torch, qwen_ref"),
+                                           THEIRS: lambda: import_seconds("torch, transformers")}),
+            "fresh load": turns(args.repeats, {side: partial(fresh_seconds, side, folder) for side in load}),
+            "load": turns(args.repeats, {side: partial(timed, load[side]) for side in load}),
+            "first token": turns(args.repeats, {side: partial(first_token, load[side], step[side]) for side in load}),
+        }
+        models = {side: step[side](load[side]()) for side in load}
+        ids = torch.randint(0, 151643, (1, args.prompt), generator=torch.Generator().manual_seed(0))
+        gate(models, ids)
+        results["prefill"] = turns(args.repeats, {side: partial(prefill, models[side], ids) for side in models})
+        results["decode"] = turns(args.repeats, {side: partial(decode, models[side], ids, args.tokens) for side in models})
     report(results, args)
 
 
@@ -71,12 +82,8 @@ def write_random_model(folder: Path, config: dict[str, Any]) -> None:
     model.save_pretrained(folder)
 
 
-def load_ours(folder: str) -> Any:
-    raw = read_config(Path(folder))
-    model = build(raw)
-    materialize(model, torch.device("cpu"), pick_dtype(None, raw))
-    load_weights(model, Path(folder), progress=False)
-    return model.eval()
+def load_ours(folder: str, mapped: bool = True) -> Any:
+    return load_model(Path(folder), device="cpu", mapped=mapped, progress=False)
 
 
 def load_theirs(folder: str) -> Any:
@@ -106,20 +113,22 @@ def step_theirs(model: Any) -> Callable[[], Callable[[torch.Tensor], torch.Tenso
     return fresh
 
 
-def gate(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
-    mine, reference = step_ours(ours)(), step_theirs(theirs)()
-    a, b = mine(ids), reference(ids)
+def gate(models: dict[str, Callable], ids: torch.Tensor) -> None:
+    steps = {side: fresh() for side, fresh in models.items()}
+    logits = {side: step(ids) for side, step in steps.items()}
     for _ in range(8):
-        margin = float(b.float().topk(2).values.diff().abs())
-        if int(a.argmax()) != int(b.argmax()) and margin > 2 * float((a - b).abs().max()):
-            sys.exit("the two sides choose different tokens: no speed is reported")
-        token = b.argmax(-1, keepdim=True)
-        a, b = mine(token), reference(token)
+        reference = logits[THEIRS]
+        margin = float(reference.float().topk(2).values.diff().abs())
+        for mine in logits.values():
+            if int(mine.argmax()) != int(reference.argmax()) and margin > 2 * float((mine - reference).abs().max()):
+                sys.exit("the sides choose different tokens: no speed is reported")
+        token = reference.argmax(-1, keepdim=True)
+        logits = {side: step(token) for side, step in steps.items()}
 
 
-def first_token(load: Callable[[], Callable]) -> float:
-    """Seconds from a folder to the first logits: transformers maps the file and reads a weight when it is first used."""
-    return timed(lambda: load()()(torch.tensor([[9707]])))
+def first_token(load: Callable[[], Any], step: Callable) -> float:
+    """Seconds from a folder to the first logits, where weights that are mapped lazily are paid for."""
+    return timed(lambda: step(load())()(torch.tensor([[9707]])))
 
 
 def prefill(fresh: Callable, ids: torch.Tensor) -> float:
@@ -145,31 +154,42 @@ def import_seconds(names: str) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
+def fresh_seconds(side: str, folder: str) -> float:
+    """Seconds that importing and loading take in a new process, beyond importing torch."""
+    code = f"import sys, time, torch; from pathlib import Path; folder = sys.argv[1]; t = time.perf_counter(); {FRESH[side]}\n"
+    command = [sys.executable, "-c", code + "print(time.perf_counter() - t)", folder]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def timed(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
-def turns(repeats: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """One warm-up each, then alternately, so that what else the machine does falls on both."""
-    ours(), theirs()
-    pairs = [(ours(), theirs()) for _ in range(repeats)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+def turns(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """One warm-up each, then alternately, so that what else the machine does falls on all."""
+    for measure in sides.values():
+        measure()
+    rounds = [{side: measure() for side, measure in sides.items()} for _ in range(repeats)]
+    return {side: [one[side] for one in rounds] for side in sides}
 
 
-def report(results: dict[str, tuple[list[float], list[float]]], args: argparse.Namespace) -> None:
-    units = {"import": "s", "load": "s", "first token": "s", "prefill": "tok/s", "decode": "tok/s"}
+def report(results: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> None:
     summary: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__,
                                "machine": platform.processor() or platform.machine(), "threads": args.threads,
                                "layers": args.layers, "dtype": "bfloat16", "repeats": args.repeats}
-    print(f"{'':12} {'qwen_ref':>28} {'transformers':>28}   ratio")
-    for name, (ours, theirs) in results.items():
-        a, b = statistics.median(ours), statistics.median(theirs)
-        ratio = b / a if units[name] == "s" else a / b
-        cells = [f"{m:.3g} ({min(x):.3g} to {max(x):.3g}) {units[name]}" for m, x in ((a, ours), (b, theirs))]
-        print(f"{name:12} {cells[0]:>28} {cells[1]:>28}   {ratio:.2f}")
-        summary[name] = {"ours": ours, "theirs": theirs, "ratio": ratio}
+    print(f"{'':12} {'side':>13} {'median (min to max)':>34}   ratio to transformers, above 1: we are faster")
+    for name, sides in results.items():
+        unit = "tok/s" if name in ("prefill", "decode") else "s"
+        theirs = statistics.median(sides[THEIRS])
+        ratios = {}
+        for side, values in sides.items():
+            median = statistics.median(values)
+            ratios[side] = theirs / median if unit == "s" else median / theirs
+            cell = f"{median:.3g} ({min(values):.3g} to {max(values):.3g}) {unit}"
+            print(f"{name:12} {side:>13} {cell:>34}   {ratios[side]:.2f}")
+        summary[name] = {"values": sides, "ratios": ratios}
     print(json.dumps(summary))
 
 

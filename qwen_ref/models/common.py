@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache
+from ..checkpoint import LoadReport
 from ..layers import Experts
 
 
@@ -30,6 +31,7 @@ class LanguageModel(nn.Module):
         self.raw_config: dict[str, Any] = {}  # config.json and generation_config.json as they stood in the folder
         self.generation_config: dict[str, Any] = {}
         self.extra_files: dict[str, bytes] = {}  # the tokenizer and generation files it came with; `save` writes them
+        self.load_report: LoadReport | None = None  # what `loading.load` found in the weight files
 
     def make_cache(self) -> Cache:
         raise NotImplementedError
@@ -62,6 +64,10 @@ class LanguageModel(nn.Module):
     def canonical_name(self, name: str) -> str:
         """The name this model knows a checkpoint tensor by. Embedding checkpoints leave out the `model.` prefix."""
         return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+    def disk_name(self, name: str) -> str:
+        """The name `save` writes a tensor under: without head, as embedding checkpoints have it."""
+        return name.removeprefix("model.") if self.lm_head is None else name
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
