@@ -119,11 +119,11 @@ def _moe_points(name: str, path: str, mlp: Any) -> list[Point]:
         Point(f"{name}.hook_router_probs", path, "router_topk", "BTE", editable=False),
         Point(f"{name}.hook_topk_weights", path, "router_topk", "BTk"),
         Point(f"{name}.hook_topk_idx", path, "router_topk", "BTk"),
-        Point(f"{name}.hook_expert_out", f"{path}.experts", "output", "BTH"),
     ]
     if hasattr(mlp, "shared_expert"):
         found.append(Point(f"{name}.hook_shared_gate", f"{path}.shared_expert_gate", "output", "BT1"))
         found.append(Point(f"{name}.hook_shared_out", f"{path}.shared_expert", "output", "BTH"))
+    found.append(Point(f"{name}.hook_expert_out", f"{path}.experts", "output", "BTH"))
     return found
 
 
@@ -319,7 +319,9 @@ class _Session:
 
     def passes(self, point: Point | None, value: Tensor) -> Tensor:
         """The value, or what the point's functions make of it; the same object where they leave it alone."""
-        for fn in self.functions[point.name] if point else ():
+        if point is None:
+            return value
+        for fn in self.functions[point.name]:
             if isinstance(fn, _Reader):
                 fn(value, point)
                 continue
@@ -327,10 +329,11 @@ class _Session:
             result = fn(given, hook=point)
             edited = given if result is None else result
             _check_edit(point, value, edited)
-            if result is not None or not torch.equal(given, value):
-                if not point.editable:
-                    raise RequestError(f"{point.name} can be read but not edited; edit hook_router_logits instead")
-                value = edited
+            if torch.equal(edited, value) and not edited.requires_grad:
+                continue  # nothing changed: the model goes on with its own tensor, and rounds as ever
+            if not point.editable:
+                raise RequestError(f"{point.name} can be read but not edited; edit hook_router_logits instead")
+            value = edited
         return value
 
     def wants(self, path: str, short: str) -> Point | None:
@@ -397,12 +400,13 @@ class _Session:
     # operations
 
     def on_operation(self, operation: str) -> Callable[..., Any]:
-        handle = {"rms_norm": self._rms_norm, "rope": self._rope, "attention": self._attention,
-                  "router_topk": self._router_topk}[operation]
+        handles: dict[str, Callable[..., Any]] = {"rms_norm": self._rms_norm, "rope": self._rope, "attention": self._attention,
+                                               "router_topk": self._router_topk}
+        handle = handles[operation]
 
-        def wrapper(run: Callable[..., Any], *args: Any) -> Any:
+        def wrapper(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             frame = self.frames.stack[-1] if self.frames.stack else None
-            return handle(frame, run, *args) if frame else run(*args)
+            return handle(frame, run, *args, **kwargs) if frame else run(*args, **kwargs)
 
         return wrapper
 
@@ -500,12 +504,20 @@ def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache:
         elements = 1
         for letter in point.dims if point and point.dims else "BTH":  # a module by its path: about the hidden size
             elements *= sizes[letter]
-        total += elements * (dtype or model.dtype).itemsize
+        total += elements * _itemsize(point, model.dtype, dtype)
     if total > max_bytes:
         raise RequestError(
             f"these {len(chosen)} activations of {ids.shape[0]} x {tokens} tokens take about {total:,} bytes, over "
             f"max_bytes={max_bytes:,}: name fewer, use pos_slice or stop_at_layer, or raise max_bytes"
         )
+
+
+def _itemsize(point: Point | None, model_dtype: torch.dtype, kept_as: torch.dtype | None) -> int:
+    if point and point.short == "topk_idx":
+        return torch.int64.itemsize
+    if point and point.short in ("scale", "router_probs"):  # never rounded to half precision in the model
+        model_dtype = torch.promote_types(model_dtype, torch.float32)
+    return (kept_as or model_dtype).itemsize
 
 
 def _near(name: str, known: Iterable[str]) -> str:
