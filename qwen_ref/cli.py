@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import QwenRefError, RequestError
@@ -36,12 +37,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qwen-ref", description="Run, inspect and verify Qwen models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, text: str, json_file: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("--model", help="a bundled name (tiny, tiny-moe), a folder, or a hub id (Qwen/Qwen3-0.6B)")
         sub.add_argument("--revision", help="branch, tag or commit on the hub")
-        sub.add_argument("--json", action="store_true", help="machine-readable output")
+        if json_file:
+            sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="machine-readable output, to a file if named")
+        else:
+            sub.add_argument("--json", action="store_true", help="machine-readable output")
         return sub
 
     generate = command("generate", run_generate, "Answer one prompt, streaming.")
@@ -58,11 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model_name", nargs="?", metavar="MODEL")
     inspect.add_argument("--context", type=int, metavar="TOKENS", help="size the KV cache for this many tokens")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor of the checkpoint")
-    verify = command("verify", run_verify, "Compare every layer with transformers on the same weights.")
+    verify = command("verify", run_verify, "Compare every activation with transformers on the same weights.", json_file=True)
     verify.add_argument("model_name", nargs="?", metavar="MODEL")
     verify.add_argument("--prompt", action="append", help="text to compare on (repeatable)")
-    verify.add_argument("--dtype", default="float32")
+    verify.add_argument("--dtype", help="float32 (default), float64, bfloat16 or float16")
     verify.add_argument("--device", default="cpu")
+    verify.add_argument("--levels", help="L0 keys, L1 operations, L2 activations, L3 logits, L4 greedy tokens, L5 relations; "
+                                         "such as L0-L3 or L2,L4 (default: all)")
+    verify.add_argument("--backend", metavar="NAME", help="implementation of our operations; default the formulas, eager")
+    verify.add_argument("--against", default="transformers", metavar="FILE", help="an oracle file instead of transformers")
+    verify.add_argument("--write-oracle", metavar="FILE", help="write what transformers computes, for --against elsewhere")
+    verify.add_argument("--new-tokens", type=int, default=64, metavar="N", help="length of the greedy continuation")
+    verify.add_argument("--seed", type=int, default=0, help="of random arguments and ids")
+    verify.add_argument("--streaming", action="store_true", default=None, help="one block in memory at a time")
+    verify.add_argument("--full", action="store_true", help="print every activation and check")
+    verify.add_argument("--html", metavar="FILE", help="write the report as one page")
     return parser
 
 
@@ -145,15 +159,41 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     from .loading import locate
-    from .verify import verify
+    from .verify import verify, write_oracle
+    from .verify.report import live, write_text
 
-    folder = locate(_name(args), revision=args.revision)
-    report = verify(folder, dtype=args.dtype, device=args.device, prompts=args.prompt)
-    if args.json:
-        print(json.dumps(report.to_json()))
+    name = _name(args)
+    model = locate(name, revision=args.revision) if args.revision else name
+    same = {key: getattr(args, key) for key in ("dtype", "device", "prompt", "new_tokens", "seed")}
+    same["prompts"] = same.pop("prompt")
+    if args.write_oracle:
+        write_oracle(model, args.write_oracle, **same)
+        print(f"qwen-ref: wrote {args.write_oracle}", file=sys.stderr)
+        return 0
+    files = [path for path in (args.json, args.html) if path not in (None, "-")]
+    _check_targets(args, files)
+    add, finish = live(print, args.full)
+    report = verify(model, against=args.against, backend=args.backend, levels=args.levels, streaming=args.streaming,
+                    progress=True if args.json == "-" else add, **same)
+    data = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False)
+    if args.json == "-":
+        print(data)
     else:
-        print(f"{report.table()}\n\n{_name(args)}, {report.dtype}: {report.verdict}")
+        finish()
+        print("\n".join([*report.around_first_difference(), *report.closing()]))
+    for path in files:
+        write_text(path, report.html() if path == args.html else f"{data}\n")
     return 0 if report.ok else 1
+
+
+def _check_targets(args: argparse.Namespace, files: list[str]) -> None:
+    """Before the work: a file that cannot be written, and `--json MODEL`, where the model was taken for the file."""
+    if args.json not in (None, "-") and not (args.model_name or args.model) and not args.json.endswith(".json"):
+        raise RequestError(f"--json {args.json} names a file, and no MODEL is given: put the model first, as in "
+                           f"verify {args.json} --json")
+    for path in files:
+        if not Path(path).absolute().parent.is_dir():
+            raise RequestError(f"cannot write {path}: its folder does not exist")
 
 
 def _load(args: argparse.Namespace) -> Any:
