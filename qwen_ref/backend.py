@@ -6,14 +6,19 @@
 
 An implementation is a function with the signature of the formula. It is chosen once per device and dtype, not per
 call, so a choice costs one dictionary look-up and stays visible to torch.compile.
+
+The Triton kernels are reached by name: neither `qwen_kernels` nor Triton is imported before one of them is asked for.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,8 +38,12 @@ def _always(device: torch.device, dtype: torch.dtype) -> str | None:
 @dataclass(frozen=True)
 class Implementation:
     name: str
-    run: Callable[..., Any]
+    load: Callable[[], Callable[..., Any]]  # called once per choice: a Triton kernel's module is imported here
     supports: Supports = _always
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        return self.load()
 
 
 @dataclass
@@ -92,7 +101,7 @@ def register(operation: str, name: str, supports: Supports = _always) -> Callabl
 
     def add(run: Callable) -> Callable:
         op = _operation(operation)
-        op.implementations = {**op.implementations, name: Implementation(name, run, supports)}
+        op.implementations = {**op.implementations, name: Implementation(name, _given(run), supports)}
         op.choose(op.forced, op.strict)
         return run
 
@@ -157,7 +166,41 @@ def _operation(name: str) -> Operation:
 
 def _eager(formula: Callable[..., Any], **others: Callable[..., Any]) -> Operation:
     runs = {**others, "eager": formula}
-    return Operation(formula.__name__, {name: Implementation(name, run) for name, run in runs.items()})
+    return Operation(formula.__name__, {name: Implementation(name, _given(run)) for name, run in runs.items()})
+
+
+def _given(run: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
+    return lambda: run
+
+
+def _with_kernel(operation: Operation) -> Operation:
+    """Add the Triton kernel in `qwen_kernels/<operation>.py` under the name "triton", last: it runs when it is chosen."""
+
+    def module() -> Any:
+        return import_module(f"qwen_kernels.{operation.name}")
+
+    def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+        return _why_no_triton(device) or module().supports(device, dtype)
+
+    operation.implementations["triton"] = Implementation("triton", lambda: module().run, supports)
+    return operation
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    if not _installed("triton"):
+        return "triton is not installed"
+    if not _installed("qwen_kernels"):
+        return "the qwen_kernels package is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter: right, and thousands of times slower
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return None if device.type == "cuda" else f"the tensors are on {device.type}, not on the GPU"
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -169,13 +212,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
-rms_norm = _eager(ops.rms_norm)
-rope = _eager(ops.rope)
+rms_norm = _with_kernel(_eager(ops.rms_norm))
+add_rms_norm = _with_kernel(_eager(ops.add_rms_norm))
+rope = _with_kernel(_eager(ops.rope))
 attention = _eager(ops.attention, torch=_sdpa)
-swiglu = _eager(ops.swiglu)
-router_topk = _eager(ops.router_topk)
+swiglu = _with_kernel(_eager(ops.swiglu))
+router_topk = _with_kernel(_eager(ops.router_topk))
 moe_experts = _eager(ops.moe_experts)
 
 OPERATIONS: dict[str, Operation] = {
-    op.name: op for op in (rms_norm, rope, attention, swiglu, router_topk, moe_experts)
+    op.name: op for op in (rms_norm, add_rms_norm, rope, attention, swiglu, router_topk, moe_experts)
 }

@@ -25,6 +25,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)  # the official order: round to x's dtype first, then scale
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual sum and its norm, which a kernel can make in one pass: (x + residual, rms_norm(x + residual)).
+
+    Args: x, residual (..., H); weight (H,). The sum is rounded to its dtype before it is normed. Returns 2 x (..., H).
+    """
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:
     """Rotary angular frequencies theta^(-2j/D), j < D/2, radians per position (Su et al. 2021). (D/2,) fp32."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim)

@@ -1,0 +1,309 @@
+"""Is an implementation right? Every awkward input, five seeds, memory poisoned around all that it may touch.
+
+The judge is the formula in fp64 on the same (already rounded) inputs; the measure is the formula's own error in the
+dtype under test. What is looked for is in `_faults`: an exception, wrong shape or dtype, NaN, too large an error, a
+changed input, a write outside an output, and two runs that differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import backend
+from ..errors import RequestError
+from .inputs import Draw, Subject, as_tuple, subject
+from .shapes import DEFAULT, DEFAULT_MOE, sizes
+
+SEEDS = 5
+GUARD = 1024  # numbers of poison before and after every tensor; a multiple of any alignment a kernel asks for
+
+
+class Error(NamedTuple):
+    """Distance from the fp64 result: |y - o| / |o| in the L2 norm, and the largest one over the largest |o|."""
+
+    l2: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Row:
+    case: str
+    error: Error | None  # the worst of all outputs and seeds; None where there was nothing to compare
+    allowed: Error | None
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    operation: str
+    implementation: str
+    dtype: str
+    device: str
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(row.faults for row in self.rows)
+
+    @property
+    def faults(self) -> list[str]:
+        return [f"{row.case}: {fault}" for row in self.rows for fault in row.faults]
+
+    @property
+    def verdict(self) -> str:
+        who = f"{self.operation} by {self.implementation} in {self.dtype} on {self.device}"
+        bad = sum(bool(row.faults) for row in self.rows)
+        return f"{who}: right on all {len(self.rows)} inputs" if self.ok else f"{who}: {bad} of {len(self.rows)} inputs fail"
+
+    def table(self) -> str:
+        width = max(len(row.case) for row in self.rows)
+        lines = [f"{'input':{width}}  relative L2   allowed       max  allowed"]
+        for row in self.rows:
+            numbers = " " * 41
+            if row.error is not None and row.allowed is not None:
+                e, a = row.error, row.allowed
+                numbers = f"{e.l2:11.1e} {a.l2:9.1e} {e.max:9.1e} {a.max:8.1e}"
+            lines.append(f"{row.case:{width}}  {numbers}  {'; '.join(row.faults) or 'ok'}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {"case": r.case, "error": r.error and r.error._asdict(), "allowed": r.allowed and r.allowed._asdict(),
+             "faults": list(r.faults)}
+            for r in self.rows
+        ]  # fmt: skip
+        return {"operation": self.operation, "implementation": self.implementation, "dtype": self.dtype,
+                "device": self.device, "ok": self.ok, "rows": rows}  # fmt: skip
+
+
+def check(
+    operation: str,
+    implementation: str,
+    *,
+    file: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    model: str | None = None,
+    seeds: int = SEEDS,
+    deterministic: bool = True,
+) -> Report:
+    """Try a registered implementation on every awkward input of its operation.
+
+    Args:
+        file: Python code to run first, which registers the implementation.
+        device: the GPU if there is one. model: whose sizes; "tiny" on a CPU, otherwise Qwen3-8B or -30B-A3B.
+        deterministic: whether two runs must agree to the last bit.
+    Raises RequestError if there is no such implementation, or if it refuses this device or dtype.
+    """
+    if file is not None:
+        load(file)
+    device, what = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), subject(operation)
+    run = find(operation, implementation, device, dtype)
+    model = model or ("tiny" if device.type == "cpu" else DEFAULT_MOE if what.moe else DEFAULT)
+    found: dict[str, list[Finding]] = {}
+    with torch.no_grad():
+        for seed in range(seeds):
+            for name, args in what.cases(sizes(model, moe=what.moe), Draw(seed, dtype, device)):
+                found.setdefault(name, []).append(examine(what, run, args, deterministic))
+    rows = tuple(judge(name, findings, dtype, tolerance(run)) for name, findings in found.items())
+    return Report(operation, implementation, str(dtype).removeprefix("torch."), str(device), rows)
+
+
+def load(file: str | Path) -> None:
+    """Run a user's file as a module, so that its `backend.register` lines take effect. Raises RequestError."""
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise RequestError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RequestError(f"{path} could not be run: {type(error).__name__}: {error}") from error
+
+
+def find(operation: str, name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function registered under a name. Raises RequestError with the reason if it cannot run here."""
+    offered = backend.OPERATIONS[operation].implementations
+    if name not in offered:
+        raise RequestError(f"operation {operation} has no implementation {name!r}; it has {list(offered)}")
+    reason = offered[name].supports(device, dtype)
+    if reason is not None:
+        raise RequestError(f"{operation} by {name} cannot run on {device} in {dtype}: {reason}")
+    return offered[name].run
+
+
+def tolerance(run: Callable[..., Any]) -> float:
+    """How many times the formula's own error is allowed: TOLERANCE of the module that defines the implementation, or 2."""
+    return getattr(sys.modules.get(getattr(run, "__module__", "")), "TOLERANCE", 2.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One call: what is wrong with it, or how far each output is from the truth, and how far the formula's is."""
+
+    faults: tuple[str, ...] = ()
+    errors: tuple[tuple[Error, Error], ...] = ()
+
+
+def examine(what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deterministic: bool = True) -> Finding:
+    """Call an implementation twice on inputs inside poison, and look at everything it returned and touched."""
+    wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    eager, truth = as_tuple(what.formula(*args)), as_tuple(what.formula(*wide))
+    housed = [House.of(a) if isinstance(a, Tensor) else a for a in args]
+    inputs = tuple(h.tensor if isinstance(h, House) else h for h in housed)
+    try:
+        with Poisoned() as made:
+            ours, again = as_tuple(run(*inputs)), as_tuple(run(*inputs))
+            _wait(inputs)
+    except Exception as error:
+        return Finding((f"raises {type(error).__name__}: {_first_line(error)}",))
+    faults = _form_faults(ours, eager)
+    if any(h.changed() for h in housed if isinstance(h, House)):
+        faults.append("changes an input, or memory beside it")
+    if any(h.spilled() for h in made.houses):
+        faults.append("writes outside its output")
+    if deterministic and not faults and not all(_same_bits(a, b) for a, b in zip(ours, again, strict=True)):
+        faults.append("differs between two runs on the same input")
+    if faults:
+        return Finding(tuple(faults))
+    try:
+        seen, usual, true = (what.observe(wide, outputs) if what.observe else outputs for outputs in (ours, eager, truth))
+    except RequestError as error:
+        return Finding((str(error),))
+    if any(o.isfinite().all() and not y.isfinite().all() for y, o in zip(seen, true, strict=True)):
+        return Finding(("gives NaN or infinity: it reads outside its input, leaves output unwritten, or overflows",))
+    errors = [(distance(y, o), distance(e, o)) for y, e, o in zip(seen, usual, true, strict=True) if y.numel()]
+    return Finding((), tuple(errors))
+
+
+def judge(case: str, findings: list[Finding], dtype: torch.dtype, times: float) -> Row:
+    """The seeds of one case together: the worst error may be `times` the formula's worst, and two roundings at least.
+
+    (Where the formula happens to be exact, such as on zeros, twice nothing would be nothing.)
+    """
+    faults = tuple(dict.fromkeys(fault for finding in findings for fault in finding.faults))
+    if faults or not findings[0].errors:
+        return Row(case, None, None, faults)
+    rows, rounding = [], torch.finfo(dtype).eps
+    for output in zip(*(finding.errors for finding in findings), strict=True):  # its (ours, formula's) of every seed
+        (l2, peak), (own_l2, own_peak) = (
+            [max(pair[who][norm] for pair in output) for norm in (0, 1)] for who in (0, 1)
+        )
+        allowed = Error(max(times * own_l2, rounding), max(times * own_peak, rounding))
+        rows.append((max(l2 / allowed.l2, peak / allowed.max), Error(l2, peak), allowed))
+    excess, error, allowed = max(rows)
+    if not excess <= 1:
+        faults = (f"is off by {error.l2:.1e} (max {error.max:.1e}), allowed {allowed.l2:.1e} (max {allowed.max:.1e})",)
+    return Row(case, error, allowed, faults)
+
+
+def distance(y: Tensor, truth: Tensor) -> Error:
+    gap, truth = y.double() - truth, truth.double()
+    tiny = torch.finfo(torch.float64).tiny
+    return Error(
+        float(gap.norm() / truth.norm().clamp(min=tiny)),
+        float(gap.abs().max() / truth.abs().max().clamp(min=tiny)),
+    )
+
+
+@dataclass
+class House:
+    """A tensor rebuilt, strides and all, inside a larger buffer of poison: NaN, or the lowest integer."""
+
+    tensor: Tensor
+    buffer: Tensor
+    shape: tuple[int, ...]  # as built: whoever gets the tensor may point it elsewhere
+    stride: tuple[int, ...]
+    before: Tensor | None = None  # what an input's buffer held; an output's is poison
+
+    @classmethod
+    def of(cls, values: Tensor) -> House:
+        house = cls.like(values)
+        once = [slice(0, 1) if stride == 0 else slice(None) for stride in values.stride()]
+        house.tensor[tuple(once)].copy_(values[tuple(once)])
+        house.before = house.buffer.clone()
+        return house
+
+    @classmethod
+    def like(cls, shape_of: Tensor) -> House:
+        reach = sum((n - 1) * stride for n, stride in zip(shape_of.shape, shape_of.stride(), strict=True)) + 1
+        length = (reach if shape_of.numel() else 0) + 2 * GUARD
+        buffer = torch.full((length,), poison(shape_of.dtype), dtype=shape_of.dtype, device=shape_of.device)
+        inside = buffer.as_strided(shape_of.shape, shape_of.stride(), GUARD)
+        return cls(inside, buffer, tuple(inside.shape), inside.stride())
+
+    def changed(self) -> bool:
+        return self.before is not None and not _same_bits(self.buffer, self.before)
+
+    def spilled(self) -> bool:
+        outside = torch.ones_like(self.buffer, dtype=torch.bool)
+        outside.as_strided(self.shape, self.stride, GUARD).fill_(False)
+        left = self.buffer[outside]
+        return not _same_bits(left, torch.full_like(left, poison(left.dtype)))
+
+
+def poison(dtype: torch.dtype) -> Any:
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+class Poisoned(TorchDispatchMode):
+    """While active, memory that is allocated without values (empty, empty_like ...) is poison inside more poison."""
+
+    EMPTY = (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.houses: list[House] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function not in self.EMPTY or result.dtype.is_complex:
+            return result
+        self.houses.append(House.like(result))
+        return self.houses[-1].tensor
+
+
+def _form_faults(ours: tuple[Any, ...], eager: tuple[Tensor, ...]) -> list[str]:
+    if len(ours) != len(eager):
+        return [f"returns {len(ours)} results instead of {len(eager)}"]
+    faults = []
+    for y, e in zip(ours, eager, strict=True):
+        if not isinstance(y, Tensor):
+            faults.append(f"returns {type(y).__name__} instead of a tensor")
+        elif y.shape != e.shape:
+            faults.append(f"returns shape {tuple(y.shape)} instead of {tuple(e.shape)}")
+        elif y.dtype != e.dtype or y.device != e.device:
+            faults.append(f"returns {y.dtype} on {y.device} instead of {e.dtype} on {e.device}")
+    return faults
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
+def _wait(tensors: tuple[Any, ...]) -> None:
+    if any(isinstance(t, Tensor) and t.is_cuda for t in tensors):
+        torch.cuda.synchronize()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

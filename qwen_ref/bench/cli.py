@@ -1,0 +1,94 @@
+"""qwen-ref kernels list | check | bench | compile. Exit status: 0 success, 1 something is wrong with a kernel, 2 an error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from .. import backend
+from ..errors import RequestError
+from .shapes import MODELS
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add `kernels` and its commands; each sets `run`, a function of the parsed arguments that returns the exit status."""
+    text = "List, check, time and compile implementations of the operations."
+    parser = subparsers.add_parser("kernels", help=text, description=text)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="machine-readable output")
+        return sub
+
+    lists = command("list", run_list, "What runs for each operation, and why the others do not.")
+    check = command("check", run_check, "Is an implementation right, on awkward inputs in poisoned memory?")
+    bench = command("bench", run_bench, "Time implementations on a model's shapes, as a share of the measured roofline.")
+    compile = command("compile", run_compile, "Compile the Triton kernels ahead of time; needs no GPU.")
+    for sub in (lists, check, bench):
+        sub.add_argument("--device", help="cuda if there is a GPU, otherwise cpu")
+        sub.add_argument("--dtype", choices=DTYPES, default="float32" if sub is check else "bfloat16")
+    for sub in (check, bench, compile):
+        sub.add_argument("operation", metavar="OP", choices=backend.OPERATIONS, help=", ".join(backend.OPERATIONS))
+    for sub in (check, bench):
+        sub.add_argument("--file", help="Python code that registers an implementation")
+        sub.add_argument("--model", help=f"whose shapes: {', '.join(['tiny', *MODELS])}")
+    check.add_argument("--impl", required=True, metavar="NAME", help="the implementation's registered name")
+    check.add_argument("--seeds", type=int, default=5)
+    check.add_argument("--nondeterministic", action="store_true", help="do not ask for the same bits twice")
+    bench.add_argument("--impl", action="append", metavar="NAME", help="only these (repeatable); `compiled` is torch.compile")
+    bench.add_argument("--tokens", type=int, action="append", metavar="N", help="tokens in a call (repeatable)")
+    compile.add_argument("--target", action="append", metavar="ARCH", help="sm_80, sm_90, gfx942 (repeatable; default all)")
+
+
+def run_list(args: argparse.Namespace) -> int:
+    device, dtype = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), DTYPES[args.dtype]
+    if not args.json:
+        print(f"on {device} in {args.dtype}:\n{backend.report(device, dtype)}")
+        return 0
+    rows = []
+    for name, op in backend.OPERATIONS.items():
+        refusals = {i.name: i.supports(device, dtype) for i in op.implementations.values()}
+        rows.append({"operation": name, "runs": op.resolve(device, dtype).name, "implementations": refusals})
+    print(json.dumps(rows))
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from .check import check
+
+    if args.seeds < 1:
+        raise RequestError("--seeds must be at least 1")
+    report = check(
+        args.operation, args.impl, file=args.file, dtype=DTYPES[args.dtype], device=args.device, model=args.model,
+        seeds=args.seeds, deterministic=not args.nondeterministic,
+    )  # fmt: skip
+    print(json.dumps(report.to_json()) if args.json else f"{report.table()}\n\n{report.verdict}")
+    return 0 if report.ok else 1
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from .measure import bench
+
+    if args.tokens and min(args.tokens) < 1:
+        raise RequestError("--tokens must be at least 1")
+    result = bench(
+        args.operation, model=args.model, implementations=args.impl, file=args.file, dtype=DTYPES[args.dtype],
+        device=args.device, tokens=args.tokens,
+    )  # fmt: skip
+    print(json.dumps(result.to_json()) if args.json else result.table())
+    return 1 if any(row.wrong for row in result.rows) else 0
+
+
+def run_compile(args: argparse.Namespace) -> int:
+    from .compile import TARGETS, compile
+
+    result = compile(args.operation, targets=args.target or tuple(TARGETS))
+    print(json.dumps(result.to_json()) if args.json else result.table())
+    return 0 if result.ok else 1

@@ -1,0 +1,233 @@
+"""Ahead-of-time compilation: what the compiler makes of a Triton kernel on a GPU that is not here.
+
+The launcher itself runs, on tensors without storage, and its launches are recorded instead of made: what is compiled
+is what a model of the table would launch, in every dtype, with the specialisations Triton would choose.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..errors import RequestError
+from .inputs import Draw, subject
+from .shapes import MODELS, sizes
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes one block may use
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS = (1, 4096)
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+
+    @property
+    def text(self) -> str:
+        shown = [f"{name}={value}" for name, value in (*self.constants, *self.options) if name.isupper() or "num" in name]
+        return " ".join([self.signature[0][1].lstrip("*"), *shown])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    kernel: str
+    launch: str
+    target: str
+    registers: int | None = None  # per thread; None where the tool that knows is absent
+    spills: int | None = None  # bytes (NVIDIA) or registers (AMD) per thread that went to memory
+    shared: int | None = None  # bytes per block
+    tensor_cores: bool = False
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Compilation:
+    operation: str
+    rows: tuple[Compiled, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(row.fault for row in self.rows)
+
+    def table(self) -> str:
+        width = max(len(row.launch) for row in self.rows)
+        lines = [f"{'kernel':14} {'target':7} {'launch':{width}}  registers  spills  shared  tensor cores"]
+        for r in self.rows:
+            cores = "yes" if r.tensor_cores else "no"
+            said = r.fault or f"{_or(r.registers):>9} {_or(r.spills):>7} {_or(r.shared):>7}  {cores}"
+            lines.append(f"{r.kernel:14} {r.target:7} {r.launch:{width}}  {said}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"operation": self.operation, "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
+
+
+def compile(
+    operation: str, *, targets: Sequence[str] = tuple(TARGETS), models: Sequence[str] = tuple(MODELS)
+) -> Compilation:
+    """Compile the Triton kernels of an operation as the models launch them. Needs Triton, not a GPU.
+
+    A row's `fault` says why it did not compile, or that it needs more shared memory than the target has.
+    Raises RequestError without Triton, for an unknown target, or for an operation that has no kernel.
+    """
+    unknown = set(targets) - set(TARGETS)
+    if unknown:
+        raise RequestError(f"unknown target {sorted(unknown)}; there are {list(TARGETS)}")
+    found = launches(operation, models)
+    return Compilation(operation, tuple(_compile(launch, target) for target in targets for launch in found))
+
+
+def launches(operation: str, models: Sequence[str] = tuple(MODELS)) -> list[Launch]:
+    """Every different launch that the models make, from the launcher itself."""
+    module, what = kernel_module(operation), subject(operation)
+    found: dict[Launch, None] = {}
+    known = [sizes(model) for model in models]
+    combinations = product([s for s in known if s.experts or not what.moe], DTYPES, TOKENS, tuned_devices(module))
+    for s, dtype, tokens, device in combinations:
+        for _, args in what.real(s, tokens, Draw(0, dtype, torch.device("meta"))):
+            with _recording(module, found, device), torch.no_grad():
+                module.run(*args)
+    return list(found)
+
+
+def kernel_module(operation: str) -> Any:
+    """The module of an operation's Triton kernel. Raises RequestError with the reason if there is none."""
+    if "triton" not in backend.OPERATIONS[operation].implementations:
+        raise RequestError(f"operation {operation} has no Triton kernel")
+    try:
+        module = import_module(f"qwen_kernels.{operation}")
+        import triton
+    except ImportError as error:
+        raise RequestError(f"compiling needs Triton: pip install 'qwen-ref[triton]' ({error})") from error
+    if triton.knobs.runtime.interpret:
+        raise RequestError("TRITON_INTERPRET=1 replaces the compiler; unset it to compile")
+    return module
+
+
+def tuned_devices(module: Any) -> list[str]:
+    return list(dict.fromkeys(device for device, _ in module.TUNED))
+
+
+@contextmanager
+def _recording(module: Any, found: dict[Launch, None], device: str) -> Iterator[None]:
+    """While active, the module's kernels note their launches, and its tuned table is read as on `device`."""
+    from triton.runtime import JITFunction
+
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction) and name[0] == "_"}
+    shared: Any = import_module("qwen_kernels.launch")
+    name_of = shared._name
+    try:
+        shared._name = lambda *_: device
+        for name, kernel in kernels.items():
+            setattr(module, name, _Recorder(kernel, found))
+        yield
+    finally:
+        shared._name = name_of
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, found: dict[Launch, None]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.note
+
+    def note(self, *args: Any, **kwargs: Any) -> None:
+        """Triton's own rules: constants stay constants, an integer 1 becomes one, multiples of 16 are marked."""
+        names = self.kernel.arg_names
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        signature, constants, aligned = {}, {}, []
+        for i, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, values.pop(parameter.name)
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            else:
+                signature[name] = _type_of(value)
+                if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                    aligned.append(i)  # what PyTorch allocates is aligned
+        launch = Launch(
+            self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(values.items()))
+        )
+        self.found[launch] = None
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _compile(launch: Launch, target: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = launch.kernel.fn.__name__.lstrip("_")
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
+    )
+    try:
+        made = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(launch.options))
+    except Exception as error:
+        return Compiled(kernel, launch.text, target, fault=f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}")
+    code = made.asm.get("ptx") or made.asm.get("amdgcn") or ""
+    registers, spills = _nvidia_use(made.asm["cubin"]) if "cubin" in made.asm else _amd_use(code)
+    shared = made.metadata.shared
+    fault = None
+    if shared > SHARED_LIMIT[target]:
+        fault = f"needs {shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}"
+    return Compiled(kernel, launch.text, target, registers, spills, shared, bool(TENSOR_CORES.search(code)), fault)
+
+
+def _nvidia_use(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and bytes of local memory per thread, from the tool in Triton's wheel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    use = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
+    return use.get("REG"), use["STACK"] + use["LOCAL"] if "LOCAL" in use else None
+
+
+def _amd_use(code: str) -> tuple[int | None, int | None]:
+    use = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", code)}
+    return use.get("vgpr_count"), use.get("vgpr_spill_count", 0) + use.get("sgpr_spill_count", 0) if use else None
+
+
+def _or(value: int | None) -> str:
+    return "?" if value is None else str(value)

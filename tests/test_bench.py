@@ -1,0 +1,312 @@
+"""The bench itself: does it catch planted faults, does it pass what is right, are its shapes and costs the official ones?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from qwen_ref import backend, ops
+from qwen_ref.bench import bench, check, compile
+from qwen_ref.bench.check import GUARD, House, Poisoned, distance
+from qwen_ref.bench.cli import add_commands
+from qwen_ref.bench.inputs import SUBJECTS, Draw, subject
+from qwen_ref.bench.shapes import MODELS, sizes
+from qwen_ref.errors import RequestError
+
+
+@pytest.fixture
+def planted():
+    """register(operation, function): an implementation called "planted", forgotten after the test."""
+    operations = []
+
+    def register(operation, run):
+        backend.register(operation, "planted")(run)
+        operations.append(operation)
+
+    yield register
+    for operation in operations:
+        backend.OPERATIONS[operation].implementations.pop("planted", None)
+
+
+def faults_of(operation="rms_norm", **options):
+    return " | ".join(check(operation, "planted", **{"seeds": 1, **options}).faults)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", list(SUBJECTS))
+def test_every_formula_passes_its_own_check(operation, dtype):
+    report = check(operation, "eager", dtype=dtype, seeds=2)
+    assert report.ok, report.table()
+
+
+def test_every_operation_has_inputs():
+    assert set(SUBJECTS) == set(backend.OPERATIONS)
+
+
+def test_other_right_implementations_pass(planted):
+    planted("rms_norm", lambda x, w, eps: torch.nn.functional.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * w)
+    assert check("rms_norm", "planted").ok
+    assert check("attention", "torch", seeds=2).ok
+
+
+# The five planted kernels, and seven more: each is the formula but for one thing a kernel gets wrong.
+def test_wrong_eps_is_caught(planted):
+    planted("rms_norm", lambda x, w, eps: ops.rms_norm(x, w, 1.1 * eps))
+    assert "as small as eps: is off by" in faults_of()
+
+
+def test_reading_past_the_row_is_caught(planted):
+    def past(x, w, eps):
+        wide = x.as_strided((*x.shape[:-1], x.shape[-1] + 1), x.stride()).float()  # one number too many in the mean
+        return w * (x.float() * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    planted("rms_norm", past)
+    assert "one row: gives NaN" in faults_of()
+
+
+def test_changing_an_input_is_caught(planted):
+    planted("rms_norm", lambda x, w, eps: x.copy_(ops.rms_norm(x, w, eps)))
+    assert "hidden: changes an input" in faults_of()
+
+
+def test_wrong_dtype_is_caught(planted):
+    planted("rms_norm", lambda x, w, eps: ops.rms_norm(x.float(), w.float(), eps))
+    assert "returns torch.float32" in faults_of(dtype=torch.bfloat16)
+    assert not faults_of(dtype=torch.float32)
+
+
+def test_nondeterminism_is_caught_unless_declared(planted):
+    def noisy(x, w, eps):  # far below a rounding of fp16, yet some numbers round the other way
+        return (ops.rms_norm(x.float(), w.float(), eps) * (1 + 1e-4 * torch.rand(x.shape))).to(x.dtype)
+
+    planted("rms_norm", noisy)
+    assert "differs between two runs" in faults_of(dtype=torch.float16)
+    assert not faults_of(dtype=torch.float16, deterministic=False)
+
+
+def test_wrong_shape_and_count_are_caught(planted):
+    planted("rms_norm", lambda x, w, eps: ops.rms_norm(x, w, eps)[..., :-1])
+    assert "returns shape (1, 3, 95) instead of (1, 3, 96)" in faults_of()
+    planted("add_rms_norm", lambda x, r, w, eps: ops.rms_norm(x + r, w, eps))
+    assert "returns 1 results instead of 2" in faults_of("add_rms_norm")
+
+
+def test_an_exception_is_named(planted):
+    def fails(x, w, eps):
+        raise ZeroDivisionError("no rows")
+
+    planted("rms_norm", fails)
+    assert "raises ZeroDivisionError: no rows" in faults_of()
+
+
+def test_output_left_unwritten_is_caught(planted):
+    def lazy(gate, up):
+        out = torch.empty_like(gate)
+        out[..., :-1] = ops.swiglu(gate, up)[..., :-1]
+        return out
+
+    planted("swiglu", lazy)
+    assert "leaves output unwritten" in faults_of("swiglu")
+
+
+def test_writing_outside_the_output_is_caught(planted):
+    def spills(gate, up):
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        if out.numel():
+            out.as_strided((out.numel() + 1,), (1,)).zero_()
+        return out.copy_(ops.swiglu(gate, up))
+
+    planted("swiglu", spills)
+    assert "writes outside its output" in faults_of("swiglu")
+
+
+def test_skipping_the_rounding_of_silu_is_allowed_but_a_coarser_sum_is_not(planted):
+    planted("swiglu", lambda g, u: ops.swiglu(g.double(), u.double()).to(g.dtype))
+    assert not faults_of("swiglu", dtype=torch.bfloat16)
+    planted("swiglu", lambda g, u: ops.swiglu(g.bfloat16(), u.bfloat16()).to(g.dtype))
+    assert "is off by" in faults_of("swiglu", dtype=torch.float32)
+
+
+def test_router_ties_may_go_either_way_but_no_expert_twice(planted):
+    def last_of_equals(logits, k, normalize):
+        weights, experts = ops.router_topk(logits.flip(-1), k, normalize)
+        return weights, logits.shape[-1] - 1 - experts
+
+    planted("router_topk", last_of_equals)
+    assert not faults_of("router_topk")
+    planted("router_topk", lambda *args: (ops.router_topk(*args)[0], ops.router_topk(*args)[1] * 0))
+    assert "the same expert twice" in faults_of("router_topk")
+    planted("router_topk", lambda *args: (ops.router_topk(*args)[0], ops.router_topk(*args)[1] + 40))
+    assert "outside the experts there are" in faults_of("router_topk")
+
+
+def test_a_dropped_renormalisation_or_window_is_caught(planted):
+    planted("router_topk", lambda logits, k, normalize: ops.router_topk(logits, k, True))
+    assert "normalize=False: is off" in faults_of("router_topk")
+    planted("attention", lambda q, k, v, mask: ops.attention(q, k, v, None))
+    assert "sliding window: is off" in faults_of("attention")
+
+
+def test_swapped_halves_and_a_shared_table_are_caught(planted):
+    def interleaved(x, cos, sin):
+        return x * cos[:, None] + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin[:, None]
+
+    planted("rope", interleaved)
+    assert "is off" in faults_of("rope")
+    planted("rope", lambda x, cos, sin: ops.rope(x, cos[:1], sin[:1]))  # right as long as all sequences start alike
+    assert "queries as the model has them: is off" in faults_of("rope")
+
+
+def test_a_users_file_is_run_and_its_faults_are_the_users(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from qwen_ref import backend, ops\nbackend.register('swiglu', 'from_file')(lambda g, u: ops.swiglu(g, u))\n")
+    assert check("swiglu", "from_file", file=file, seeds=1).ok
+    del backend.OPERATIONS["swiglu"].implementations["from_file"]
+    file.write_text("1 / 0")
+    for bad, text in ((file, "ZeroDivisionError"), (tmp_path / "absent.py", "not a Python file")):
+        with pytest.raises(RequestError, match=text):
+            check("swiglu", "eager", file=bad)
+
+
+def test_unknown_names_are_errors():
+    for call, text in (
+        (lambda: check("rms_nrom", "eager"), "no inputs for 'rms_nrom'"),
+        (lambda: check("rms_norm", "absent"), "no implementation 'absent'"),
+        (lambda: check("rms_norm", "eager", model="Qwen/Qwen9"), "no shapes of 'Qwen/Qwen9'"),
+        (lambda: check("moe_experts", "eager", model="Qwen/Qwen3-8B"), "has no experts"),
+        (lambda: bench("rms_norm", implementations=["absent"]), "no implementation 'absent'"),
+        (lambda: compile("attention"), "no Triton kernel"),
+        (lambda: compile("rope", targets=["sm_1"]), "unknown target"),
+    ):
+        with pytest.raises(RequestError, match=text):
+            call()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+def test_compiling_without_triton_says_what_to_install():
+    with pytest.raises(RequestError, match=r"qwen-ref\[triton\]"):
+        compile("rms_norm")
+
+
+def test_poisoned_memory_keeps_strides_and_shows_every_change():
+    x = torch.arange(24.0).view(2, 3, 4).transpose(0, 1)[..., ::2]
+    house = House.of(x)
+    assert torch.equal(house.tensor, x) and house.tensor.stride() == x.stride() and not house.changed()
+    assert house.buffer.isnan().sum() == house.buffer.numel() - x.numel()  # the gaps between its numbers too
+    house.buffer[GUARD + 1] = 0.0  # in a gap
+    assert house.changed()
+    with Poisoned() as made:
+        out = torch.empty(3, 5)
+    assert out.isnan().all() and not made.houses[0].spilled()
+    out.zero_()
+    assert not made.houses[0].spilled()
+    out.as_strided((1,), (1,), out.storage_offset() - 1).zero_()
+    assert made.houses[0].spilled()
+
+
+def test_distance_is_the_textbooks():
+    error = distance(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0], dtype=torch.float64))
+    assert error.l2 == pytest.approx(0.5 / 5) and error.max == pytest.approx(0.5 / 4)
+    assert math.isnan(distance(torch.tensor([math.nan]), torch.ones(1).double()).l2)
+
+
+def test_shapes_are_those_of_the_official_configs(data):
+    seen = set()
+    for file in (data / "configs").glob("*onfig*.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name = file.name.removeprefix("Qwen--").removeprefix("config-").removesuffix("_config.json").removesuffix(".json")
+        size = MODELS.get(f"Qwen/{name}")
+        if size is None:
+            continue
+        seen.add(name)
+        moe = config["model_type"] == "qwen3_moe"
+        assert size.hidden == config["hidden_size"] and size.eps == config["rms_norm_eps"], name
+        assert size.intermediate == config["moe_intermediate_size" if moe else "intermediate_size"], name
+        assert (size.heads, size.kv_heads, size.head_dim) == (
+            config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]), name
+        assert (size.experts, size.top_k) == ((config["num_experts"], config["num_experts_per_tok"]) if moe else (0, 0)), name
+    assert len(seen) == len(MODELS)
+
+
+def test_costs_by_hand():
+    def cost(operation, model, tokens, dtype=torch.bfloat16):
+        what = subject(operation)
+        return [what.cost(*args) for _, args in what.real(sizes(model), tokens, Draw(0, dtype, torch.device("meta")))]
+
+    assert cost("rms_norm", "Qwen/Qwen3-8B", 7)[0] == (2 * (2 * 7 * 4096 + 4096), 4 * 7 * 4096)
+    assert cost("add_rms_norm", "Qwen/Qwen3-8B", 7)[0].bytes == 2 * (4 * 7 * 4096 + 4096)
+    assert cost("swiglu", "Qwen/Qwen3-8B", 7)[0].bytes == 2 * 3 * 7 * 12288
+    assert cost("rope", "Qwen/Qwen3-8B", 7)[1].bytes == 2 * (2 * 7 * 8 * 128 + 2 * 7 * 128)
+    assert cost("router_topk", "Qwen/Qwen3-30B-A3B", 7)[0].bytes == 7 * (128 * 2 + 8 * 2 + 8 * 8)
+    one = cost("moe_experts", "Qwen/Qwen3-30B-A3B", 1)[0]  # eight experts' weights, the token in and out, the choice
+    assert one.bytes == 2 * 8 * 3 * 2048 * 768 + 2 * 2 * 2048 + 8 * (2 + 8)
+    assert one.flops == 2 * 8 * 3 * 2048 * 768
+    pairs = int(ops.causal_mask(64, 64, torch.device("cpu")).sum())
+    assert cost("attention", "Qwen/Qwen3-8B", 64)[0].flops == 2 * 2 * 128 * 32 * pairs
+    assert cost("attention", "Qwen/Qwen3-8B", 1)[0].bytes == 2 * (2 * 32 * 128 + 2 * 4096 * 8 * 128)
+
+
+def test_bench_times_the_right_and_refuses_the_wrong(planted, monkeypatch):
+    from qwen_ref.bench import measure
+
+    monkeypatch.setattr(measure, "roofline", lambda device, dtype: measure.Roofline(bandwidth=1e9, compute=1e8))
+    planted("swiglu", lambda gate, up: ops.swiglu(gate, up) * 1.01)
+    result = bench("swiglu", model="tiny", implementations=["eager", "planted"], dtype=torch.float32, tokens=[3], seconds=0.01)
+    right, wrong = result.rows
+    assert right.median > 0 and right.fast <= right.median <= right.slow
+    assert right.bytes_per_second == pytest.approx(4 * 3 * 3 * 72 / right.median)
+    assert right.share == pytest.approx(5 * 3 * 72 / 1e8 / right.median)  # 1080 FLOPs take longer here than 2592 bytes
+    assert wrong.median is None and wrong.wrong and "its check failed" in wrong.refused
+    assert "no time: its check failed" in result.table()
+    assert json.loads(json.dumps(result.to_json()))["rows"][0]["median"] == right.median
+
+
+def test_bench_gives_a_kernel_without_its_device_no_time(monkeypatch):
+    from qwen_ref.bench import measure
+
+    monkeypatch.setattr(measure, "roofline", lambda device, dtype: measure.Roofline(1e9, 1e9))
+    (row,) = bench("swiglu", model="tiny", implementations=["triton"], device="cpu", tokens=[1]).rows
+    assert row.median is None and row.refused and not row.wrong
+
+
+def test_roofline_is_measured():
+    from qwen_ref.bench.measure import roofline
+
+    roof = roofline(torch.device("cpu"), torch.float32)
+    assert 1e8 < roof.bandwidth < 1e13 and 1e7 < roof.compute < 1e15  # no machine that runs this is outside
+
+
+def test_rotating_copies_differ_in_address_and_keep_strides():
+    from qwen_ref.bench.measure import MOST_COPIES, _copies
+
+    x = torch.randn(8, 4, 6).transpose(0, 1)
+    copies, cold = _copies((x, 1e-6))
+    assert len({args[0].data_ptr() for args in copies}) == len(copies) == MOST_COPIES and not cold
+    assert all(torch.equal(args[0], x) and args[0].stride() == x.stride() and args[1] == 1e-6 for args in copies)
+
+
+def run_cli(*args):
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    parsed = parser.parse_args(["kernels", *args])
+    return parsed.run(parsed)
+
+
+def test_cli(planted, capsys):
+    assert run_cli("list", "--json") == 0
+    rows = {row["operation"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["rms_norm"]["runs"] == "eager" and rows["rms_norm"]["implementations"]["eager"] is None
+    assert run_cli("list") == 0
+    assert "add_rms_norm" in capsys.readouterr().out
+    assert run_cli("check", "swiglu", "--impl", "eager", "--seeds", "1") == 0
+    assert "right on all 9 inputs" in capsys.readouterr().out
+    planted("swiglu", lambda gate, up: gate * up)
+    assert run_cli("check", "swiglu", "--impl", "planted", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    with pytest.raises(RequestError):
+        run_cli("check", "swiglu", "--impl", "absent")

@@ -1,0 +1,278 @@
+"""The Triton kernels and how the backend reaches them.
+
+Without a GPU, Triton's interpreter checks the numbers (fp32 and fp16: it truncates to bf16 where a GPU rounds) and
+ahead-of-time compilation checks the code. Triton decides when a kernel is defined whether it is interpreted, so each
+of the two has a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_ref import backend, ops
+from qwen_ref.errors import RequestError
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "router_topk")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install -e '.[triton]'): kernels not run"
+)
+
+
+def python(code: str, *, interpret: bool, cache: Path | None = None) -> str:
+    """What a fresh interpreter prints, with the repository's packages on its path."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    env |= {"TRITON_INTERPRET": "1" if interpret else "0"} | ({"TRITON_CACHE_DIR": str(cache)} if cache else {})
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# The backend
+
+
+def test_add_rms_norm_is_its_definition():
+    x, residual, weight = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
+    total, normed = ops.add_rms_norm(x, residual, weight, 1e-6)
+    exact = x.double() + residual.double()
+    torch.testing.assert_close(total, exact.float())
+    torch.testing.assert_close(normed, (weight * exact / (exact.square().sum(-1, True) / 5 + 1e-6).sqrt()).float())
+
+
+def test_add_rms_norm_is_the_two_operations_in_bf16():
+    x, residual, weight = (torch.randn(shape).bfloat16() for shape in ((3, 64), (3, 64), (64,)))
+    total, normed = ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual) and torch.equal(normed, ops.rms_norm(x + residual, weight, 1e-6))
+
+
+def test_a_report_imports_neither_triton_nor_the_kernels():
+    code = (
+        "import sys; from qwen_ref import backend; print(backend.report('cpu'));"
+        "print('LOADED', [m for m in sys.modules if m.split('.')[0] in ('triton', 'qwen_kernels')])"
+    )
+    report, loaded = python(code, interpret=False).split("LOADED")
+    assert loaded.strip() == "[]"
+    for kernel in KERNELS:
+        (line,) = (line for line in report.splitlines() if line.split()[0] == kernel)
+        assert "triton (" in line and line.split()[1] == "eager"
+
+
+@pytest.mark.parametrize("absent", ["triton", "qwen_kernels"])
+def test_an_absent_package_is_the_reason(monkeypatch, absent):
+    monkeypatch.setattr(backend, "_installed", lambda package: package != absent)
+    assert f"triton (the {absent} package is not installed)" in backend.report() or f"triton ({absent} is not" in backend.report()
+    x = torch.randn(3, 5)
+    with backend.use("triton"):  # not strict: the formula runs
+        torch.testing.assert_close(backend.rms_norm(x, torch.ones(5), 1e-6), ops.rms_norm(x, torch.ones(5), 1e-6))
+    with backend.use("triton", strict=True), pytest.raises(RequestError, match="is not installed"):
+        backend.rms_norm(x, torch.ones(5), 1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_the_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_installed", lambda package: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backend.report().count("triton (no GPU)") == len(KERNELS)
+
+
+@pytest.mark.parametrize("choice", ["eager", "test_only"])
+def test_operations_are_traced_whole_by_torch_compile(choice):
+    calls = []
+
+    @backend.register("rms_norm", "test_only")
+    def doubled(x, weight, eps):
+        calls.append(1)
+        return 2 * ops.rms_norm(x, weight, eps)
+
+    x, weight = torch.randn(3, 5), torch.randn(5)
+    compiled = torch.compile(lambda x: backend.add_rms_norm(backend.rms_norm(x, weight, 1e-6), x, weight, 1e-6),
+                             fullgraph=True, backend="aot_eager")  # fmt: skip
+    try:
+        with backend.use({"rms_norm": choice}):
+            total, normed = compiled(x)
+            factor = 2 if choice == "test_only" else 1
+            torch.testing.assert_close(total, factor * ops.rms_norm(x, weight, 1e-6) + x)
+            torch.testing.assert_close(normed, ops.rms_norm(total, weight, 1e-6))
+        assert bool(calls) == (choice == "test_only")
+    finally:
+        del backend.OPERATIONS["rms_norm"].implementations["test_only"]
+        torch.compiler.reset()
+
+
+# The numbers, in the interpreter
+
+CHECK = """
+import json, sys, torch
+from qwen_ref.bench import check
+print(json.dumps([check(operation, "triton", dtype=dtype, seeds=3).to_json()
+                  for operation in sys.argv[1:] or {kernels} for dtype in (torch.float32, torch.float16)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def checked():
+    reports = json.loads(python(CHECK.format(kernels=KERNELS), interpret=True))
+    return {(report["operation"], report["dtype"]): report for report in reports}
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_is_right_on_every_awkward_input(checked, kernel, dtype):
+    report = checked[kernel, dtype]
+    assert report["rows"] and report["ok"], [row for row in report["rows"] if row["faults"]]
+
+
+@needs_triton
+def test_a_whole_model_on_triton_equals_transformers():
+    """Dense and mixture, prefill and one cached step: every kernel the models reach, in fp32."""
+    code = """
+import torch
+from conftest import TINY, make_pair
+from qwen_ref import backend
+for name in ("qwen3", "qwen3_moe"):
+    module, config = TINY[name]
+    ours, theirs = make_pair(config)
+    ids = torch.randint(0, config["vocab_size"], (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), backend.use("triton", strict=True):
+        cache = ours.make_cache()
+        first, last = ours(ids[:, :6], cache=cache), ours(ids[:, 6:], cache=cache)
+        wanted = theirs(ids).logits
+        chosen = [backend.OPERATIONS[op].resolve(ids.device, torch.float32).name for op in ("rms_norm", "rope", "swiglu", "router_topk")]
+    print(name, *chosen, float((torch.cat((first, last), 1) - wanted).abs().max() / wanted.abs().max()))
+"""
+    lines = python(code, interpret=True).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        _, *chosen, error = line.split()
+        assert chosen == ["triton"] * 4 and float(error) < 2e-6, line  # the bound of the eager parity tests
+
+
+@needs_triton
+def test_launchers_refuse_what_they_would_compute_wrongly():
+    code = """
+import torch
+from qwen_kernels import add_rms_norm, rms_norm, rope, router_topk, swiglu
+from qwen_ref.errors import RequestError
+x, w = torch.randn(2, 3, 4, 6), torch.ones(6)
+tables = torch.randn(2, 2, 4, 6)
+for call in (
+    lambda: rms_norm.run(x, w.requires_grad_(), 1e-6),
+    lambda: rms_norm.run(x, torch.ones(5), 1e-6),
+    lambda: rms_norm.run(torch.zeros(1, 40000), torch.zeros(40000), 1e-6),
+    lambda: add_rms_norm.run(x, x[:1], torch.ones(6), 1e-6),
+    lambda: swiglu.run(x, x.half()),
+    lambda: swiglu.run(x, x.to("meta")),
+    lambda: rope.run(x, *tables.half()),
+    lambda: rope.run(x, *tables[..., :3]),
+    lambda: router_topk.run(torch.randn(2, 5), 6, True),
+):
+    try:
+        print("computed", call())
+    except RequestError as error:
+        print(error)
+print(rms_norm.supports(torch.device("cuda"), torch.float64), "|", rms_norm.supports(torch.device("cpu"), torch.bfloat16))
+"""
+    lines = python(code, interpret=True).splitlines()
+    for line, text in zip(lines, ("no backward pass", "weight of 6", "40000 is more than", "equal shapes", "equal shapes",
+                                  "on cpu and on meta", "even head size", "even head size", "k 6 of 5"), strict=False):  # fmt: skip
+        assert text in line
+    assert len(lines) == 10 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
+
+
+BAD = """
+import torch, triton, triton.language as tl
+from qwen_ref import backend
+
+@triton.jit
+def kernel(gate, up, out, width, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    g = tl.load(gate + tl.program_id(0) * width + column).to(tl.float32)
+    u = tl.load(up + tl.program_id(0) * width + column).to(tl.float32)
+    tl.store(out + tl.program_id(0) * width + column, g / (1 + tl.exp(-g)) * u)
+
+@backend.register("swiglu", "no_mask")
+def run(gate, up):
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if out.numel():
+        kernel[(out.numel() // out.shape[-1],)](gate, up, out, out.shape[-1], BLOCK=triton.next_power_of_2(out.shape[-1]))
+    return out
+"""
+
+
+@needs_triton
+def test_a_kernel_without_a_mask_is_caught(tmp_path):
+    """The rows hide it: each program's surplus is overwritten by the next one. The guard after the last row is not."""
+    (tmp_path / "bad.py").write_text(BAD)
+    code = f"from qwen_ref.bench import check; print(*check('swiglu', 'no_mask', file={str(tmp_path / 'bad.py')!r}, seeds=1).faults, sep='\\n')"
+    faults = python(code, interpret=True)
+    assert "intermediate: writes outside its output" in faults and "width 1" not in faults
+
+
+# The code, ahead of time
+
+COMPILE = """
+import json
+from qwen_ref.bench import compile
+print(json.dumps({operation: compile(operation, targets=("sm_80", "sm_90")).to_json() for operation in %r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    reports = json.loads(python(COMPILE % (KERNELS,), interpret=False, cache=tmp_path_factory.mktemp("triton")))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return reports, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_configuration_compiles_without_spills(compiled, kernel):
+    report = compiled[0][kernel]
+    assert report["ok"], [row for row in report["rows"] if row["fault"]]
+    assert {row["target"] for row in report["rows"]} == {"sm_80", "sm_90"}
+    assert {row["launch"].split()[0] for row in report["rows"]} == {"bf16", "fp16", "fp32"}
+    assert all(row["spills"] == 0 and 0 < row["registers"] <= 128 for row in report["rows"])  # all are memory bound
+    assert not any(row["tensor_cores"] for row in report["rows"])  # nothing here multiplies matrices
+
+
+@needs_triton
+def test_compiling_everything_takes_less_than_two_minutes_of_one_core(compiled):
+    assert compiled[1] < 120
+
+
+@needs_triton
+def test_too_much_shared_memory_is_a_fault():
+    code = """
+from qwen_ref.bench import compile as _
+import sys
+module = sys.modules["qwen_ref.bench.compile"]
+module.SHARED_LIMIT = dict.fromkeys(module.TARGETS, 8)
+report = module.compile("router_topk", targets=("sm_90",), models=("Qwen/Qwen3-30B-A3B",))
+print(report.ok, report.rows[0].fault)
+"""
+    assert python(code, interpret=False).strip().startswith("False needs 128 bytes of shared memory, sm_90 has 8")
+
+
+@needs_triton
+def test_the_interpreter_cannot_compile():
+    code = """
+from qwen_ref.bench import compile
+try:
+    compile("rope")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    assert python(code, interpret=True).startswith("RequestError TRITON_INTERPRET=1 replaces the compiler")
