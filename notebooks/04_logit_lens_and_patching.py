@@ -149,7 +149,8 @@ for i in range(L):
     share, t = between[i].max(0)
     print(f"{i:14}   {at_word[i]:11.2f}   {at_end[i]:10.2f}   {share:.2f} at {labels[word + 1 + int(t)]!r}")
 arrived = [i for i in range(L) if at_end[i] > 0.5]
-print("-> more than half has arrived at the end", f"at the input of block {arrived[0]}" if arrived else "only in the last block")
+where = f"at the input of block {arrived[0]}" if arrived else "only in the last block"
+print("-> more than half has arrived at the end", where)
 
 # %% [markdown]
 # One cell by hand, with a hook that writes the clean vector into the corrupted run:

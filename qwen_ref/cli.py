@@ -1,4 +1,4 @@
-"""The command line: qwen-ref generate | chat | inspect | verify.
+"""The command line: qwen-ref generate | chat | inspect | verify | kernels.
 
 Flags carry mlx_lm's names where it has them. `--json` prints one JSON object (per turn in `chat`) on stdout; everything
 that is not the answer goes to stderr. Exit status: 0 success, 1 `verify` found a difference, 2 an error.
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .bench.cli import add_commands as add_kernel_commands
+
     parser = argparse.ArgumentParser(prog="qwen-ref", description="Run, inspect and verify Qwen models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--streaming", action="store_true", default=None, help="one block in memory at a time")
     verify.add_argument("--full", action="store_true", help="print every activation and check")
     verify.add_argument("--html", metavar="FILE", help="write the report as one page")
+    add_kernel_commands(commands)
     return parser
 
 

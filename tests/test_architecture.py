@@ -64,7 +64,7 @@ ALLOWED = {
     "bench.compile": {"backend", "errors", "bench.inputs", "bench.shapes"},
     "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure"},
     "describe": {"checkpoint", "errors", "loading", "models.common"},
-    "cli": {"errors", "generate", "loading", "describe", "verify", "verify.report"},
+    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "verify", "verify.report"},
 }
 
 

@@ -377,7 +377,7 @@ def test_L0_names_what_the_two_sides_read_differently(change, check):
     ours, _ = make_pair({**QWEN3_MOE, **change})
     failed = {c.name: c.detail for c in structure(ours, theirs) if not c.ok}
     assert check in failed
-    assert list(change)[0].removeprefix("rope_").removeprefix("mlp_only_")[:5] in failed["config values that differ"]
+    assert next(iter(change)).removeprefix("rope_").removeprefix("mlp_only_")[:5] in failed["config values that differ"]
 
 
 # ---------------------------------------------------------------------------------------------- each level, by itself
@@ -435,7 +435,7 @@ def test_experts_chosen_at_a_tie_are_excused_and_followed():
         model, _ = make_pair(QWEN3_MOE, torch.bfloat16, seed=seed)
         report = verify(model, backend="torch", levels="L2,L3", prompts=[[(7 * i) % 211 for i in range(60)]])
         assert report.ok, report.verdict
-        swaps += sum(row.cosine < 1 for row in report.rows if row.name.endswith("topk_idx"))
+        swaps += sum(row.cosine < 1 - 1e-9 for row in report.rows if row.name.endswith("topk_idx"))
     assert swaps  # or the test has shown nothing
 
 
@@ -535,7 +535,7 @@ def test_the_fp32_bound_is_near_what_rounding_costs():
 
 
 class Page(HTMLParser):
-    VOID = {"meta", "line", "polyline"}
+    VOID = ("meta", "line", "polyline")
 
     def __init__(self, text):
         super().__init__()
@@ -576,7 +576,7 @@ def test_report_is_complete_and_serialisable(reports):
         assert {"python", "torch", "transformers", "qwen_ref", "hardware", "date"} <= data["environment"].keys()
         assert len(data["config_sha256"]) == 64 and data["dtype"] == "float32" and len(data["prompts"]) == 2
         assert all(isinstance(row["ok"], bool) and row["path"] for row in data["rows"] + [{"ok": True, "path": "x"}])
-    equal, differs = reports
+    _equal, differs = reports
     names = {row.name: row for row in equal.rows}
     assert set(names) >= {"hook_embed", "blocks.0.mlp.hook_router_logits", "blocks.1.mlp.hook_pre", "ln_final.hook_out", "hook_logits"}
     assert names["blocks.2.attn.hook_k_normed"].path == "model.layers.2.self_attn.k_norm"
@@ -588,14 +588,14 @@ def test_report_is_complete_and_serialisable(reports):
 
 def test_every_name_of_a_row_is_one_that_run_with_cache_takes(reports):
     model, _ = make_pair(QWEN3_MOE)
-    names = [row.name for row in reports[0].rows if not row.name.startswith("rotary.")]
+    names = [row.name for row in reports[0].rows if not row.name.startswith("rotary.") and "pattern" not in row.name]
     assert set(names) <= set(model.list_hooks())
     _, acts = model.run_with_cache(torch.tensor([[3, 1, 4]]), names)
     assert set(acts) == set(names)
 
 
 def test_page_is_whole_and_names_the_first_difference(reports):
-    equal, differs = reports
+    _equal, differs = reports
     for report in reports:
         page = Page(report.html())
         assert page.open == [] and page.links == [] and "script" not in page.tags and {"svg", "table", "style"} <= page.tags

@@ -97,7 +97,7 @@ def verify(
         oracle.require()
     elif prompts is not None:
         raise RequestError(f"{against} holds the prompts it was written for; leave out prompts")
-    source = _open(model, dtype or (file.dtype if file else None), torch.device(device))
+    source = _open(model, dtype or (file.dtype if file else None), _device(device))
     ids = _prompts(prompts, source, seed) if file is None else [row.to(source.device) for row in file.prompts]
     _check_context(ids, source.config, new_tokens if "L4" in wanted and file is None else 0)
     streamed = _streams(source, wanted, streaming, file is not None, choice)
@@ -135,7 +135,7 @@ def write_oracle(
     Arguments and errors as `verify`; RequestError if the file exists.
     """
     oracle.require()
-    source = _open(model, dtype, torch.device(device))
+    source = _open(model, dtype, _device(device))
     ids = _prompts(prompts, source, seed)
     _check_context(ids, source.config, new_tokens)
     if source.too_large(("L2",), live=True):
@@ -225,6 +225,14 @@ def _open(model: LanguageModel | str | Path, dtype: torch.dtype | str | None, de
     with Checkpoint(folder) as checkpoint:
         skeleton = build(raw, head=checkpoint.has_language_head())
     return _Source(str(model), folder, skeleton, raw, pick_dtype(dtype or torch.float32, raw), device)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """RequestError unless tensors can be made on it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's: an unknown name, no such GPU, built without it
+        raise RequestError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]:.120}") from error
 
 
 def _prompts(prompts: Prompts | None, source: _Source, seed: int) -> list[Tensor]:
