@@ -43,10 +43,10 @@ torch.testing.assert_close(omega[1:] / omega[:-1], torch.full((D // 2 - 1,), con
 
 figure, axes = plt.subplots(figsize=(6, 2.2), layout="constrained")
 positions = torch.arange(64)
-for j in (0, D // 8, D // 4, 3 * D // 8):
+for j in (0, D // 16, D // 8, D // 4):
     axes.plot(positions, (positions * omega[j]).cos(), label=f"pair {j}")
 axes.set(xlabel="position", ylabel="cosine of the angle")
-axes.legend(fontsize=7, ncols=4, loc="lower left")
+axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -147,7 +147,8 @@ place = torch.arange(12)[None]
 figure, panels = plt.subplots(1, 2, figsize=(4.6, 2.4), layout="constrained")
 for axes, window in zip(panels, (None, 4), strict=True):
     axes.imshow(ops.visible(place, place, window)[0, 0], cmap="Blues", vmin=0, vmax=1.4)
-    axes.set(title=f"window {window}" if window else "full", xlabel="key", ylabel="query")
+    axes.set(title=f"window {window}" if window else "full", xlabel="key", ylabel="query",
+             xticks=range(0, 12, 2), yticks=range(0, 12, 2))  # fmt: skip
 plt.show()
 
 # %% [markdown]
@@ -224,12 +225,11 @@ for name in ("previous", "first", "distance"):
 plot.layers_by_heads(summary.previous, "attention to the token before")
 
 # %% [markdown]
-# The layer with the strongest previous-token head, four of its heads:
+# The strongest previous-token head, and another head of its layer:
 
 # %%
 layer, strongest = divmod(int(summary.previous.argmax()), N)
-shown = sorted({strongest, 0, 1, 2})
-plot.attention(heads.patterns(model, ids)[layer], labels, heads=shown, title=f"layer {layer}")
+plot.attention(heads.patterns(model, ids)[layer], labels, heads=[strongest, (strongest + 1) % N], title=f"layer {layer}")
 
 # %% [markdown]
 # ## Induction heads: first a circuit that is known

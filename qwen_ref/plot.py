@@ -603,7 +603,8 @@ def _drawing(theme: str) -> Iterator[Theme]:
 
 
 def _figure(height: float, width: float = WIDTH) -> Any:
-    return _figure_class()(figsize=(width, height), dpi=100, layout="constrained")
+    # lower than 2.2 inches the labels of the axes and the colour bar have no room
+    return _figure_class()(figsize=(width, max(height, 2.2)), dpi=100, layout="constrained")
 
 
 @cache

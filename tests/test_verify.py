@@ -576,7 +576,7 @@ def test_report_is_complete_and_serialisable(reports):
         assert {"python", "torch", "transformers", "qwen_ref", "hardware", "date"} <= data["environment"].keys()
         assert len(data["config_sha256"]) == 64 and data["dtype"] == "float32" and len(data["prompts"]) == 2
         assert all(isinstance(row["ok"], bool) and row["path"] for row in data["rows"] + [{"ok": True, "path": "x"}])
-    _equal, differs = reports
+    equal, differs = reports
     names = {row.name: row for row in equal.rows}
     assert set(names) >= {"hook_embed", "blocks.0.mlp.hook_router_logits", "blocks.1.mlp.hook_pre", "ln_final.hook_out", "hook_logits"}
     assert names["blocks.2.attn.hook_k_normed"].path == "model.layers.2.self_attn.k_norm"
@@ -584,6 +584,13 @@ def test_report_is_complete_and_serialisable(reports):
     assert equal.verdict.startswith("equal in L0-L5: ") and "4" in equal.verdict
     assert differs.first_difference == "blocks.1.hook_attn_out"
     assert next(row for row in differs.to_json()["rows"] if not row["ok"])["relative_l2"] is None  # NaN
+
+
+def test_an_output_of_another_shape_differs():
+    model, _ = make_pair(QWEN3)
+    model.lm_head.forward = lambda x: F.linear(x, model.lm_head.weight)[..., :-1]
+    report = verify(model, levels="L2")
+    assert report.first_difference == "hook_logits" and report.first_row.relative_l2 == math.inf
 
 
 def test_every_name_of_a_row_is_one_that_run_with_cache_takes(reports):

@@ -219,44 +219,55 @@ def distance(y: Tensor, truth: Tensor) -> Error:
 
 @dataclass
 class House:
-    """A tensor rebuilt, strides and all, inside a larger buffer of poison: NaN, or the lowest integer."""
+    """A tensor rebuilt, strides and all, inside a larger buffer of poison.
+
+    Around an input that is NaN, or the lowest integer. An output's poison has all bits set: NaN too, or -1, but not the
+    NaN that arithmetic gives, so that NaN read beside an input and written beside an output is seen.
+    """
 
     tensor: Tensor
     buffer: Tensor
     shape: tuple[int, ...]  # as built: whoever gets the tensor may point it elsewhere
     stride: tuple[int, ...]
-    before: Tensor | None = None  # what an input's buffer held; an output's is poison
+    before: Tensor  # the buffer as it was handed out
 
     @classmethod
     def of(cls, values: Tensor) -> House:
-        house = cls.like(values)
-        once = [slice(0, 1) if stride == 0 else slice(None) for stride in values.stride()]
-        house.tensor[tuple(once)].copy_(values[tuple(once)])
+        """An input's."""
+        poison: Any = float("nan")
+        if not values.is_floating_point():
+            poison = True if values.dtype == torch.bool else torch.iinfo(values.dtype).min
+        house = cls._around(values, torch.full((_reach(values),), poison, dtype=values.dtype, device=values.device))
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in values.stride())
+        house.tensor[once].copy_(values[once])
         house.before = house.buffer.clone()
         return house
 
     @classmethod
-    def like(cls, shape_of: Tensor) -> House:
-        reach = sum((n - 1) * stride for n, stride in zip(shape_of.shape, shape_of.stride(), strict=True)) + 1
-        length = (reach if shape_of.numel() else 0) + 2 * GUARD
-        buffer = torch.full((length,), poison(shape_of.dtype), dtype=shape_of.dtype, device=shape_of.device)
-        inside = buffer.as_strided(shape_of.shape, shape_of.stride(), GUARD)
-        return cls(inside, buffer, tuple(inside.shape), inside.stride())
+    def like(cls, empty: Tensor) -> House:
+        """An output's, in the form of `empty`."""
+        buffer = torch.full((_reach(empty) * empty.element_size(),), 255, dtype=torch.uint8, device=empty.device)
+        return cls._around(empty, buffer.view(empty.dtype))
+
+    @classmethod
+    def _around(cls, form: Tensor, buffer: Tensor) -> House:
+        inside = buffer.as_strided(form.shape, form.stride(), GUARD)
+        return cls(inside, buffer, tuple(inside.shape), inside.stride(), buffer)
 
     def changed(self) -> bool:
-        return self.before is not None and not _same_bits(self.buffer, self.before)
+        return not _same_bits(self.buffer, self.before)
 
     def spilled(self) -> bool:
+        """Whether memory outside the output has lost its poison."""
         outside = torch.ones_like(self.buffer, dtype=torch.bool)
         outside.as_strided(self.shape, self.stride, GUARD).fill_(False)
-        left = self.buffer[outside]
-        return not _same_bits(left, torch.full_like(left, poison(left.dtype)))
+        return bool((self.buffer[outside].view(torch.uint8) != 255).any())
 
 
-def poison(dtype: torch.dtype) -> Any:
-    if dtype.is_floating_point:
-        return float("nan")
-    return True if dtype == torch.bool else torch.iinfo(dtype).min
+def _reach(form: Tensor) -> int:
+    """How many numbers a buffer needs for a tensor of this form and a guard on both sides."""
+    span = sum((n - 1) * stride for n, stride in zip(form.shape, form.stride(), strict=True)) + 1
+    return (span if form.numel() else 0) + 2 * GUARD
 
 
 class Poisoned(TorchDispatchMode):

@@ -62,7 +62,7 @@ class Tolerances:
     def relative_l2(self, dtype: torch.dtype, layer: int, own: float, count: int = 1 << 30) -> float:
         """The bound on an activation of `count` numbers after `layer` blocks, of which the oracle itself loses `own`."""
         if dtype in HALF:
-            scatter = 1 + 2 / math.sqrt(count)
+            scatter = 1 + 2 / math.sqrt(max(count, 1))
             return self.half_ratio * scatter * max(own, torch.finfo(dtype).eps / 4)
         units = self.fp64_ulps if dtype == torch.float64 else self.exact_ulps
         return units * torch.finfo(torch.float32).eps * math.sqrt(1 + layer)
