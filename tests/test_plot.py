@@ -23,7 +23,7 @@ from qwen_ref.study.profiles import profile
 from qwen_ref.study.routing import Routing, route
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed: extra `plots`")
-import itertools
+import itertools  # noqa: E402
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
