@@ -641,8 +641,7 @@ def _heat(
     from matplotlib.colors import LinearSegmentedColormap
 
     colors = LinearSegmentedColormap.from_list("qwen_ref", style.diverging if signed else style.sequential)
-    colors = colors.with_extremes(bad=style.faint)
-    return axes.imshow(values.detach().float().cpu().numpy(), cmap=colors, vmin=low, vmax=high,
+    return axes.imshow(values.detach().float().cpu().numpy(), cmap=colors.with_extremes(bad=style.faint), vmin=low, vmax=high,
                        aspect="equal" if square else "auto")  # fmt: skip
 
 

@@ -40,7 +40,7 @@ OURS, READ, THEIRS = "qwen_ref", "mapped=False", "transformers"
 FRESH = {
     OURS: "from qwen_ref.loading import load_model; load_model(Path(folder), device='cpu', progress=False)",
     READ: "from qwen_ref.loading import load_model; load_model(Path(folder), device='cpu', mapped=False, progress=False)",
-    THEIRS: "import transformers as t; t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)",
+    THEIRS: "import transformers; transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)",
 }
 
 
