@@ -170,7 +170,7 @@ def run_verify(args: argparse.Namespace) -> int:
     same = {key: getattr(args, key) for key in ("dtype", "device", "prompt", "new_tokens", "seed")}
     same["prompts"] = same.pop("prompt")
     if args.write_oracle:
-        write_oracle(model, args.write_oracle, **same)
+        write_oracle(model, args.write_oracle, streaming=args.streaming, **same)
         print(f"qwen-ref: wrote {args.write_oracle}", file=sys.stderr)
         return 0
     files = [path for path in (args.json, args.html) if path not in (None, "-")]

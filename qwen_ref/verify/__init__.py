@@ -41,7 +41,8 @@ from ..loading import build, load_model, locate, pick_dtype, read_config
 from ..models.common import LanguageModel
 from ..tokenizer import Tokenizer
 from . import bundle, levels, memory, operations, oracle, streaming
-from .levels import HALF, Comparison, Live, Logits, Oracle, Relations, Tolerances
+from .levels import HALF, Comparison, Live, Logits, Oracle, Tolerances
+from .relations import Relations
 from .report import LEVELS, Check, Report, Row, live
 
 __all__ = ["Check", "Report", "Row", "capture", "verify", "write_oracle"]
@@ -52,6 +53,7 @@ PROMPTS = (
     "床前明月光，疑是地上霜。 🌙 naïve café 12345",
 )
 _RANDOM_LENGTHS = (17, 5)  # of prompts for a model without tokenizer
+_FINGERPRINTS = "the bundle's fingerprints of config and weights were compared instead"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "qwen.tiktoken")
 
 Prompts = str | Sequence["str | Sequence[int]"]
@@ -100,11 +102,11 @@ def verify(
     source = _open(model, dtype or (file.dtype if file else None), _device(device))
     ids = _prompts(prompts, source, seed) if file is None else [row.to(source.device) for row in file.prompts]
     _check_context(ids, source.config, new_tokens if "L4" in wanted and file is None else 0)
-    streamed = _streams(source, wanted, streaming, file is not None, choice)
+    streamed = _streams(source, wanted, streaming, live=file is None)
     run = _Run(source, wanted, choice, seed, Tolerances.of(file.tolerances) if file else Tolerances(), progress)
     with _reference_arithmetic(), torch.no_grad():
         if streamed:
-            run.streamed(ids)
+            run.streamed(file, ids)
         else:
             run.whole(file, ids, new_tokens)
     run.finish()
@@ -128,23 +130,40 @@ def write_oracle(
     prompts: Prompts | None = None,
     new_tokens: int = 64,
     seed: int = 0,
+    streaming: bool | None = None,
     progress: bool = True,
 ) -> None:
     """Write what transformers computes to a file that `verify(..., against=path)` compares with, where it is not installed.
 
-    Arguments and errors as `verify`; RequestError if the file exists.
+    Arguments and errors as `verify`; RequestError if the file exists. A streamed bundle has no greedy continuation, whose
+    every token would read all weights anew: a check against it has no L4.
     """
     oracle.require()
     source = _open(model, dtype, _device(device))
     ids = _prompts(prompts, source, seed)
-    _check_context(ids, source.config, new_tokens)
-    if source.too_large(("L2",), live=True):
-        raise RequestError(f"{source.name} does not fit the memory on both sides, and a bundle cannot be written in parts")
-    ours, tell = source.load(), partial(print, file=sys.stderr, flush=True)
+    streamed = _streams(source, ("L2",), streaming, live=True)
+    _check_context(ids, source.config, 0 if streamed else new_tokens)
+    bundle.check_free(path)
     with _reference_arithmetic():
+        if streamed:
+            _write_streamed(source, path, ids, progress)
+            return
+        ours, tell = source.load(), partial(print, file=sys.stderr, flush=True)
         theirs, exact = source.oracles(ours)
         bundle.write_bundle(path, ours, theirs, exact, ids, model=source.name, tolerances=Tolerances().to_json(),
                             new_tokens=new_tokens, progress=tell if progress and sys.stderr.isatty() else None)
+
+
+def _write_streamed(source: _Source, path: str | Path, ids: list[Tensor], progress: bool) -> None:
+    sides: dict[str, list[dict[str, Tensor]]] = {side: [{} for _ in ids] for side in ("theirs", "exact")}
+    for stage in _bar(source.stages(ids), desc="blocks", total=source.stage_count, quiet=not progress):
+        for i, (_, theirs, exact) in enumerate(stage.captures):
+            for side, acts in (("theirs", theirs), ("exact", exact)):
+                sides[side][i].update({name: value.cpu() for name, value in acts.items()})
+    if source.dtype not in HALF:
+        del sides["exact"]  # the same
+    bundle.write_captured(path, source.skeleton.to(source.dtype), source.weights(), sides, ids, None,
+                          model=source.name, tolerances=Tolerances().to_json())
 
 
 @torch.no_grad()
@@ -201,6 +220,9 @@ class _Source:
         theirs = oracle.build(self.folder or ours, ours, self.dtype, self.device)
         return theirs, oracle.build(self.folder or ours, ours, torch.float32, self.device) if self.dtype in HALF else theirs
 
+    def oracle_skeleton(self) -> nn.Module:
+        return oracle.skeleton(self._on_disk, self.skeleton, self.dtype, self.device)
+
     def too_large(self, wanted: Sequence[str], live: bool) -> str | None:
         """Why both sides do not fit the memory; None if they do, or nothing says."""
         free = memory.available(self.device)
@@ -208,6 +230,24 @@ class _Source:
         if free is None or need <= free:
             return None
         return f"needs about {need / 1e9:.1f} GB for both sides' weights, {free / 1e9:.1f} GB are free on {self.device}"
+
+    def stages(self, ids: Sequence[Tensor], **options: Any) -> Iterator[streaming.Stage]:
+        """Both sides' computation, block by block."""
+        return streaming.stages(self._on_disk, self.dtype, self.device, ids, **options)
+
+    @property
+    def stage_count(self) -> int:
+        return len(self.skeleton.model.layers) + 2
+
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        """Our side's weights, block by block."""
+        return streaming.weights(self._on_disk, self.dtype, self.device)
+
+    @property
+    def _on_disk(self) -> Path:
+        if self.folder is None:
+            raise RequestError(f"{self.name} is in memory already: only a folder can be streamed")
+        return self.folder
 
     def tokenizer(self) -> Tokenizer | None:
         if self.folder is None or not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -278,15 +318,18 @@ def _levels(levels: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _choice(backend: Mapping[str, str] | str | None) -> dict[str, str]:
     """Every operation's implementation: as named, and "eager" where nothing is."""
+    known = {name: backends.OPERATIONS[name].implementations for name in operations.ARGUMENTS}
     if isinstance(backend, str):
-        backend = {op.name: backend for op in backends.OPERATIONS.values() if backend in op.implementations} or {"": backend}
+        backend = {name: backend for name, those in known.items() if backend in those} or {"": backend}
     choice = {**dict.fromkeys(backends.OPERATIONS, "eager"), **(backend or {})}
-    for operation, implementation in choice.items():
-        known = backends.OPERATIONS.get(operation)
-        if known is None or implementation not in known.implementations:
-            available = sorted({name for op in backends.OPERATIONS.values() for name in op.implementations})
+    for operation, implementation in (backend or {}).items():
+        if operation in backends.OPERATIONS and operation not in known:
+            raise RequestError(f"no model calls {operation}, so there is nothing to verify with it: "
+                               f"`qwen-ref kernels check {operation}` tests the operation itself")
+        if implementation not in known.get(operation, ()):
+            available = sorted({name for those in known.values() for name in those})
             raise RequestError(f"operation {operation!r} has no implementation {implementation!r}; operations: "
-                               f"{', '.join(backends.OPERATIONS)}; implementations: {', '.join(available)}")
+                               f"{', '.join(known)}; implementations: {', '.join(available)}")
     return choice
 
 
@@ -296,19 +339,17 @@ def _existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def _streams(source: _Source, wanted: Sequence[str], asked: bool | None, bundled: bool, choice: Mapping[str, str]) -> bool:
-    """Whether to go block by block. RequestError where that is needed or asked for and cannot be."""
-    reason = source.too_large(wanted, live=not bundled) if source.folder is not None else None
-    if asked is False or (asked is None and reason is None):
+def _streams(source: _Source, wanted: Sequence[str], asked: bool | None, *, live: bool) -> bool:
+    """Whether to go block by block: as asked, or where both sides would not fit the memory."""
+    if source.folder is None:
+        if asked:
+            raise RequestError(f"{source.name} cannot be streamed: it is in memory already")
         return False
-    against = "it is in memory already" if source.folder is None else "it is compared with a file" if bundled else None
-    other = [f"{name} for {operation}" for operation, name in choice.items() if name != "eager"]
-    if against or other:
-        why = against or f"it compares the formulas, not {', '.join(other)}"
-        raise RequestError(f"{source.name} {reason or 'was to be streamed'}; it cannot be streamed: {why}")
-    if asked is None:
-        print(f"qwen-ref: {source.name} {reason}: comparing it block by block", file=sys.stderr)
-    return True
+    if asked is not None:
+        return asked
+    if reason := source.too_large(wanted, live):
+        print(f"qwen-ref: {source.name} {reason}: going block by block", file=sys.stderr)
+    return reason is not None
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -336,6 +377,8 @@ class _Run:
         else:
             self.show, self.finish = lambda entry: None, lambda: None
         self.bar = partial(_bar, quiet=self.progress is False)
+        if "L2" in self.wanted and (fused := self.choice["attention"]) != "eager":
+            self.skipped["L2 of hook_pattern"] = f"attention[{fused}] never has it"
 
     def whole(self, file: bundle.Bundle | None, prompts: list[Tensor], new_tokens: int) -> None:
         """Everything in memory at once."""
@@ -344,13 +387,15 @@ class _Run:
         if file is not None:
             file.check(ours)
             other = file
-            self.skip("L0", "the bundle's fingerprints of config and weights were compared instead")
+            self.skip("L0", _FINGERPRINTS)
         elif {"L0", "L2", "L3", "L4"} & set(wanted):
             theirs, exact = self.source.oracles(ours)
             other = Live(theirs, exact, prompts, new_tokens)
             if "L0" in wanted:
                 self.add_all(levels.structure(ours, theirs))
         self.operations()
+        if file is not None and not file.greedy.tokens:
+            self.skip("L4", "the bundle has no greedy tokens: it was written block by block")
         if ours.lm_head is None:
             self.skip("L3", "the checkpoint has no head")
             self.skip("L4", "the checkpoint has no head")
@@ -361,21 +406,23 @@ class _Run:
         if "L5" in wanted:
             self.relations(ours, prompts)
 
-    def streamed(self, prompts: list[Tensor]) -> None:
+    def streamed(self, file: bundle.Bundle | None, prompts: list[Tensor]) -> None:
         """One block of one side in memory at a time."""
-        skeleton, dtype, folder = self.source.skeleton, self.source.dtype, self.source.folder
-        if folder is None:
-            raise RequestError("only a folder can be streamed")
+        source, dtype = self.source, self.source.dtype
+        skeleton = source.skeleton.to(dtype)
         for level in ("L4", "L5"):
             self.skip(level, "streaming: the model is never whole in memory")
-        if "L0" in self.wanted:
-            self.add_all(levels.structure(skeleton, oracle.skeleton(folder, skeleton, dtype, self.source.device)))
+        if file is not None:
+            file.check(skeleton, source.weights())
+            self.skip("L0", _FINGERPRINTS)
+        elif "L0" in self.wanted:
+            self.add_all(levels.structure(skeleton, source.oracle_skeleton()))
         self.operations()
         if not {"L2", "L3"} & set(self.wanted):
             return
         comparison, logits = Comparison(skeleton, self.tolerances, dtype), Logits(self.tolerances, dtype)
-        total = len(skeleton.model.layers) + 2
-        for stage in self.bar(streaming.stages(folder, dtype, self.source.device, prompts), desc="L2 blocks", total=total):
+        stages = source.stages(prompts, choice=self.choice, recorded=file)
+        for stage in self.bar(stages, desc="L2 blocks", total=source.stage_count):
             for acts in stage.captures:
                 comparison.add(*acts)
                 if "hook_logits" in acts[0]:
@@ -392,8 +439,6 @@ class _Run:
         with backends.use(self.choice, strict=True):
             found = operations.check(self.source.config, self.source.dtype, self.source.device, self.seed)
             self.add_all(self.bar(found, desc="L1 operations"))
-        if left := operations.unchecked():
-            self.skipped[f"L1 of {', '.join(left)}"] = "no arguments are made up for them"
 
     def activations(self, ours: LanguageModel, other: Oracle, prompts: list[Tensor]) -> None:
         comparison, logits = Comparison(ours, self.tolerances, ours.dtype), Logits(self.tolerances, ours.dtype)
@@ -406,8 +451,6 @@ class _Run:
             if self.runs("L3"):
                 logits.add(*(side["hook_logits"] for side in (mine, theirs, exact)))
         self.compared(comparison)
-        if self.choice["attention"] != "eager" and "L2" in self.wanted:
-            self.skipped["L2 of hook_pattern"] = f"attention[{self.choice['attention']}] never has it"
         if self.runs("L3"):
             self.add_all(logits.checks())
 

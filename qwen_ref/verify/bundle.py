@@ -39,7 +39,7 @@ _BLOCK_BYTES = 1 << 24  # hashed at a time
 
 @dataclass(frozen=True)
 class Greedy:
-    """The oracle's greedy continuation of the first prompt."""
+    """The oracle's greedy continuation of the first prompt; of no tokens where the bundle was written block by block."""
 
     tokens: list[int]
     margins: list[float]  # per step, the best logit minus the second best: how decided the oracle was
@@ -89,8 +89,11 @@ class Bundle:
         with SafetensorsFile(self.path) as file:
             return Greedy(self.about["greedy"]["tokens"], self.about["greedy"]["margins"], file.read("greedy.logits"))
 
-    def check(self, ours: LanguageModel) -> None:
-        """Refuse a model that is not the one the bundle was written from: CheckpointError or RequestError says why."""
+    def check(self, ours: LanguageModel, parts: Iterable[Mapping[str, Tensor]] | None = None) -> None:
+        """Refuse a model that is not the one the bundle was written from: CheckpointError or RequestError says why.
+
+        `parts`: its weights, some at a time, where the model itself is on the meta device.
+        """
         if ours.dtype != self.dtype:
             raise RequestError(f"{self.path} was written in {self.about['dtype']}, the model is in {_plain(ours.dtype)}: "
                                f"load it with dtype={self.about['dtype']!r}")
@@ -100,12 +103,12 @@ class Bundle:
             fields = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
             raise CheckpointError(f"{self.path} was written for another config: {', '.join(fields)[:200]} differ; check the "
                                   f"model it was written for ({self.about['model']!r:.100}), or write a bundle for this one")
-        if fingerprint(ours) != self.about["fingerprint"]:
-            raise CheckpointError(f"{self.path} was written from other weights of the same config "
-                                  f"({self.about['model']!r:.100}): check those, or write a bundle for these")
         if max(map(max, self.about["prompts"])) >= ours.config.vocab_size or self.names != list(oracle.points(ours)):
             raise CheckpointError(f"{self.path} holds other activations or ids than this model has: write it again")
         self._check_shapes(ours)
+        if fingerprint([ours.checkpoint_tensors()] if parts is None else parts) != self.about["fingerprint"]:
+            raise CheckpointError(f"{self.path} was written from other weights of the same config "
+                                  f"({self.about['model']!r:.100}): check those, or write a bundle for these")
 
     def _read(self, side: str, i: int) -> dict[str, Tensor]:
         if not 0 <= i < len(self.about["prompts"]):
@@ -156,33 +159,55 @@ def write_bundle(
         progress: told what begins.
     Raises: RequestError if the file exists; CheckpointError if it cannot be written.
     """
-    path, tell = Path(path), progress or (lambda text: None)
-    _check_free(path)
+    tell = progress or (lambda text: None)
+    check_free(path)
     if not prompts or any(ids.dim() != 2 or ids.shape[0] != 1 or not ids.numel() for ids in prompts):
         raise RequestError("a bundle needs at least one prompt, each (1, T) with T > 0")
-    tensors: dict[str, Tensor] = {}
-    half = exact is not theirs
-    names: list[str] = []
+    sides: dict[str, list[dict[str, Tensor]]] = {}
     for i, ids in enumerate(prompts):
-        for side, network in (("theirs", theirs), *([("exact", exact)] if half else [])):
+        for side, network in (("theirs", theirs), *([("exact", exact)] if exact is not theirs else [])):
             tell(f"prompt {i + 1} of {len(prompts)}, {side}")
-            acts = oracle.capture_theirs(network, ids.to(ours.device))
-            names = list(acts)
-            tensors.update({f"{side}.{i}.{name}": value.cpu() for name, value in acts.items()})
+            sides.setdefault(side, []).append(oracle.capture_theirs(network, ids.to(ours.device)))
     tell(f"{new_tokens} greedy tokens")
     greedy = continuation(theirs, prompts[0], new_tokens)
+    tell("writing")
+    write_captured(path, ours, [ours.checkpoint_tensors()], sides, prompts, greedy, model=model, tolerances=tolerances)
+
+
+def write_captured(
+    path: str | Path,
+    ours: LanguageModel,
+    parts: Iterable[Mapping[str, Tensor]],
+    sides: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    prompts: Sequence[Tensor],
+    greedy: Greedy | None,
+    *,
+    model: str,
+    tolerances: Mapping[str, float],
+) -> None:
+    """Write a bundle of activations that are there already.
+
+    Args:
+        ours: as for `write_bundle`, or the same on the meta device. parts: its weights, some at a time.
+        sides: "theirs", and in half precision "exact" -> the activations of each prompt by name.
+        greedy: None = no continuation, so that a check against the bundle has no L4.
+    """
+    path = Path(path)
+    tensors = {f"{side}.{i}.{name}": value.cpu() for side, prompt in sides.items()
+               for i, acts in enumerate(prompt) for name, value in acts.items()}
+    names, config = list(sides["theirs"][0]), ours.config.to_json()
+    greedy = greedy or Greedy([], [], torch.empty(0, ours.config.vocab_size, dtype=ours.dtype))
     tensors["greedy.logits"] = greedy.logits.cpu()
-    config = ours.config.to_json()
     about: dict[str, Any] = {
         "format": FORMAT,
         "model": model,
         "config": config,
         "config_sha256": _sha256_of(config),
-        "fingerprint": fingerprint(ours),
+        "fingerprint": fingerprint(parts),
         "dtype": _plain(ours.dtype),
         "tolerances": dict(tolerances),
         "names": names,
-        "own_error": _own_errors(tensors, names, len(prompts)) if half else {},
+        "own_error": _own_errors(tensors, names, len(prompts)) if "exact" in sides else {},
         "prompts": [ids[0].tolist() for ids in prompts],
         "greedy": {"tokens": greedy.tokens, "margins": greedy.margins},
         "versions": {"torch": torch.__version__, "transformers": oracle.require().__version__,
@@ -192,7 +217,6 @@ def write_bundle(
     if not all(map(math.isfinite, (*about["own_error"].values(), *greedy.margins))):
         raise NumericsError(f"the oracle overflows in {about['dtype']} on these prompts: write the bundle in another dtype")
     about["digest"] = _digest(about, ((name, tensors[name]) for name in sorted(tensors)))
-    tell("writing")
     _write(path, tensors, about)
 
 
@@ -211,17 +235,18 @@ def continuation(theirs: nn.Module, prompt: Tensor, count: int) -> Greedy:
     return Greedy(ids[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist(), logits)
 
 
-def fingerprint(model: LanguageModel) -> str:
-    """sha256 over every checkpoint tensor's name, shape, dtype and a sample of its bytes, as loaded.
+def fingerprint(parts: Iterable[Mapping[str, Tensor]]) -> str:
+    """sha256 over every checkpoint tensor's name, shape, dtype and a sample of its bytes, as loaded, some at a time.
 
     A sample, not the whole: up to about a thousand elements of each tensor, at an odd stride so that it meets every
     column. It tells checkpoints apart; a change of a few single weights may pass it (and shows in the activations).
     """
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.checkpoint_tensors().items()):
-        sha.update(_heading(name, tensor))
-        sha.update(_bytes(tensor.detach().flatten()[:: tensor.numel() // _SAMPLE | 1]))
-    return sha.hexdigest()
+    samples: dict[str, bytes] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            sample = tensor.detach().flatten()[:: tensor.numel() // _SAMPLE | 1]
+            samples[name] = _heading(name, tensor) + bytes(_bytes(sample))
+    return hashlib.sha256(b"".join(samples[name] for name in sorted(samples))).hexdigest()
 
 
 def _own_errors(tensors: Mapping[str, Tensor], names: Iterable[str], prompts: int) -> dict[str, float]:
@@ -235,7 +260,9 @@ def _own_errors(tensors: Mapping[str, Tensor], names: Iterable[str], prompts: in
     return errors
 
 
-def _check_free(path: Path) -> None:
+def check_free(path: str | Path) -> None:
+    """RequestError if a bundle cannot be written there."""
+    path = Path(path)
     if os.path.lexists(path):
         raise RequestError(f"{path} exists and is not overwritten: choose another name or remove it")
     if not path.parent.is_dir():
@@ -246,7 +273,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> 
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         write_safetensors(temporary, tensors, metadata={_KEY: _canonical(about)})
-        _check_free(path)  # it may have come into being meanwhile
+        check_free(path)  # it may have come into being meanwhile
         temporary.rename(path)
     except OSError as problem:
         raise CheckpointError(f"could not write {path}: {problem.strerror or problem}") from problem

@@ -1,4 +1,4 @@
-"""L0 to L5 but L1 (`operations`): what is measured, and how far apart two numbers may lie.
+"""L0, L2, L3 and L4 (L1: `operations`, L5: `relations`): what is measured, and how far apart two numbers may lie.
 
 **fp32.** Both sides do the same operations, so only rounding can differ, and only where a sum is taken in another order.
 It grows as the square root of depth: `EXACT_ULPS` eps sqrt(1 + layer). With every sum in another order (fused attention;
@@ -20,7 +20,6 @@ rule by that would excuse everything. After a choice both sides go on with the o
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..backend import OPERATIONS
 from ..errors import CheckpointError, RequestError
 from ..models import module_for
 from ..models.common import LanguageModel
@@ -43,9 +41,6 @@ Acts = Mapping[str, Tensor]
 Choice = Mapping[str, str]  # operation -> implementation
 
 HALF = (torch.bfloat16, torch.float16)
-_SHORT = 24  # tokens of the prompt that L5 cuts at every point
-_LONGEST_WINDOW = 64  # a sliding window up to this many tokens is reached by repeating the prompt
-
 
 @dataclass(frozen=True)
 class Tolerances:
@@ -241,15 +236,16 @@ class Comparison:
         return made
 
     def _row(self, name: str, sums: _Sums) -> Row:
-        bound = self.tolerances.relative_l2(self.dtype, self._depth(name), sums.own, sums.count)
-        allowed = 0.0 if sums.choices else bound
+        depth = self._depth(name)
+        allowed = 0.0 if sums.choices else self.tolerances.relative_l2(self.dtype, depth, sums.own, sums.count)
         return Row(name, self.points[name].path, sums.relative_l2, sums.max_abs, sums.cosine, allowed)
-
 
     def _depth(self, name: str) -> int:
         """How many blocks came before."""
         layer = self.points[name].layer
-        return layer if layer is not None else self.layers if name.startswith(("ln_final", "hook_logits")) else 0
+        if layer is not None:
+            return layer
+        return self.layers if name.startswith(("ln_final", "hook_logits")) else 0
 
 
 class _Sums:
@@ -331,8 +327,8 @@ class Logits:
         floor = torch.finfo(self.dtype).eps / 4  # as in L2: what both sides round alike must still be allowed something
         mine, own = self.ours.summary(), self.theirs.summary()
         for name, value in mine.items():
-            kl, extreme = name.startswith("KL"), name.split()[1] in ("max", "p99")
-            ratio = tol.extreme_ratio if extreme else tol.half_ratio
+            kl, mean = name.startswith("KL"), " mean" in name
+            ratio = tol.half_ratio if mean else tol.extreme_ratio
             if half and kl:  # quadratic in the logits' error, half its variance
                 allowed = max(ratio**2 * own[name], (ratio * floor * scale) ** 2 / 2)
             elif half:
@@ -415,129 +411,3 @@ def greedy(model: LanguageModel, prompt: Tensor, other: Oracle, choice: Choice, 
     count = len(theirs.tokens)
     return Check("L4", "greedy tokens that differ", wrong,
                  detail=f"{count - wrong - ties} of {count} equal, {ties} at a tie{first}")
-
-
-# ------------------------------------------------------------------------------------------------- L5
-
-
-class Relations:
-    """L5: ways to compute the same logits, compared among each other; no oracle takes part.
-
-    Those that concern cache, batch, padding and chunks hold to rounding only, and half precision's rounding is as large
-    as a small fault: in half precision they run on an fp32 copy of the model. The implementations of operations are
-    compared in the dtype itself, by what each loses against that copy.
-    """
-
-    def __init__(self, model: LanguageModel, prompts: Sequence[Tensor], choice: Choice, tolerances: Tolerances) -> None:
-        self.half, self.choice, self.tolerances = model.dtype in HALF, choice, tolerances
-        self.model = model
-        self.exact = copy.deepcopy(model).float() if self.half else model
-        self.prompts = [_short(prompt, model.config.windows) for prompt in prompts]
-        self.ids = self.prompts[0]
-        self.eps_units = tolerances.relative_l2(torch.float32, len(model.model.layers), 0.0)
-        if model.dtype == torch.float64:  # both sides are ours here, and fp64 throughout
-            self.eps_units *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-    def beyond_reach(self) -> list[int]:
-        """Sliding windows that are longer than the prompt, so that nothing slides."""
-        return sorted({w for w in self.model.config.windows if w is not None and w >= self.ids.shape[1]})
-
-    @torch.no_grad()
-    def checks(self, bar: Callable[..., Any]) -> Iterator[Check]:
-        relations = {"cached = full, at every split": self._cached, "chunked prefill = whole": self._chunked,
-                     "batch = single": self._batched, "left padding = none": self._padded}
-        with backend.use(self.choice):  # not strict: what runs in half precision only has nothing to say about fp32
-            whole = run(self.exact, self.ids)
-            for name, pairs in relations.items():
-                yield self._check(name, bar(pairs(whole), desc=f"L5 {name}"))
-        yield from self._implementations()
-
-    def _check(self, name: str, pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Check:
-        """The worst of (where, one way, the other way); a way that cannot be gone at all is infinitely far off."""
-        errors = []
-        try:
-            errors += [(where, _relative_l2(ours, other)) for where, ours, other in pairs]
-        except (RuntimeError, IndexError) as error:  # what torch raises where shapes do not fit
-            return Check("L5", name, math.inf, self.eps_units, f"{type(error).__name__}: {str(error).splitlines()[0]:.100}")
-        worst, value = max(errors, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
-        first = next((where for where, error in errors if not error <= self.eps_units), None)
-        return Check("L5", name, value, self.eps_units, f"first {first}" if first else f"worst {worst}")
-
-    def _read(self, pieces: Sequence[Tensor], positions: Tensor | None = None) -> Tensor:
-        cache, out = self.exact.make_cache(), []
-        for piece in pieces:
-            out.append(run(self.exact, piece, positions, cache))
-            positions = None
-        return torch.cat(out, dim=1)
-
-    def _cached(self, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        count = self.ids.shape[1]
-        for s in range(1, count):
-            yield f"split after {s}", self._read(self.ids.split([s, count - s], dim=1)), whole
-        yield "token by token", self._read(self.ids.split(1, dim=1)), whole
-
-    def _chunked(self, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for size in (2, 3, 7):
-            yield f"chunks of {size}", self._read(self.ids.split(size, dim=1)), whole
-
-    def _batched(self, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        length = min(prompt.shape[1] for prompt in self.prompts)
-        rows = [prompt[:, :length] for prompt in self.prompts] + [self.ids[:, :length].flip(1)]
-        together = run(self.exact, torch.cat(rows))
-        for i, row in enumerate(rows):
-            yield f"row {i}", together[i : i + 1], run(self.exact, row)
-
-    def _padded(self, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """One row padded, one not, in one batch; at once, and with the last tokens read from the cache."""
-        pad, count = 3, self.ids.shape[1]
-        other = self.ids.flip(1)[:, :pad]
-        ids = torch.cat((torch.cat((other, self.ids), 1), torch.cat((self.ids, other), 1)))  # (2, pad + T)
-        positions = torch.arange(pad + count, device=ids.device).repeat(2, 1)
-        positions[0] = (positions[0] - pad).clamp_min(-1)
-        yield "padded row", run(self.exact, ids, positions)[:1, pad:], whole
-        cut = pad + count - 2
-        cached = self._read([ids[:, :cut], *ids[:, cut:].split(1, 1)], positions[:, :cut])
-        yield "padded row, cached", cached[:1, pad:], whole
-        yield "full row beside it, cached", cached[1:], run(self.exact, ids[1:])
-
-    def _implementations(self) -> Iterator[Check]:
-        """The model with one operation exchanged, for each implementation that can run here, against all eager."""
-        eager, device = dict.fromkeys(OPERATIONS, "eager"), self.model.device
-        reference, experts = self._with(eager, [])
-        exact = self._copy_following(experts)
-        own = _relative_l2(reference, exact) if self.half else 0.0
-        allowed = self.tolerances.relative_l2(self.model.dtype, 0, own, exact.numel()) if self.half else self.eps_units
-        for operation in OPERATIONS.values():
-            for name, implementation in operation.implementations.items():
-                if name == "eager" or implementation.supports(device, self.model.dtype) is not None:
-                    continue
-                logits, _ = self._with({**eager, operation.name: name}, experts)
-                yield Check("L5", f"{operation.name}[{name}] = eager", _relative_l2(logits, exact), allowed)
-
-    def _with(self, choice: Choice, experts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the experts the routers chose by themselves."""
-        chosen: list[Tensor] = []
-
-        def note(choose: Callable[..., Any], *args: Any) -> Any:
-            weights, indices = choose(*args)
-            chosen.append(indices)
-            return weights, indices
-
-        with backend.use(choice, strict=True), backend.intercept("router_topk", note), following(experts):
-            return run(self.model, self.ids), chosen
-
-    def _copy_following(self, experts: Sequence[Tensor]) -> Tensor:
-        with backend.use("eager"), following(experts):
-            return run(self.exact, self.ids)
-
-
-def _relative_l2(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300))
-
-
-def _short(prompt: Tensor, windows: Sequence[int | None]) -> Tensor:
-    """At most `_SHORT` tokens, or as many as make the shortest sliding window slide, if that is in reach."""
-    window = min((w for w in windows if w is not None), default=0)
-    needed = window + 6 if window + 6 <= _LONGEST_WINDOW else 0
-    length = max(min(prompt.shape[1], _SHORT), needed, 3)
-    return prompt.repeat(1, -(-length // prompt.shape[1]))[:, :length]

@@ -1,5 +1,8 @@
 """L1: the implementation of each operation that was chosen, against the formula of `ops` in fp64, at the model's own sizes.
 
+The operations of `ARGUMENTS` are those a model's forward may call. What only an engine calls (paged attention, sampling)
+is not part of any model; `qwen-ref kernels check` tests it.
+
 Arguments are random, rounded to the dtype under test, and then widened for the fp64 run: what is measured is what the
 operation loses, not what its arguments have lost before.
 """
@@ -21,12 +24,14 @@ SEEDS = 5
 TOKENS = (1, 7, 33)  # one decode step, and counts no block size divides
 MAGNITUDES = (1.0, 30.0)  # 30: products of two stay inside fp16
 _EXPERT_ELEMENTS = 1 << 23  # of the expert weights made up here: 64 MB in fp64; larger models are given two experts
+_COLUMNS = 256  # of a projection at most: each is a sum of its own
 
 Rand = Callable[..., Tensor]
 
 # What the formula itself may lose, in units of eps: every rounding costs at most eps/2 of its result, and errors of one
 # row are independent, so that relative L2 stays below their plain sum. `_growing_error` adds what grows with the arguments.
 ULPS = {
+    "linear": 2,  # the sum and its rounding
     "rms_norm": 2,  # two roundings (normed, weighted) and an fp32 mean
     "add_rms_norm": 3,  # one more, of the sum
     "rope": 2,  # two products, one sum
@@ -43,11 +48,9 @@ def check(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> I
     The formula itself is held, at its worst, to what its roundings explain. Another implementation may lose twice what
     the formula loses in the same dtype; both as root mean square, since single errors of few numbers scatter.
     """
-    for name, operation in backend.OPERATIONS.items():
-        if name not in _ARGUMENTS:
-            continue
-        chosen = operation.resolve(device, dtype).name
-        for label, make in _ARGUMENTS[name].items():
+    for name, kinds in ARGUMENTS.items():
+        chosen = backend.OPERATIONS[name].resolve(device, dtype).name
+        for label, make in kinds.items():
             if not _applies(name, label, config):
                 continue
             for magnitude in MAGNITUDES:
@@ -81,11 +84,6 @@ def _judge(what: str, eager: bool, found: list[_Measured], cases: list[tuple[int
     return Check("L1", what, error, 2 * max(formula, eps / 2), detail)  # never less than one rounding
 
 
-def unchecked() -> list[str]:
-    """Registered operations for which there are no arguments here."""
-    return [name for name in backend.OPERATIONS if name not in _ARGUMENTS]
-
-
 def _measure(name: str, args: tuple[Any, ...]) -> _Measured:
     formula = getattr(ops, name)
     wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
@@ -107,7 +105,7 @@ def _growing_error(name: str, wide: tuple[Any, ...], eps: float) -> float:
     """What grows with the arguments. A probability's relative error is its score's absolute one, |score| eps, where the
     scores are rounded; the rounding of a sum of n terms of either sign grows as sqrt(n) in the dtype that accumulates."""
     wider = min(eps, torch.finfo(torch.float32).eps)  # half precision accumulates in fp32
-    if name == "moe_experts":
+    if name in ("linear", "moe_experts"):
         return wider * math.sqrt(wide[0].shape[-1]) / 4
     if name == "attention":
         q, k, _, mask = wide
@@ -151,6 +149,16 @@ def _applies(name: str, label: str, config: Any) -> bool:
 
 def _window(config: Any) -> int | None:
     return next((w for w in config.windows if w is not None), None)
+
+
+def _linear_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    columns = min(c.num_attention_heads * c.head_dim, _COLUMNS)
+    return rand(1, t, c.hidden_size), rand(columns, c.hidden_size, scale=c.hidden_size**-0.5), rand(columns)
+
+
+def _down_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    inner = c.intermediate_size
+    return rand(1, t, inner), rand(min(c.hidden_size, _COLUMNS), inner, scale=inner**-0.5)
 
 
 def _norm_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
@@ -202,7 +210,8 @@ def _experts_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
     return x, gate_up, down, weights, chosen
 
 
-_ARGUMENTS: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {
+ARGUMENTS: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {  # operation -> kind -> how to make them
+    "linear": {"with bias": _linear_arguments, "down": _down_arguments},
     "rms_norm": {"hidden": _norm_arguments, "heads": _head_norm_arguments},
     "add_rms_norm": {"": _add_norm_arguments},
     "rope": {"": _rope_arguments},

@@ -6,6 +6,8 @@ turn is filled from the folder, run on its side's residual stream with its point
 reads with our reader, transformers' with the safetensors library, so that a fault of the reader cannot hide. As in
 memory, our routers' choices are recorded and the tokens then sent to the oracle's experts.
 
+The oracle may also have run before: its activations then come from a bundle, and only our side is computed.
+
 Peak memory: one block, in half precision one fp32 block of the oracle's exact run (as much as two of the model's own);
 the embedding or the head while in use; one block's activations of all prompts, of both sides.
 """
@@ -27,7 +29,7 @@ from ..errors import CheckpointError, RequestError
 from ..loading import build, materialize, pick_dtype, read_config
 from ..models.common import LanguageModel
 from . import oracle
-from .levels import HALF, Acts, Choice, Comparison, Tolerances, following
+from .levels import HALF, Acts, Choice, Comparison, Oracle, Tolerances, following
 from .report import Row
 
 EAGER: Choice = dict.fromkeys(backend.OPERATIONS, "eager")
@@ -69,6 +71,7 @@ def stages(
     layers: Sequence[int] | None = None,
     *,
     choice: Choice = EAGER,
+    recorded: Oracle | None = None,
 ) -> Iterator[Stage]:
     """Embedding, blocks and head of a folder's model, one after the other, each computed by both sides.
 
@@ -77,6 +80,7 @@ def stages(
         prompts: ids, each (B, T) int64.
         layers: which blocks; the others are left out on both sides. None = all.
         choice: operation -> implementation of our side; without eager attention there are no patterns.
+        recorded: what the oracle computed for these prompts; None = run it here.
     Raises: CheckpointError if the folder's tensors are not exactly those of its config.json, before anything is computed.
     """
     raw = read_config(folder)
@@ -84,13 +88,29 @@ def stages(
     with ExitStack() as stack:
         ours = stack.enter_context(_Ours(folder, raw, dtype, device, choice))
         chosen = _chosen(layers, len(ours.model.model.layers))
-        oracles = [_Theirs(folder, ours.model, d, device) for d in (dtype, *([torch.float32] if dtype in HALF else []))]
+        oracles: list[_Recorded] | list[_Theirs]
+        if recorded is not None:
+            count = range(len(prompts))
+            oracles = [_Recorded([side(p) for p in count], device) for side in (recorded.theirs, recorded.exact)]
+        else:
+            dtypes = (dtype, torch.float32) if dtype in HALF else (dtype,)
+            oracles = [_Theirs(folder, ours.model, d, device) for d in dtypes]
         ids = [row.to(device) for row in prompts]
         yield _stage("model.embed_tokens", ours.begin(ids), [side.begin(ids) for side in oracles])
         for i in chosen:
             theirs = [side.block(i) for side in oracles]
             yield _stage(f"model.layers.{i}", ours.block(i, follow=theirs[0]), theirs)
         yield _stage("lm_head", ours.end(), [side.end() for side in oracles])
+
+
+def weights(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Iterator[dict[str, Tensor]]:
+    """The checkpoint's tensors by name, as our side loads them, one part of the model after the other."""
+    with _Ours(folder, read_config(folder), dtype, torch.device(device), EAGER) as ours:
+        blocks = [f"model.layers.{i}" for i in range(len(ours.model.model.layers))]
+        head = ["lm_head"] if ours.model.lm_head is not None else []
+        for path in ("model.embed_tokens", *blocks, "model.norm", *head):
+            with ours.loaded(path):
+                yield ours.tensors(path)
 
 
 def _stage(name: str, ours: list[Acts], oracles: list[list[Acts]]) -> Stage:
@@ -128,7 +148,7 @@ class _Side:
     def begin(self, prompts: Sequence[Tensor]) -> list[Acts]:
         """The embedding and the rotary tables; notes what every block is given."""
         captures: list[Acts] = []
-        with self._loaded("model.embed_tokens", "model.norm"):
+        with self.loaded("model.embed_tokens", "model.norm"):
             for ids in prompts:
                 names = self._names("hook_embed", "rotary.")
                 with self.recording(names, {}) as acts, self._noting() as calls:
@@ -142,7 +162,7 @@ class _Side:
         """Block i on the residual stream of every prompt; `follow` has the experts to send tokens to."""
         block, names = self.model.model.layers[i], self._names(f"blocks.{i}.")
         captures: list[Acts] = []
-        with self._loaded(f"model.layers.{i}"):
+        with self.loaded(f"model.layers.{i}"):
             for p, x in enumerate(self.residuals):
                 args, kwargs = self.given[p][i]
                 with self.recording(names, follow[p] if follow else {}) as acts:
@@ -154,7 +174,7 @@ class _Side:
         """The final norm and, if there is one, the head."""
         head, names = self.model.lm_head, self._names("ln_final.", "hook_logits")
         captures: list[Acts] = []
-        with self._loaded("model.norm", *(["lm_head"] if head is not None else [])):
+        with self.loaded("model.norm", *(["lm_head"] if head is not None else [])):
             for x in self.residuals:
                 with self.recording(names, {}) as acts:
                     x = self.model.model.norm(x)
@@ -167,7 +187,8 @@ class _Side:
         return [name for name in self.names if name.startswith(starts)]
 
     @contextmanager
-    def _loaded(self, *paths: str) -> Iterator[None]:
+    def loaded(self, *paths: str) -> Iterator[None]:
+        """While active, these parts have their weights."""
         parts = {path: self.model.get_submodule(path) for path in paths}
         try:
             for path, part in parts.items():
@@ -226,13 +247,17 @@ class _Ours(_Side):
             yield acts
 
     def fill(self, path: str, part: nn.Module) -> None:
-        targets = {name: p.data for name, p in part.named_parameters(prefix=path)}
-        targets |= {name: p for name, p in self.model.checkpoint_tensors().items() if name.startswith(f"{path}.")}
+        targets = {name: p.data for name, p in part.named_parameters(prefix=path)} | self.tensors(path)
         for name, target in targets.items():  # a stack of experts and its parts: the file has the one or the others
             source = self.tied.get(name, name)
             if source in self.files:
                 file, disk_name = self.files[source]
                 file.read_into(disk_name, target)
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The checkpoint tensors of the part at `path`; a tied head, here a tensor of its own, is none."""
+        return {name: p for name, p in self.model.checkpoint_tensors().items()
+                if name.startswith(f"{path}.") and name not in self.tied}
 
 
 class _Theirs(_Side):
@@ -271,6 +296,25 @@ class _Theirs(_Side):
             raise CheckpointError(f"{name} is in no safetensors file that transformers would read")
         with _safe_open(self.files[name]) as file:  # opened anew each time: it maps, and mapped pages count as memory
             out.copy_(file.get_tensor(name))
+
+
+class _Recorded:
+    """An oracle that has run before: every prompt's activations, of which each part is given its own."""
+
+    def __init__(self, acts: list[Acts], device: torch.device) -> None:
+        self.acts, self.device = acts, device
+
+    def begin(self, prompts: Sequence[Tensor]) -> list[Acts]:
+        return self._named("hook_embed", "rotary.")
+
+    def block(self, i: int) -> list[Acts]:
+        return self._named(f"blocks.{i}.")
+
+    def end(self) -> list[Acts]:
+        return self._named("ln_final.", "hook_logits")
+
+    def _named(self, *starts: str) -> list[Acts]:
+        return [{name: value.to(self.device) for name, value in acts.items() if name.startswith(starts)} for acts in self.acts]
 
 
 class _Reader(Protocol):
