@@ -236,7 +236,7 @@ check("blocks.0.hook_resid_post", x)
 # %% [markdown]
 # ## All layers
 #
-# That was one block, and the others have the same text. Here it is in one piece, run through the whole model.
+# That was one block; the others do the same with their own weights. Here it is in one piece, run through the whole model.
 
 
 # %%

@@ -167,13 +167,15 @@ for i, number in enumerate(routes.layers):
 # %% [markdown]
 # ## Who works together
 #
-# A token takes $k$ experts, so some pairs meet often. The strongest pairs of the layer above, against what independent
-# choices with the same loads would give:
+# A token takes $k$ experts, so some pairs meet often. The most frequent pairs of the layer above, against chance: choices
+# made by the loads alone. No token takes an expert twice, so chance is a little less than the product of the two loads
+# (the factor is exact where the loads are even).
 
 # %%
 together = routes.coactivation[clearest]
 alone = together.diagonal()
-pairs = [(float(together[a, b]), float(alone[a] * alone[b]), a, b) for a in range(E) for b in range(a)]
+twice = (k - 1) / k * E / (E - 1)  # k (k-1) ordered pairs among E (E-1), against k^2 among E^2
+pairs = [(float(together[a, b]), float(alone[a] * alone[b]) * twice, a, b) for a in range(E) for b in range(a)]
 for seen, expected, a, b in sorted(pairs, reverse=True)[:4]:
     print(f"experts {b} and {a}: {seen:.1%} of tokens, by chance {expected:.1%}")
 torch.testing.assert_close(alone.sum(), torch.tensor(float(k)))  # k experts per token
@@ -228,8 +230,9 @@ set_normalize(config.norm_topk_prob)
 # %% [markdown]
 # ## What the choice is worth
 #
-# The router's choice is replaced by others, with the weights left as they are: the next best $k$ experts, and $k$ drawn at
-# random. If experts were interchangeable, none of it would matter.
+# The router's choice is replaced by others: only the first of its experts, its weight unchanged; the next best $k$, with
+# the weights that their own scores give; and $k$ drawn at random, under the weights of the experts they replace. If experts
+# were interchangeable, the last two would cost nothing.
 
 
 # %%

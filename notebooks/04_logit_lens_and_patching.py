@@ -216,7 +216,7 @@ for i in range(L):
     print(f"{i:5}   {attention[i, 0]:9.2f}  {feed_forward[i, 0]:12.2f}    {attention[i, 1]:9.2f}  {feed_forward[i, 1]:12.2f}")
 
 # %% [markdown]
-# Information can only change position in attention. The position's own computing is done by the feed-forward.
+# Only attention moves information from one position to another; a feed-forward works on each position by itself.
 #
 # ## The same on a real model
 #

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Hunting a mismatch
 #
-# Three faster operations arrive from a colleague, and each has a fault: one ruins the text, one cannot be seen in any text,
-# one shows only when a prompt is read in pieces. They are hunted here as one would in earnest: notice, localise, explain,
-# repair, prove. The instruments are `verify`, which compares every activation with transformers, and the hooks.
+# Three faster operations arrive from a colleague, with three faults among them: one ruins the text, one cannot be seen in
+# the text, one shows only when a prompt is read in pieces. They are hunted here as one would in earnest: notice, localise,
+# explain, repair, prove. The instruments are `verify`, which compares every activation with transformers, and the hooks.
 
 # %%
 import matplotlib.pyplot as plt
@@ -178,7 +178,7 @@ print("first difference:", first_above(errors), f" largest: {max(error for _, er
 assert first_above(errors) == "nothing"
 
 # %% [markdown]
-# ## The one that no text shows
+# ## The one that the text does not show
 #
 # With attention repaired the text is right again, token for token. Most people would stop here.
 
@@ -194,9 +194,10 @@ if report:
     print(report.table(full=False))
 
 # %% [markdown]
-# The first name is the first norm there is. Errors of rounding would be near $10^{-7}$; this is far more, so it is another
-# formula and not another order of sums. What does the error depend on? The norm divides by $\sqrt{\text{mean}(x^2) +
-# \varepsilon}$. If $\varepsilon$ is wrong by $\delta$, the result is too small by the factor
+# L1 still has a complaint about attention, to which we come below. In L2 the first name is the first norm there is. Errors
+# of rounding would be near $10^{-7}$; this is far more, so it is another formula and not another order of sums. What does
+# the error depend on? The norm divides by $\sqrt{\text{mean}(x^2) + \varepsilon}$. If $\varepsilon$ is wrong by $\delta$,
+# the result is too small by the factor
 #
 # $$\sqrt{\frac{m + \varepsilon}{m + \varepsilon + \delta}} \;\approx\; 1 - \frac{\delta}{2m}, \qquad m = \text{mean}(x^2),$$
 #
@@ -233,7 +234,8 @@ assert first_above(errors) == "nothing"
 # %% [markdown]
 # ## The one that needs two pieces
 #
-# Everything has been compared on whole prompts. A runtime also reads long prompts in chunks, with a cache. The same tokens,
+# All activations have been compared on whole prompts, and attention is right on those. L1 found it wrong on other arguments:
+# queries behind nine earlier keys. A runtime has those, for it reads long prompts in chunks, with a cache. The same tokens,
 # whole and in two halves, must give the same logits: no second model is needed to test that.
 
 

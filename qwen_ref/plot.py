@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -465,16 +465,16 @@ def rope_curves(configs: Mapping[str, Any]) -> list[RopeCurve]:
 
 def rope_frequencies(configs: Mapping[str, Any], *, title: str = "", theme: str = "light") -> Figure:
     """Wavelength of every rotary pair, plain or YaRN, and the context (dotted): pairs above it never turn fully there."""
-    curves = rope_curves(_some(configs))
+    curves = _by_curve((c.name, (tuple(c.wavelength.tolist()), c.context)) for c in rope_curves(_some(configs)))
     with _drawing(theme) as style:
         figure = _figure(3.6)
         axes = figure.subplots()
         axes.set_yscale("log")
-        for i, curve in enumerate(curves):
+        for i, ((wavelength, context), names) in enumerate(curves.items()):
             color = style.lines[i % len(style.lines)]
             dashes = "-" if i < len(style.lines) else "--"
-            axes.plot(curve.wavelength, dashes, color=color, label=shown_name(curve.name))
-            axes.axhline(curve.context, color=color, linestyle=":", linewidth=1)
+            axes.plot(wavelength, dashes, color=color, label=names)
+            axes.axhline(context, color=color, linestyle=":", linewidth=1)
         axes.set_xlabel("pair j: dimensions j and j + D/2 of a head")
         axes.set_ylabel("wavelength, tokens per turn")
         axes.grid(axis="y")
@@ -510,11 +510,14 @@ def kv_memory(
 
         figure = _figure(3.6)
         axes = figure.subplots()
-        for i, (name, config) in enumerate(configs.items()):
+        curves = []
+        for name, config in configs.items():
             end = config.max_position_embeddings
             lengths = [n for n in ticks if n < end] + [end] if contexts is None else ticks
+            curves.append((name, (tuple(lengths), tuple(kv_bytes(config, lengths, itemsize)))))
+        for i, ((lengths, size), names) in enumerate(_by_curve(curves).items()):
             color, dashes = style.lines[i % len(style.lines)], "-" if i < len(style.lines) else "--"
-            axes.plot(lengths, kv_bytes(config, lengths, itemsize), dashes, color=color, label=shown_name(name))
+            axes.plot(lengths, size, dashes, color=color, label=names)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         step = math.ceil(len(ticks) / 12)
@@ -526,6 +529,14 @@ def kv_memory(
         axes.grid()
         _legend_above(axes, columns=3)
         return _titled(figure, title)
+
+
+def _by_curve(named: Iterable[tuple[str, Any]]) -> dict[Any, str]:
+    """Curve -> the names of all that have it: drawn one over the other, only the last would be seen."""
+    names: dict[Any, list[str]] = {}
+    for name, curve in named:
+        names.setdefault(curve, []).append(shown_name(name))
+    return {curve: "\n".join(those) for curve, those in names.items()}
 
 
 # ------------------------------------------------------------------------------------------------- kernels
@@ -572,7 +583,8 @@ def roofline(
         axes.set_xlabel(f"operations per byte; {ridge:.3g} (dotted) meets both limits")
         axes.set_ylabel("achieved")
         axes.grid()
-        axes.legend(loc="lower right", title="share of attainable", title_fontsize=7)
+        axes.legend(loc="lower right", title="share of attainable", title_fontsize=7, frameon=True, framealpha=0.9,
+                    facecolor=style.background, edgecolor="none")  # fmt: skip
         return _titled(figure, title)
 
 

@@ -436,6 +436,9 @@ def test_kv_memory_lines():
     assert texts(chosen.get_xticklabels()) == ["1k", "4k", "1024k"]
     assert chosen.lines[0].get_ydata().tolist() == [n * 480 for n in (1024, 4096, 1 << 20)]
     assert chosen.yaxis.get_major_formatter()(2.5e9) == "2.5 GB"
+    twice = plot.kv_memory({**configs(), "the first again": next(iter(configs().values()))}).axes[0]
+    assert len(twice.lines) == len(axes.lines)  # one line for equal curves, under all their names
+    assert any("\nthe first again" in text for text in texts(twice.get_legend().get_texts()))
     with pytest.raises(RequestError, match="no config"):
         plot.kv_memory({})
 

@@ -3,7 +3,7 @@
     python tools/bench_hooks.py [--model tiny] [--tokens 32] [--turns 15]
 
 Nothing is built into the models for hooks, so "after" must equal "before" within the noise of the machine. The three are
-measured in turns, and the ratio is taken within each turn; median (minimum to maximum).
+measured in turns, and the ratio is taken within each turn; median (quartiles).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
 
 
 def spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def sources_of(notebook: Any) -> list[tuple[str, str]]:
 
 def execute(notebook: Any) -> None:
     # PYTHONPATH for a tree that is not installed; one thread, so that sums are taken in the same order everywhere.
-    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline",
+                      PYTHONWARNINGS="ignore:IProgress")  # tqdm's advice to install widgets
     client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(FOLDER)}})
     client.execute()
