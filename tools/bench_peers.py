@@ -4,8 +4,8 @@
     python tools/bench_peers.py --layers 4            # a quick look
 
 Loading comes first, then a gate: all sides must choose the same greedy tokens, or no speed is reported. The sides (ours
-with mapped weights and with `mapped=False`, and transformers) take turns, `--repeats` times each; medians and the spread
-(minimum to maximum) are printed, and one JSON object as the last line.
+with mapped weights and with `mapped=False`, and transformers) take turns, `--repeats` times each, in decoding token by token;
+medians and the spread (minimum to maximum) are printed, and one JSON object as the last line.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of prefill")
     parser.add_argument("--tokens", type=int, default=24, help="tokens of decode")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", action="append", metavar="ROW", help="measure only this row (repeatable)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -59,19 +60,20 @@ def main() -> None:
         load = {OURS: lambda: load_ours(folder), READ: lambda: load_ours(folder, mapped=False),
                 THEIRS: lambda: load_theirs(folder)}
         step = {OURS: step_ours, READ: step_ours, THEIRS: step_theirs}
-        results = {
-            "import": turns(args.repeats, {OURS: lambda: import_seconds("torch, qwen_ref"),
-                                           THEIRS: lambda: import_seconds("torch, transformers")}),
-            "fresh load": turns(args.repeats, {side: partial(fresh_seconds, side, folder) for side in load}),
-            "load": turns(args.repeats, {side: partial(timed, load[side]) for side in load}),
-            "first token": turns(args.repeats, {side: partial(first_token, load[side], step[side]) for side in load}),
-        }
+        table = Table(args.repeats, args.only)
+        table.row("import", turn({OURS: lambda: import_seconds("torch, qwen_ref"),
+                                  THEIRS: lambda: import_seconds("torch, transformers")}))
+        table.row("fresh load", turn({side: partial(fresh_seconds, side, folder) for side in load}))
+        table.row("load", turn({side: partial(timed, load[side]) for side in load}))
+        table.row("first token", turn({side: partial(first_token, load[side], step[side]) for side in load}))
         models = {side: step[side](load[side]()) for side in load}
         ids = torch.randint(0, 151643, (1, args.prompt), generator=torch.Generator().manual_seed(0))
         gate(models, ids)
-        results["prefill"] = turns(args.repeats, {side: partial(prefill, models[side], ids) for side in models})
-        results["decode"] = turns(args.repeats, {side: partial(decode, models[side], ids, args.tokens) for side in models})
-    report(results, args)
+        table.row("prefill", turn({side: partial(prefill, models[side], ids) for side in models}), "tok/s")
+        table.row("decode", partial(decode, models, ids, args.tokens), "tok/s")
+    machine = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": args.threads,
+               "machine": platform.processor() or platform.machine(), "layers": args.layers, "dtype": "bfloat16"}
+    print(json.dumps({**machine, "repeats": args.repeats, **table.summary}))
 
 
 def write_random_model(folder: Path, config: dict[str, Any]) -> None:
@@ -137,14 +139,19 @@ def prefill(fresh: Callable, ids: torch.Tensor) -> float:
     return ids.shape[1] / timed(lambda: step(ids))
 
 
-def decode(fresh: Callable, ids: torch.Tensor, count: int) -> float:
-    """Tokens per second after the prompt."""
-    step = fresh()
-    token = step(ids).argmax(-1, keepdim=True)
-    started = time.perf_counter()
+def decode(models: dict[str, Callable], ids: torch.Tensor, count: int) -> dict[str, float]:
+    """Tokens per second after the prompt, each side its own token in turn, forwards and backwards."""
+    steps = {side: fresh() for side, fresh in models.items()}
+    tokens = {side: step(ids).argmax(-1, keepdim=True) for side, step in steps.items()}
+    seconds = dict.fromkeys(steps, 0.0)
+    order = list(steps)
     for _ in range(count):
-        token = step(token).argmax(-1, keepdim=True)
-    return count / (time.perf_counter() - started)
+        for side in order:
+            started = time.perf_counter()
+            tokens[side] = steps[side](tokens[side]).argmax(-1, keepdim=True)
+            seconds[side] += time.perf_counter() - started
+        order.reverse()
+    return {side: count / total for side, total in seconds.items()}
 
 
 def import_seconds(names: str) -> float:
@@ -167,30 +174,32 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def turns(repeats: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """One warm-up each, then alternately, so that what else the machine does falls on all."""
-    for measure in sides.values():
-        measure()
-    rounds = [{side: measure() for side, measure in sides.items()} for _ in range(repeats)]
-    return {side: [one[side] for one in rounds] for side in sides}
+class Table:
+    """Prints each row as soon as it is measured: a run takes minutes, and may be cut short."""
+
+    def __init__(self, repeats: int, only: list[str] | None) -> None:
+        self.repeats, self.only = repeats, only
+        self.summary: dict[str, Any] = {}
+        print(f"{'':12} {'side':>13} {'median (min to max)':>34}   ratio to transformers, above 1: we are faster")
+
+    def row(self, name: str, once: Callable[[], dict[str, float]], unit: str = "s") -> None:
+        """`once` measures every side; it is called once to warm up, then `repeats` times."""
+        if self.only and name not in self.only:
+            return
+        once()
+        rounds = [once() for _ in range(self.repeats)]
+        values = {side: [one[side] for one in rounds] for side in rounds[0]}
+        medians = {side: statistics.median(found) for side, found in values.items()}
+        ratios = {side: m / medians[THEIRS] if unit == "tok/s" else medians[THEIRS] / m for side, m in medians.items()}
+        for side, found in values.items():
+            cell = f"{medians[side]:.3g} ({min(found):.3g} to {max(found):.3g}) {unit}"
+            print(f"{name:12} {side:>13} {cell:>34}   {ratios[side]:.2f}", flush=True)
+        self.summary[name] = {"values": values, "ratios": ratios}
 
 
-def report(results: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> None:
-    summary: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__,
-                               "machine": platform.processor() or platform.machine(), "threads": args.threads,
-                               "layers": args.layers, "dtype": "bfloat16", "repeats": args.repeats}
-    print(f"{'':12} {'side':>13} {'median (min to max)':>34}   ratio to transformers, above 1: we are faster")
-    for name, sides in results.items():
-        unit = "tok/s" if name in ("prefill", "decode") else "s"
-        theirs = statistics.median(sides[THEIRS])
-        ratios = {}
-        for side, values in sides.items():
-            median = statistics.median(values)
-            ratios[side] = theirs / median if unit == "s" else median / theirs
-            cell = f"{median:.3g} ({min(values):.3g} to {max(values):.3g}) {unit}"
-            print(f"{name:12} {side:>13} {cell:>34}   {ratios[side]:.2f}")
-        summary[name] = {"values": sides, "ratios": ratios}
-    print(json.dumps(summary))
+def turn(sides: dict[str, Callable[[], float]]) -> Callable[[], dict[str, float]]:
+    """All sides after each other, so that what else the machine does falls on all."""
+    return lambda: {side: measure() for side, measure in sides.items()}
 
 
 if __name__ == "__main__":
