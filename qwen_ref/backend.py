@@ -22,10 +22,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, torch_ops
 from .errors import RequestError
 
 Supports = Callable[[torch.device, torch.dtype], "str | None"]  # None = yes, otherwise the reason it cannot run
@@ -154,7 +153,7 @@ def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat
         chosen = op.resolve(device, dtype)
         others = [f"{i.name} ({i.supports(device, dtype) or 'not chosen'})" for i in op.implementations.values()
                   if i is not chosen]
-        lines.append(f"{op.name:12} {chosen.name:8} " + (f"also: {', '.join(others)}" if others else ""))
+        lines.append(f"{op.name:18} {chosen.name:8} " + (f"also: {', '.join(others)}" if others else ""))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -164,9 +163,13 @@ def _operation(name: str) -> Operation:
     return OPERATIONS[name]
 
 
-def _eager(formula: Callable[..., Any], **others: Callable[..., Any]) -> Operation:
-    runs = {**others, "eager": formula}
-    return Operation(formula.__name__, {name: Implementation(name, _given(run)) for name, run in runs.items()})
+def _operation_of(
+    formula: Callable[..., Any], *, preferred: Callable[..., Any] | None = None, also: Callable[..., Any] | None = None
+) -> Operation:
+    """A formula and what competes with it: PyTorch's fused kernel, chosen by default or not, and the Triton kernel."""
+    runs = {"torch": preferred, "eager": formula} if preferred else {"eager": formula, "torch": also}
+    operation = Operation(formula.__name__, {name: Implementation(name, _given(run)) for name, run in runs.items() if run})
+    return _with_kernel(operation)
 
 
 def _given(run: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
@@ -203,23 +206,30 @@ def _installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`ops.attention` through PyTorch's fused kernels: the T x S scores never exist in memory."""
-    queries, keys = q.shape[2], k.shape[2]
-    if mask is None and 1 < queries < keys:
-        mask = ops.causal_mask(queries, keys, q.device)
-    causal = mask is None and queries > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" and dtype.itemsize == 2 else "cuDNN needs an NVIDIA GPU and 16-bit numbers"
 
 
-rms_norm = _with_kernel(_eager(ops.rms_norm))
-add_rms_norm = _with_kernel(_eager(ops.add_rms_norm))
-rope = _with_kernel(_eager(ops.rope))
-attention = _eager(ops.attention, torch=_sdpa)
-swiglu = _with_kernel(_eager(ops.swiglu))
-router_topk = _with_kernel(_eager(ops.router_topk))
-moe_experts = _eager(ops.moe_experts)
+linear = _operation_of(ops.linear)
+rms_norm = _operation_of(ops.rms_norm)
+add_rms_norm = _operation_of(ops.add_rms_norm)
+rope = _operation_of(ops.rope)
+norm_rope_write = _operation_of(ops.norm_rope_write)
+attention = _operation_of(ops.attention, preferred=torch_ops.attention)
+attention_prefill = _operation_of(ops.attention_prefill, also=torch_ops.attention_prefill)
+attention_decode = _operation_of(ops.attention_decode)
+attention_paged = _operation_of(ops.attention_paged)
+swiglu = _operation_of(ops.swiglu)
+router_topk = _operation_of(ops.router_topk)
+moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
+sample = _operation_of(ops.sample)
+cross_entropy = _operation_of(ops.cross_entropy, also=torch_ops.cross_entropy)
 
 OPERATIONS: dict[str, Operation] = {
-    op.name: op for op in (rms_norm, add_rms_norm, rope, attention, swiglu, router_topk, moe_experts)
-}
+    op.name: op
+    for op in (
+        linear, rms_norm, add_rms_norm, rope, norm_rope_write, attention, attention_prefill, attention_decode,
+        attention_paged, swiglu, router_topk, moe_experts, sample, cross_entropy,
+    )
+}  # fmt: skip
+register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)

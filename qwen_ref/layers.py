@@ -10,6 +10,13 @@ from .cache import Cache
 from .config import Rope
 
 
+class Linear(nn.Linear):
+    """x weight^T + bias: `ops.linear`, so that the matrix product can be swapped like every other operation."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return backend.linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """Scales each vector to unit root mean square, then by a learned weight: `ops.rms_norm`."""
 
@@ -27,9 +34,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_proj = Linear(hidden, intermediate, bias=False)
+        self.up_proj = Linear(hidden, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
         return self.down_proj(backend.swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -5,7 +5,7 @@ official model rounds, and the comment beside the cast says so. Faster implement
 `backend` under the same name and are checked against these.
 
 Letters: B batch, T query tokens, S key tokens, H hidden, N query heads, K kv heads, D head dim, I intermediate,
-M tokens flattened (B*T), E experts, k experts per token.
+M tokens flattened (B*T), E experts, k experts per token, V vocabulary.
 """
 
 import math
@@ -32,6 +32,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     total = x + residual
     return total, rms_norm(total, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: (..., K), (N, K), (N,) -> (..., N) in x's dtype, summed in at least fp32 and rounded once."""
+    return F.linear(x, weight, bias)
 
 
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:
@@ -91,6 +96,43 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """All that stands between the projections and the attention: norm q and k per head, rotate them, store k and v.
+
+    The only operation that writes to an argument: the caches are where its results belong.
+
+    Args:
+        q (M, N, D); k, v (M, K, D): the projections' rows. q_weight, k_weight (D,): `rms_norm` of every head; None
+            where the generation has none.
+        cos, sin (M, D): `rope_tables` of each token's position.
+        k_cache, v_cache (P, K, S, D): P sequences of S tokens, or P pages of S tokens of a paged cache.
+        slots (M,) int64: token m is stored as entry slots[m] % S of cache row slots[m] // S; negative = not at all.
+    Returns the rotated q, (M, N, D).
+    """
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)
+    if k_weight is not None:
+        k = rms_norm(k, k_weight, eps)
+    q, k = (rope(x[:, :, None], cos[:, None], sin[:, None])[:, :, 0] for x in (q, k))  # every token a batch of one
+    kept = torch.where(slots >= 0)[0]
+    row, entry = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
+    k_cache[row, :, entry] = k[kept]
+    v_cache[row, :, entry] = v[kept]
+    return q
+
+
 def visible(query_positions: Tensor, key_positions: Tensor, window: int | None = None) -> Tensor:
     """Which keys each query may attend to: the causal mask, the sliding window and the padding, from positions alone.
 
@@ -142,6 +184,62 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
 
 
+def attention_prefill(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, window: int | None = None
+) -> Tensor:
+    """Causal attention of sequences of different lengths packed one after the other, without padding.
+
+    Args:
+        q (M, N, D): the queries of all sequences. k, v (L, K, D): their keys and values.
+        q_starts, k_starts (B + 1,) int32: sequence b has the queries q_starts[b]:q_starts[b + 1], and likewise the
+            keys. Its queries are the last of its keys' positions, so that a chunk of a prompt can follow cached keys.
+        window: a query sees itself and the window - 1 keys before it; None = all.
+    Returns (M, N, D) in q's dtype.
+    """
+    out = torch.empty_like(q)
+    for b in range(q_starts.numel() - 1):
+        queries, keys = slice(*q_starts[b : b + 2].tolist()), slice(*k_starts[b : b + 2].tolist())
+        count, held = queries.stop - queries.start, keys.stop - keys.start
+        positions = torch.arange(held, device=q.device)[None]
+        mask = visible(positions[:, held - count :], positions, window)
+        qb, kb, vb = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))  # (1, N or K, T or S, D)
+        out[queries] = attention(qb, kb, vb, mask)[0].transpose(0, 1)
+    return out
+
+
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None = None) -> Tensor:
+    """Attention of one new token per sequence over a cache whose rows are filled to different lengths.
+
+    Args:
+        q (B, N, D). k, v (B, K, S, D): room for S tokens. lengths (B,) int32: tokens held, the new one (the query's
+            own) last; what lies behind them is not read. A sequence of length 0 gives zeros.
+        window: only the last `window` tokens are seen; None = all.
+    Returns (B, N, D) in q's dtype.
+    """
+    place = torch.arange(k.shape[2], device=q.device)
+    seen = place < lengths[:, None]  # (B, S)
+    if window is not None:
+        seen &= place >= lengths[:, None] - window
+    # What is not seen may be anything, NaN too, and 0 * NaN is NaN.
+    k, v = (x.masked_fill(~seen[:, None, :, None], 0) for x in (k, v))
+    out = attention(q[:, :, None], k, v, seen[:, None, None])[:, :, 0]  # (B, N, D)
+    return out.masked_fill((lengths == 0)[:, None, None], 0)
+
+
+def attention_paged(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, window: int | None = None
+) -> Tensor:
+    """`attention_decode` over a cache in pages: tokens i*S .. i*S + S - 1 of sequence b lie in page table[b, i].
+
+    Args: q (B, N, D); k_pages, v_pages (P, K, S, D), S tokens a page; table (B, L) int32, read up to ceil(length / S);
+    lengths (B,) int32 up to L S. Returns (B, N, D) in q's dtype.
+    """
+    used = torch.arange(table.shape[1], device=table.device) * k_pages.shape[2] < lengths[:, None]
+    table = table.masked_fill(~used, 0).long()
+    k, v = (x[table].transpose(1, 2).flatten(2, 3) for x in (k_pages, v_pages))  # (B, K, L * S, D)
+    return attention_decode(q, k, v, lengths, window)
+
+
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
     """(B, K, S, D) -> (B, N, S, D): every kv head serves N/K consecutive query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -179,6 +277,44 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
         y = F.linear(swiglu(gate, up), down[e]) * weights[token, slot, None]  # (m, H)
         out = out.index_add(0, token, y.to(out.dtype))
     return out
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """The next token of every sequence, from one uniform number each: temperature, then top-k, then top-p.
+
+    Of the probabilities softmax(logits / temperature), the top_k largest stay; of these, the smallest set whose share of
+    what stayed is at least top_p (Holtzman et al. 2020). Tokens as likely as the least likely one that stays also
+    stay. The choice is the first token, in the order of the vocabulary, at which the running sum of what is left passes
+    uniform * its total.
+
+    Args:
+        logits (B, V), -inf for tokens that must not come. temperature, top_p, uniform (B,) fp32: temperature 0 = the
+        most likely token, the first of equals; top_p in (0, 1]; uniform in [0, 1). top_k (B,) int32, 0 = all.
+    Returns (B,) int64.
+    """
+    greedy = temperature == 0
+    wide = logits.to(_at_least_fp32(logits.dtype)) / temperature.masked_fill(greedy, 1)[:, None]
+    ordered = wide.softmax(-1).sort(-1, descending=True).values  # (B, V)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    ordered = ordered.masked_fill((top_k[:, None] > 0) & (rank >= top_k[:, None]), 0)
+    before = ordered.cumsum(-1) - ordered  # the probability of everything more likely
+    kept = (before < top_p[:, None] * ordered.sum(-1, keepdim=True)) & (ordered > 0)
+    least = ordered.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
+    p = wide.softmax(-1)
+    p = p.masked_fill(p < least, 0)
+    total = p.cumsum(-1)  # (B, V)
+    passed = (total > uniform[:, None] * total[:, -1:]) & (p > 0)
+    return torch.where(greedy, wide.argmax(-1), passed.int().argmax(-1))  # argmax of equals: the first
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of every row: (M, V), (M,) int64 -> (M,), at least fp32.
+
+    A negative target has nothing to predict: 0.
+    """
+    wide = logits.to(_at_least_fp32(logits.dtype))
+    chosen = wide.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return (wide.logsumexp(-1) - chosen).masked_fill(targets < 0, 0)
 
 
 def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ import qwen_ref
 from qwen_ref.models import qwen2, qwen3
 
 PACKAGE = Path(qwen_ref.__file__).parent
+SUBJECTS = ("norms", "rotary", "attention", "moe", "linear", "tokens")  # the operations' families in the kernel bench
 # What a module of the package may import from it, downward only.
 ALLOWED = {
     "errors": set(),
     "limits": set(),
     "ops": set(),
     "cache": {"errors"},
-    "backend": {"ops", "errors"},
+    "torch_ops": {"ops"},
+    "backend": {"ops", "torch_ops", "errors"},
     "config": {"ops", "errors", "limits"},
     "layers": {"backend", "ops", "cache", "config"},
     "checkpoint": {"errors", "limits"},
@@ -37,7 +39,7 @@ ALLOWED = {
     "hooks": {"backend", "ops", "cache", "errors"},
     "verify": {"__version__", "backend", "checkpoint", "errors", "loading", "models.common", "tokenizer",
                "verify", "verify.bundle", "verify.levels", "verify.memory", "verify.operations", "verify.oracle",
-               "verify.report", "verify.streaming"},
+               "verify.relations", "verify.report", "verify.streaming"},
     "verify.report": {"errors", "verify.html"},
     "verify.html": {"verify.report"},
     "verify.oracle": {"backend", "hooks", "errors", "models.common"},
@@ -46,6 +48,7 @@ ALLOWED = {
                          "verify.report"},
     "verify.operations": {"backend", "ops", "verify.report"},
     "verify.levels": {"backend", "errors", "models", "models.common", "verify.bundle", "verify.oracle", "verify.report"},
+    "verify.relations": {"backend", "models.common", "verify.levels", "verify.report"},
     "verify.memory": {"models.common", "verify.levels"},
     "study": {"study.attribution", "study.heads", "study.logit_lens", "study.patching", "study.profiles", "study.routing"},
     "study.inputs": {"errors"},
@@ -58,10 +61,12 @@ ALLOWED = {
     "plot": {"errors", "study.attribution", "study.logit_lens", "study.patching", "study.profiles", "study.routing"},
     "bench": {"bench.check", "bench.compile", "bench.measure"},
     "bench.shapes": {"errors"},
-    "bench.inputs": {"ops", "errors", "bench.shapes"},
-    "bench.check": {"backend", "errors", "bench.inputs", "bench.shapes"},
-    "bench.measure": {"backend", "errors", "bench.check", "bench.inputs", "bench.shapes"},
-    "bench.compile": {"backend", "errors", "bench.inputs", "bench.shapes"},
+    "bench.subjects": {"errors", *(f"bench.subjects.{name}" for name in SUBJECTS), "bench.subjects.common"},
+    "bench.subjects.common": {"bench.shapes"},
+    **{f"bench.subjects.{name}": {"ops", "errors", "bench.shapes", "bench.subjects.common"} for name in SUBJECTS},
+    "bench.check": {"backend", "errors", "bench.subjects", "bench.shapes"},
+    "bench.measure": {"backend", "errors", "plot", "bench.check", "bench.subjects", "bench.shapes"},
+    "bench.compile": {"backend", "errors", "bench.subjects", "bench.shapes"},
     "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure"},
     "describe": {"checkpoint", "errors", "loading", "models.common"},
     "cli": {"bench.cli", "errors", "generate", "loading", "describe", "verify", "verify.report"},
@@ -130,8 +135,8 @@ def test_siblings_differ_only_where_meant():
     assert {line[2:].strip() for line in lines if line[0] in "+-"} == {
         "hidden, dim, bias = (config.hidden_size, config.head_dim, config.qkv_bias)",
         "hidden, dim, bias = (config.hidden_size, config.head_dim, config.attention_bias)",
-        "self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)",
-        "self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=bias)",
+        "self.o_proj = Linear(config.num_attention_heads * dim, hidden, bias=False)",
+        "self.o_proj = Linear(config.num_attention_heads * dim, hidden, bias=bias)",
         "self.q_norm = RMSNorm(dim, config.rms_norm_eps)",
         "self.k_norm = RMSNorm(dim, config.rms_norm_eps)",
         "q = self.q_proj(x).view(heads).transpose(1, 2)",

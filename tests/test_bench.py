@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from qwen_ref import backend, ops
 from qwen_ref.bench import bench, check, compile
 from qwen_ref.bench.check import GUARD, House, Poisoned, distance
 from qwen_ref.bench.cli import add_commands
-from qwen_ref.bench.inputs import SUBJECTS, Draw, subject
 from qwen_ref.bench.shapes import MODELS, sizes
+from qwen_ref.bench.subjects import SUBJECTS, Draw, subject
 from qwen_ref.errors import RequestError
 
 
@@ -51,7 +51,13 @@ def test_every_operation_has_inputs():
 def test_other_right_implementations_pass(planted):
     planted("rms_norm", lambda x, w, eps: torch.nn.functional.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * w)
     assert check("rms_norm", "planted").ok
-    assert check("attention", "torch", seeds=2).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation", [op.name for op in backend.OPERATIONS.values() if "torch" in op.implementations])
+def test_pytorchs_own_kernels_pass(operation, dtype):
+    report = check(operation, "torch", dtype=dtype, seeds=2)
+    assert report.ok, report.table()
 
 
 # The five planted kernels, and seven more: each is the formula but for one thing a kernel gets wrong.
@@ -173,7 +179,8 @@ def test_a_users_file_is_run_and_its_faults_are_the_users(tmp_path):
             check("swiglu", "eager", file=bad)
 
 
-def test_unknown_names_are_errors():
+def test_unknown_names_are_errors(monkeypatch):
+    monkeypatch.delitem(backend.OPERATIONS["attention"].implementations, "triton")
     for call, text in (
         (lambda: check("rms_nrom", "eager"), "no inputs for 'rms_nrom'"),
         (lambda: check("rms_norm", "absent"), "no implementation 'absent'"),
@@ -187,8 +194,8 @@ def test_unknown_names_are_errors():
             call()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
-def test_compiling_without_triton_says_what_to_install():
+def test_compiling_without_triton_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ImportError
     with pytest.raises(RequestError, match=r"qwen-ref\[triton\]"):
         compile("rms_norm")
 
@@ -264,6 +271,28 @@ def test_bench_times_the_right_and_refuses_the_wrong(planted, monkeypatch):
     assert wrong.median is None and wrong.wrong and "its check failed" in wrong.refused
     assert "no time: its check failed" in result.table()
     assert json.loads(json.dumps(result.to_json()))["rows"][0]["median"] == right.median
+
+
+def test_bench_draws_its_roofline(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from qwen_ref.bench import measure
+
+    monkeypatch.setattr(measure, "roofline", lambda device, dtype: measure.Roofline(bandwidth=1e9, compute=1e8))
+    shape = ("--model", "tiny", "--tokens", "3", "--dtype", "float32", "--device", "cpu")
+    assert run_cli("bench", "swiglu", "--impl", "eager", *shape, "--plot", str(tmp_path / "roofline.svg")) == 0
+    assert "eager" in capsys.readouterr().out
+    assert "eager, (1, 3, 72)" in (tmp_path / "roofline.svg").read_text()
+
+
+def test_an_entry_for_one_gpu_is_compiled_for_its_architecture_only():
+    from qwen_ref.bench.compile import ANY, TARGETS, Launch
+
+    def targets(device):
+        return [target for target in TARGETS if Launch(None, (), (), (), (), device).runs_on(target)]
+
+    assert targets(ANY) == ["sm_80", "sm_90", "gfx942"]
+    assert targets("NVIDIA H200") == targets("NVIDIA H100 80GB HBM3") == ["sm_90"]
+    assert targets("NVIDIA A100-SXM4-80GB") == ["sm_80"] and targets("AMD Instinct MI300X") == ["gfx942"]
 
 
 def test_bench_gives_a_kernel_without_its_device_no_time(monkeypatch):

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backend
 from ..errors import RequestError
-from .inputs import Draw, Subject, as_tuple, subject
 from .shapes import DEFAULT, DEFAULT_MOE, sizes
+from .subjects import Draw, Subject, subject
 
 SEEDS = 5
 GUARD = 1024  # numbers of poison before and after every tensor; a multiple of any alignment a kernel asks for
@@ -159,17 +159,19 @@ class Finding:
 def examine(what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deterministic: bool = True) -> Finding:
     """Call an implementation twice on inputs inside poison, and look at everything it returned and touched."""
     wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    eager, truth = as_tuple(what.formula(*args)), as_tuple(what.formula(*wide))
+    eager, truth = (what.call(what.formula, _fresh(what, values)) for values in (args, wide))
     housed = [House.of(a) if isinstance(a, Tensor) else a for a in args]
     inputs = tuple(h.tensor if isinstance(h, House) else h for h in housed)
     try:
         with Poisoned() as made:
-            ours, again = as_tuple(run(*inputs)), as_tuple(run(*inputs))
+            ours = _fresh_results(what, what.call(run, inputs))
+            _restore(what, housed)
+            again = what.call(run, inputs)
             _wait(inputs)
     except Exception as error:
         return Finding((f"raises {type(error).__name__}: {_first_line(error)}",))
     faults = _form_faults(ours, eager)
-    if any(h.changed() for h in housed if isinstance(h, House)):
+    if any(h.changed(outside=i in what.writes) for i, h in enumerate(housed) if isinstance(h, House)):
         faults.append("changes an input, or memory beside it")
     if any(h.spilled() for h in made.houses):
         faults.append("writes outside its output")
@@ -185,6 +187,23 @@ def examine(what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deter
         return Finding(("gives NaN or infinity: it reads outside its input, leaves output unwritten, or overflows",))
     errors = [(distance(y, o), distance(e, o)) for y, e, o in zip(seen, usual, true, strict=True) if y.numel()]
     return Finding((), tuple(errors))
+
+
+def _fresh(what: Subject, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with copies of those that the operation fills."""
+    return tuple(a.clone() if i in what.writes else a for i, a in enumerate(args))
+
+
+def _fresh_results(what: Subject, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The results, with copies of the filled arguments at their end, which a second call fills again."""
+    first = len(results) - len(what.writes)
+    return (*results[:first], *(r.clone() for r in results[first:]))
+
+
+def _restore(what: Subject, housed: list[Any]) -> None:
+    for i in what.writes:
+        inside = housed[i].before.as_strided(housed[i].shape, housed[i].stride, GUARD)
+        housed[i].tensor.copy_(inside)
 
 
 def judge(case: str, findings: list[Finding], dtype: torch.dtype, times: float) -> Row:
@@ -254,14 +273,21 @@ class House:
         inside = buffer.as_strided(form.shape, form.stride(), GUARD)
         return cls(inside, buffer, tuple(inside.shape), inside.stride(), buffer)
 
-    def changed(self) -> bool:
-        return not _same_bits(self.buffer, self.before)
+    def changed(self, outside: bool = False) -> bool:
+        """Whether anything is not as it was handed out; `outside`: anything but the tensor itself."""
+        there = self._outside if outside else slice(None)
+        return not _same_bits(self.buffer[there], self.before[there])
 
     def spilled(self) -> bool:
         """Whether memory outside the output has lost its poison."""
+        raw = self.buffer.view(torch.uint8).view(len(self.buffer), -1)  # bytes: a bool read as a bool is 0 or 1
+        return bool((raw[self._outside] != 255).any())
+
+    @property
+    def _outside(self) -> Tensor:
         outside = torch.ones_like(self.buffer, dtype=torch.bool)
         outside.as_strided(self.shape, self.stride, GUARD).fill_(False)
-        return bool((self.buffer[outside].view(torch.uint8) != 255).any())
+        return outside
 
 
 def _reach(form: Tensor) -> int:

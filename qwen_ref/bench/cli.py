@@ -44,6 +44,8 @@ def add_commands(subparsers: Any) -> None:
     check.add_argument("--nondeterministic", action="store_true", help="do not ask for the same bits twice")
     bench.add_argument("--impl", action="append", metavar="NAME", help="only these (repeatable); `compiled` is torch.compile")
     bench.add_argument("--tokens", type=int, action="append", metavar="N", help="tokens in a call (repeatable)")
+    bench.add_argument("--plot", metavar="FILE", help="also draw the roofline: a .png, .svg or .pdf")
+    compile.add_argument("--model", action="append", help="whose shapes (repeatable; default all)")
     compile.add_argument("--target", action="append", metavar="ARCH", help="sm_80, sm_90, gfx942 (repeatable; default all)")
 
 
@@ -82,6 +84,8 @@ def run_bench(args: argparse.Namespace) -> int:
         args.operation, model=args.model, implementations=args.impl, file=args.file, dtype=DTYPES[args.dtype],
         device=args.device, tokens=args.tokens,
     )  # fmt: skip
+    if args.plot:
+        result.figure().savefig(args.plot)
     print(json.dumps(result.to_json()) if args.json else result.table())
     return 1 if any(row.wrong for row in result.rows) else 0
 
@@ -89,6 +93,6 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_compile(args: argparse.Namespace) -> int:
     from .compile import TARGETS, compile
 
-    result = compile(args.operation, targets=args.target or tuple(TARGETS))
+    result = compile(args.operation, targets=args.target or tuple(TARGETS), models=args.model or tuple(MODELS))
     print(json.dumps(result.to_json()) if args.json else result.table())
     return 0 if result.ok else 1

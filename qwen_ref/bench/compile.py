@@ -22,15 +22,18 @@ from torch import Tensor
 
 from .. import backend
 from ..errors import RequestError
-from .inputs import Draw, subject
 from .shapes import MODELS, sizes
+from .subjects import Draw, subject
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes one block may use
+ANY = "any device"  # `qwen_kernels.launch.ANY`, which cannot be imported without Triton
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKENS = (1, 4096)
+TOKENS = (1, 16, 1024, 4096)  # a token, a batch of decoding, a chunk, a prompt: kernels choose tiles by it
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+         torch.uint8: "u8"}  # fmt: skip
+GPUS = {"sm_80": ("A100", "A800"), "sm_90": ("H100", "H200", "H800", "H20"), "gfx942": ("MI300", "MI325")}  # named so
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]  # arguments that are multiples of 16
     options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+    device: str  # whose entry of the tuned table it is; ANY for the entries that serve every device
+
+    def runs_on(self, target: str) -> bool:
+        return self.device == ANY or any(name in self.device for name in GPUS[target])
 
     @property
     def text(self) -> str:
         shown = [f"{name}={value}" for name, value in (*self.constants, *self.options) if name.isupper() or "num" in name]
         return " ".join([self.signature[0][1].lstrip("*"), *shown])
+
+
+Found = dict[tuple[str, str], Launch]  # (kernel, text): the launch
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,24 @@ def compile(
     if unknown:
         raise RequestError(f"unknown target {sorted(unknown)}; there are {list(TARGETS)}")
     found = launches(operation, models)
-    return Compilation(operation, tuple(_compile(launch, target) for target in targets for launch in found))
+    wanted = [(launch, target) for target in targets for launch in found if launch.runs_on(target)]
+    return Compilation(operation, tuple(_compile(launch, target) for launch, target in wanted))
 
 
 def launches(operation: str, models: Sequence[str] = tuple(MODELS)) -> list[Launch]:
-    """Every different launch that the models make, from the launcher itself."""
+    """Every configuration that the models launch, from the launcher itself.
+
+    Of launches that differ only in which strides are 1 or multiples of 16, the first stands for all.
+    """
     module, what = kernel_module(operation), subject(operation)
-    found: dict[Launch, None] = {}
+    found: Found = {}
     known = [sizes(model) for model in models]
-    combinations = product([s for s in known if s.experts or not what.moe], DTYPES, TOKENS, tuned_devices(module))
-    for s, dtype, tokens, device in combinations:
+    combinations = product(tuned_devices(module), [s for s in known if s.experts or not what.moe], DTYPES, TOKENS)
+    for device, s, dtype, tokens in combinations:
         for _, args in what.real(s, tokens, Draw(0, dtype, torch.device("meta"))):
             with _recording(module, found, device), torch.no_grad():
                 module.run(*args)
-    return list(found)
+    return list(found.values())
 
 
 def kernel_module(operation: str) -> Any:
@@ -126,11 +140,12 @@ def kernel_module(operation: str) -> Any:
 
 
 def tuned_devices(module: Any) -> list[str]:
-    return list(dict.fromkeys(device for device, _ in module.TUNED))
+    """The devices of a tuned table, the entries for any device first: what others share with them is compiled once."""
+    return sorted({device for device, _ in module.TUNED}, key=lambda device: device != ANY)
 
 
 @contextmanager
-def _recording(module: Any, found: dict[Launch, None], device: str) -> Iterator[None]:
+def _recording(module: Any, found: Found, device: str) -> Iterator[None]:
     """While active, the module's kernels note their launches, and its tuned table is read as on `device`."""
     from triton.runtime import JITFunction
 
@@ -140,7 +155,7 @@ def _recording(module: Any, found: dict[Launch, None], device: str) -> Iterator[
     try:
         shared._name = lambda *_: device
         for name, kernel in kernels.items():
-            setattr(module, name, _Recorder(kernel, found))
+            setattr(module, name, _Recorder(kernel, found, device))
         yield
     finally:
         shared._name = name_of
@@ -149,8 +164,8 @@ def _recording(module: Any, found: dict[Launch, None], device: str) -> Iterator[
 
 
 class _Recorder:
-    def __init__(self, kernel: Any, found: dict[Launch, None]) -> None:
-        self.kernel, self.found = kernel, found
+    def __init__(self, kernel: Any, found: Found, device: str) -> None:
+        self.kernel, self.found, self.device = kernel, found, device
 
     def __getitem__(self, grid: Any) -> Any:
         return self.note
@@ -169,9 +184,10 @@ class _Recorder:
                 if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
                     aligned.append(i)  # what PyTorch allocates is aligned
         launch = Launch(
-            self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(values.items()))
+            self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(values.items())),
+            self.device,
         )
-        self.found[launch] = None
+        self.found.setdefault((self.kernel.fn.__name__, launch.text), launch)
 
 
 def _type_of(value: Any) -> str:

@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import backend
 from ..errors import RequestError
 from .check import check, examine, judge, load, tolerance
-from .inputs import Cost, Draw, Subject, subject
 from .shapes import DEFAULT, DEFAULT_MOE, Sizes, sizes
+from .subjects import Cost, Draw, Subject, subject
 
 FAILED = "its check failed"
 MOST_COPIES = 64
@@ -89,6 +89,18 @@ class Bench:
             note = note if r.cold else "  (fits the cache)"
             lines.append(f"{r.shape:{width}}  {r.implementation:14}  {spread:32} {rates} {r.share:11.0%}{note}")
         return "\n".join(lines)
+
+    def figure(self, theme: str = "light") -> Any:
+        """Every timed row on the measured roofline: a matplotlib Figure. Raises RequestError without matplotlib."""
+        from .. import plot
+
+        kernels = [
+            plot.Kernel(f"{r.implementation}, {r.shape}", r.flops_per_second / r.bytes_per_second, r.flops_per_second)
+            for r in self.rows
+            if r.flops_per_second and r.bytes_per_second
+        ]
+        title = f"{self.operation}, {self.dtype}, {self.environment['device']}"
+        return plot.roofline(kernels, self.roofline.compute, self.roofline.bandwidth, title=title, theme=theme)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

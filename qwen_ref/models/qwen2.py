@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..cache import Cache, KVCache, SlidingKVCache
 from ..config import Fields, Rope, layer_types, sparse_layers
-from ..layers import MLP, Experts, RMSNorm, Rotary, place
+from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place
 from .common import LanguageModel
 
 
@@ -144,10 +144,10 @@ class Attention(nn.Module):
         super().__init__()
         hidden, dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.head_dim = dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * dim, bias=bias)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * dim, bias=bias)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * dim, hidden, bias=False)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
@@ -169,10 +169,10 @@ class SparseMoE(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # (M, H)
@@ -225,7 +225,7 @@ class Model(LanguageModel):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

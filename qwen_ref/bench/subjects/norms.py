@@ -1,0 +1,72 @@
+"""Norms and the gated product: operations on rows of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..shapes import Sizes
+from .common import Case, Draw, Subject
+
+
+def _rms_norm_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    def case(name: str, x: Tensor) -> Case:
+        return Case(name, (x, draw.normal(x.shape[-1], scale=0.3, mean=1.0), s.eps))
+
+    yield case("hidden", draw.normal(1, 3, s.hidden))
+    yield case("one token", draw.normal(1, 1, s.hidden))
+    yield case("one row", draw.normal(s.hidden))
+    yield case("heads", draw.normal(2, 3, s.heads, s.head_dim))
+    yield case("odd width", draw.normal(7, 33))
+    yield case("width 1", draw.normal(5, 1))
+    yield case("no rows", draw.normal(0, s.hidden))
+    yield case("right half of a wider tensor", draw.normal(5, 2 * s.hidden)[:, s.hidden :])
+    yield case("transposed heads", draw.normal(2, 3, s.heads, s.head_dim).transpose(1, 2))
+    yield case("every second number", draw.normal(4, 66)[:, ::2])
+    yield case("as small as eps", draw.normal(3, s.hidden, scale=s.eps**0.5))
+    yield case("large", draw.normal(3, s.hidden, scale=draw.large))
+    yield case("zeros", draw.normal(3, s.hidden, scale=0.0))
+
+
+def _rms_norm_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    yield Case(f"(1, {tokens}, {s.hidden})", (draw.normal(1, tokens, s.hidden), draw.normal(s.hidden, mean=1.0), s.eps))
+    heads = draw.normal(1, tokens, s.heads, s.head_dim)
+    yield Case(f"(1, {tokens}, {s.heads}, {s.head_dim})", (heads, draw.normal(s.head_dim, mean=1.0), s.eps))
+
+
+def _add_rms_norm_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    for name, (x, weight, eps) in _rms_norm_cases(s, draw):
+        residual = draw.normal(*x.shape, scale=draw.large if name == "large" else 1.0)
+        yield Case(name, (x, torch.zeros_like(x) if name in ("as small as eps", "zeros") else residual, weight, eps))
+
+
+def _add_rms_norm_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    x, residual = draw.normal(1, tokens, s.hidden), draw.normal(1, tokens, s.hidden)
+    yield Case(f"(1, {tokens}, {s.hidden})", (x, residual, draw.normal(s.hidden, mean=1.0), s.eps))
+
+
+def _swiglu_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    yield Case("intermediate", (draw.normal(1, 3, s.intermediate), draw.normal(1, 3, s.intermediate)))
+    yield Case("one token", (draw.normal(1, 1, s.intermediate), draw.normal(1, 1, s.intermediate)))
+    yield Case("one row", (draw.normal(s.intermediate), draw.normal(s.intermediate)))
+    yield Case("odd width", (draw.normal(5, 1031), draw.normal(5, 1031)))
+    yield Case("width 1", (draw.normal(5, 1), draw.normal(5, 1)))
+    yield Case("no rows", (draw.normal(0, s.intermediate), draw.normal(0, s.intermediate)))
+    gate, up = draw.normal(3, 2 * s.intermediate).chunk(2, dim=-1)
+    yield Case("halves of one projection", (gate, up))
+    yield Case("different strides", (draw.normal(2, 5, 3).transpose(0, 1), draw.normal(5, 2, 6)[..., ::2]))
+    yield Case("large", (draw.normal(3, s.intermediate, scale=200), draw.normal(3, s.intermediate, scale=10)))
+
+
+def _swiglu_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    shape = (1, tokens, s.intermediate)
+    yield Case(f"{shape}", (draw.normal(*shape), draw.normal(*shape)))
+
+
+
+RMS_NORM = Subject(ops.rms_norm, _rms_norm_cases, _rms_norm_real, lambda x, *_: 4 * x.numel())
+ADD_RMS_NORM = Subject(ops.add_rms_norm, _add_rms_norm_cases, _add_rms_norm_real, lambda x, *_: 5 * x.numel())
+SWIGLU = Subject(ops.swiglu, _swiglu_cases, _swiglu_real, lambda gate, _: 5 * gate.numel())

@@ -1,0 +1,61 @@
+"""The operations through PyTorch's own fused kernels: the same signatures as `ops`, for speed. `backend` registers them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import ops
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`ops.attention`: the T x S scores never exist in memory."""
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and 1 < queries < keys:
+        mask = ops.causal_mask(queries, keys, q.device)
+    causal = mask is None and queries > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+def attention_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention` by cuDNN alone, the fastest of PyTorch's kernels on Hopper, which PyTorch does not choose by itself."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attention(q, k, v, mask)
+
+
+def attention_prefill(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, window: int | None = None
+) -> Tensor:
+    """`ops.attention_prefill`, one sequence after the other; asks the device for the lengths."""
+    out = torch.empty_like(q)
+    ends = zip(q_starts.tolist()[:-1], q_starts.tolist()[1:], k_starts.tolist()[:-1], k_starts.tolist()[1:], strict=True)
+    for q_start, q_end, k_start, k_end in ends:
+        count, held = q_end - q_start, k_end - k_start
+        mask = None
+        if window is not None and held > window:
+            positions = torch.arange(held, device=q.device)[None]
+            mask = ops.visible(positions[:, held - count :], positions, window)
+        qb, kb, vb = (x.transpose(0, 1)[None] for x in (q[q_start:q_end], k[k_start:k_end], v[k_start:k_end]))
+        out[q_start:q_end] = attention(qb, kb, vb, mask)[0].transpose(0, 1)
+    return out
+
+
+def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """`ops.moe_experts` as two grouped matrix products over the (token, slot) pairs sorted by expert."""
+    if x.shape[0] == 0:
+        return torch.zeros_like(x)
+    if x.dtype == torch.float64 or (gate_up.stride(-2) | down.stride(-2)) * x.element_size() % 16:
+        return ops.moe_experts(x, gate_up, down, weights, experts)  # grouped_mm has no fp64, and wants rows of whole 16 bytes
+    chosen, order = experts.flatten().sort(stable=True)  # (M k,)
+    ends = torch.bincount(chosen, minlength=gate_up.shape[0]).cumsum(0).int()  # (E,)
+    gate, up = F.grouped_mm(x[order // experts.shape[1]], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(ops.swiglu(gate, up), down.mT, offs=ends) * weights.flatten()[order, None]  # (M k, H)
+    return torch.empty_like(y).index_copy(0, order, y).view(*experts.shape, -1).sum(1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`ops.cross_entropy`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets.masked_fill(targets < 0, -100), ignore_index=-100, reduction="none")
