@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,14 @@ from qwen_ref import backend, ops
 from qwen_ref.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "router_topk")
+KERNELS = tuple(backend.OPERATIONS)
+STREAMING = {  # nothing to multiply; the most registers, for many programs must fit to hide the latency of memory
+    "rms_norm": 64, "add_rms_norm": 64, "swiglu": 64, "rope": 64, "norm_rope_write": 64, "router_topk": 128,
+    "cross_entropy": 64, "sample": 128,
+}  # fmt: skip
+# The kernels that multiply tiles: in 16 bits they must be on the tensor cores, or they are right and ten times too slow.
+MATRIX = {"attention", "split", "some_rows", "gate_up_tiles", "down_tiles"}
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B")  # every entry of the tuned tables but for widths
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install -e '.[triton]'): kernels not run"
 )
@@ -30,12 +36,20 @@ needs_triton = pytest.mark.skipif(
 
 def python(code: str, *, interpret: bool, cache: Path | None = None) -> str:
     """What a fresh interpreter prints, with the repository's packages on its path."""
+    return pythons([code], interpret=interpret, cache=cache)[0]
+
+
+def pythons(codes: list[str], *, interpret: bool, cache: Path | None = None) -> list[str]:
+    """Several at the same time."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     env |= {"TRITON_INTERPRET": "1" if interpret else "0"} | ({"TRITON_CACHE_DIR": str(cache)} if cache else {})
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipes) for code in codes]
+    done = [process.communicate() for process in running]
+    for process, (_, error) in zip(running, done, strict=True):
+        assert process.returncode == 0, error[-3000:]
+    return [output for output, _ in done]
 
 
 # The backend
@@ -64,7 +78,7 @@ def test_a_report_imports_neither_triton_nor_the_kernels():
     assert loaded.strip() == "[]"
     for kernel in KERNELS:
         (line,) = (line for line in report.splitlines() if line.split()[0] == kernel)
-        assert "triton (" in line and line.split()[1] == "eager"
+        assert "triton (" in line and line.split()[1] in ("eager", "torch")
 
 
 @pytest.mark.parametrize("absent", ["triton", "qwen_kernels"])
@@ -112,16 +126,16 @@ def test_operations_are_traced_whole_by_torch_compile(choice):
 # The numbers, in the interpreter
 
 CHECK = """
-import json, sys, torch
+import json, torch
 from qwen_ref.bench import check
-print(json.dumps([check(operation, "triton", dtype=dtype, seeds=3).to_json()
-                  for operation in sys.argv[1:] or {kernels} for dtype in (torch.float32, torch.float16)]))
+print(json.dumps([check(operation, "triton", dtype=torch.{dtype}, seeds=1).to_json() for operation in {kernels}]))
 """
 
 
 @pytest.fixture(scope="module")
 def checked():
-    reports = json.loads(python(CHECK.format(kernels=KERNELS), interpret=True))
+    codes = [CHECK.format(kernels=KERNELS, dtype=dtype) for dtype in ("float32", "float16")]
+    reports = [report for output in pythons(codes, interpret=True) for report in json.loads(output)]
     return {(report["operation"], report["dtype"]): report for report in reports}
 
 
@@ -155,7 +169,7 @@ for name, args in calls.items():
     print(name, float((ours == formula).float().mean()))
 """
     lines = dict(line.split() for line in python(code, interpret=True).splitlines())
-    assert set(lines) == {"sum", *KERNELS}
+    assert set(lines) == {"sum", "rms_norm", "add_rms_norm", "swiglu", "rope", "router_topk"}
     assert all(float(alike) > 0.995 for alike in lines.values()), lines
 
 
@@ -166,22 +180,39 @@ def test_a_whole_model_on_triton_equals_transformers():
 import torch
 from conftest import TINY, make_pair
 from qwen_ref import backend
-for name in ("qwen3", "qwen3_moe"):
-    module, config = TINY[name]
-    ours, theirs = make_pair(config)
-    ids = torch.randint(0, config["vocab_size"], (2, 7), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), backend.use("triton", strict=True):
-        cache = ours.make_cache()
-        first, last = ours(ids[:, :6], cache=cache), ours(ids[:, 6:], cache=cache)
-        wanted = theirs(ids).logits
-        chosen = [backend.OPERATIONS[op].resolve(ids.device, torch.float32).name for op in ("rms_norm", "rope", "swiglu", "router_topk")]
-    print(name, *chosen, float((torch.cat((first, last), 1) - wanted).abs().max() / wanted.abs().max()))
+module, config = TINY[{name!r}]
+ours, theirs = make_pair(config)
+ids = torch.randint(0, config["vocab_size"], (2, 7), generator=torch.Generator().manual_seed(1))
+with torch.no_grad(), backend.use("triton", strict=True):
+    cache = ours.make_cache()
+    first, last = ours(ids[:, :6], cache=cache), ours(ids[:, 6:], cache=cache)
+    wanted = theirs(ids).logits
+    chosen = [op.resolve(ids.device, torch.float32).name for op in backend.OPERATIONS.values()]
+print(*chosen, float((torch.cat((first, last), 1) - wanted).abs().max() / wanted.abs().max()))
 """
-    lines = python(code, interpret=True).splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        _, *chosen, error = line.split()
-        assert chosen == ["triton"] * 4 and float(error) < 2e-6, line  # the bound of the eager parity tests
+    for line in pythons([code.format(name=name) for name in ("qwen3", "qwen3_moe")], interpret=True):
+        *chosen, error = line.split()
+        assert set(chosen) == {"triton"} and float(error) < 2e-6, line  # the bound of the eager parity tests
+
+
+VERIFY = """
+import qwen_ref as qr
+from conftest import TINY, make_pair
+ours, _ = make_pair(TINY[{name!r}][1])
+report = qr.verify(ours, backend="triton", levels="L0,L2-L4", prompts=[[5, 9, 2, 77, 3]], new_tokens=3,
+                   progress=False)
+print(report.ok, report.verdict)
+print(sorted(op for op, chosen in report.backend.items() if chosen == "triton"))
+"""
+
+
+@needs_triton
+def test_verify_passes_on_triton():
+    """Every activation inside every layer, all operations by Triton."""
+    for output in pythons([VERIFY.format(name=name) for name in ("qwen3", "qwen3_moe")], interpret=True):
+        verdict, operations = output.splitlines()[-2:]
+        assert verdict.startswith("True equal in "), output
+        assert set(KERNELS) >= set(eval(operations)) >= {"attention", "linear", "moe_experts", "rms_norm", "rope"}
 
 
 @needs_triton
@@ -251,32 +282,60 @@ def test_a_kernel_without_a_mask_is_caught(tmp_path):
 COMPILE = """
 import json
 from qwen_ref.bench import compile
-print(json.dumps({operation: compile(operation, targets=("sm_80", "sm_90")).to_json() for operation in %r}))
+print(json.dumps([compile(operation, targets=({target!r},), models={models}).to_json() for operation in {kernels}]))
 """
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    reports = json.loads(python(COMPILE % (KERNELS,), interpret=False, cache=tmp_path_factory.mktemp("triton")))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return reports, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    """operation -> its compilations for both targets, as rows."""
+    codes = [COMPILE.format(target=target, models=MODELS, kernels=KERNELS) for target in ("sm_80", "sm_90")]
+    outputs = pythons(codes, interpret=False, cache=tmp_path_factory.mktemp("triton"))
+    rows: dict[str, list[dict]] = {}
+    for report in (report for output in outputs for report in json.loads(output)):
+        rows.setdefault(report["operation"], []).extend(report["rows"])
+    return rows
 
 
 @needs_triton
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_configuration_compiles_without_spills(compiled, kernel):
-    report = compiled[0][kernel]
-    assert report["ok"], [row for row in report["rows"] if row["fault"]]
-    assert {row["target"] for row in report["rows"]} == {"sm_80", "sm_90"}
-    assert {row["launch"].split()[0] for row in report["rows"]} == {"bf16", "fp16", "fp32"}
-    assert all(row["spills"] == 0 and 0 < row["registers"] <= 128 for row in report["rows"])  # all are memory bound
-    assert not any(row["tensor_cores"] for row in report["rows"])  # nothing here multiplies matrices
+    rows = compiled[kernel]
+    assert not any(row["fault"] for row in rows), [row for row in rows if row["fault"]]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
+    assert {row["launch"].split()[0] for row in rows} >= {"bf16", "fp16", "fp32"}
+    assert all(row["spills"] == 0 for row in rows), [row for row in rows if row["spills"]]
 
 
 @needs_triton
-def test_compiling_everything_takes_less_than_two_minutes_of_one_core(compiled):
-    assert compiled[1] < 120
+def test_kernels_that_stream_leave_room_for_many_programs(compiled):
+    for kernel, most in STREAMING.items():
+        assert not any(row["tensor_cores"] for row in compiled[kernel])
+        assert max(row["registers"] for row in compiled[kernel]) <= most, kernel
+
+
+@needs_triton
+def test_products_in_16_bits_are_on_the_tensor_cores(compiled):
+    rows = [row for found in compiled.values() for row in found]
+    assert {row["kernel"] for row in rows if row["tensor_cores"]} == MATRIX
+    for row in rows:
+        sixteen = not row["launch"].startswith("fp32")
+        assert row["tensor_cores"] == (row["kernel"] in MATRIX and sixteen), row
+
+
+@needs_triton
+def test_products_of_vectors_share_nothing_between_warps_until_the_end(compiled):
+    """Weights that went through shared memory on their way to the product would take twice as long."""
+    vectors = [row for row in compiled["linear"] + compiled["moe_experts"] if row["kernel"] in ("few_rows", "gate_up_vectors")]
+    assert {row["kernel"] for row in vectors} == {"few_rows", "gate_up_vectors"}
+    assert all(row["shared"] <= 128 for row in vectors), vectors
+
+
+@needs_triton
+def test_two_programs_of_the_experts_fit_a_multiprocessor(compiled):
+    rows = [row for row in compiled["moe_experts"] if row["kernel"] == "gate_up_tiles" and row["target"] == "sm_90"]
+    assert rows and all(row["shared"] <= 113 << 10 for row in rows)
+    assert {row["launch"].split("BLOCK_M=")[1].split()[0] for row in rows} == {"16", "64", "128"}
 
 
 @needs_triton
