@@ -16,7 +16,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 NAMES = ["01_token_to_logits", "02_rope_and_attention", "03_mixture_of_experts", "04_logit_lens_and_patching",
-         "05_what_changed_between_generations", "06_hunt_a_mismatch"]  # fmt: skip
+         "05_what_changed_between_generations", "06_hunt_a_mismatch", "07_write_a_kernel"]  # fmt: skip
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[\w.+-]+){2,}|\b[A-Za-z]:\\\w|~/\w")
 CPU_SECONDS = 60  # on one thread; the wall clock of a shared machine says nothing
 
