@@ -59,7 +59,7 @@ ALLOWED = {
     "study.profiles": {"backend", "hooks", "study.heads", "study.inputs"},
     "study.routing": {"errors", "hooks", "study.inputs"},
     "plot": {"errors", "study.attribution", "study.logit_lens", "study.patching", "study.profiles", "study.routing"},
-    "bench": {"bench.check", "bench.compile", "bench.measure"},
+    "bench": {"bench.check", "bench.compile", "bench.measure", "bench.tune"},
     "bench.shapes": {"errors"},
     "bench.subjects": {"errors", *(f"bench.subjects.{name}" for name in SUBJECTS), "bench.subjects.common"},
     "bench.subjects.common": {"bench.shapes"},
@@ -67,7 +67,8 @@ ALLOWED = {
     "bench.check": {"backend", "errors", "bench.subjects", "bench.shapes"},
     "bench.measure": {"backend", "errors", "plot", "bench.check", "bench.subjects", "bench.shapes"},
     "bench.compile": {"backend", "errors", "bench.subjects", "bench.shapes"},
-    "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure"},
+    "bench.tune": {"backend", "errors", "bench.check", "bench.compile", "bench.measure", "bench.shapes", "bench.subjects"},
+    "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure", "bench.tune"},
     "describe": {"checkpoint", "errors", "loading", "models.common"},
     "cli": {"bench.cli", "errors", "generate", "loading", "describe", "verify", "verify.report"},
 }

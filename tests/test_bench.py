@@ -310,11 +310,11 @@ def test_roofline_is_measured():
     assert 1e8 < roof.bandwidth < 1e13 and 1e7 < roof.compute < 1e15  # no machine that runs this is outside
 
 
-def test_rotating_copies_differ_in_address_and_keep_strides():
-    from qwen_ref.bench.measure import MOST_COPIES, _copies
+def test_rotatingcopies_of_differ_in_address_and_keep_strides():
+    from qwen_ref.bench.measure import MOST_COPIES, copies_of
 
     x = torch.randn(8, 4, 6).transpose(0, 1)
-    copies, cold = _copies((x, 1e-6))
+    copies, cold = copies_of((x, 1e-6))
     assert len({args[0].data_ptr() for args in copies}) == len(copies) == MOST_COPIES and not cold
     assert all(torch.equal(args[0], x) and args[0].stride() == x.stride() and args[1] == 1e-6 for args in copies)
 

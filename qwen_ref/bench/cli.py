@@ -1,9 +1,10 @@
-"""qwen-ref kernels list | check | bench | compile. Exit status: 0 success, 1 something is wrong with a kernel, 2 an error."""
+"""qwen-ref kernels list | check | bench | compile | tune. Exit status: 0 success, 1 a kernel is wrong, 2 an error."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,19 +32,22 @@ def add_commands(subparsers: Any) -> None:
     check = command("check", run_check, "Is an implementation right, on awkward inputs in poisoned memory?")
     bench = command("bench", run_bench, "Time implementations on a model's shapes, as a share of the measured roofline.")
     compile = command("compile", run_compile, "Compile the Triton kernels ahead of time; needs no GPU.")
-    for sub in (lists, check, bench):
+    tune = command("tune", run_tune, "Search launch parameters on this GPU, for a kernel's table.")
+    for sub in (lists, check, bench, tune):
         sub.add_argument("--device", help="cuda if there is a GPU, otherwise cpu")
         sub.add_argument("--dtype", choices=DTYPES, default="float32" if sub is check else "bfloat16")
-    for sub in (check, bench, compile):
+    for sub in (check, bench, compile, tune):
         sub.add_argument("operation", metavar="OP", choices=backend.OPERATIONS, help=", ".join(backend.OPERATIONS))
     for sub in (check, bench):
         sub.add_argument("--file", help="Python code that registers an implementation")
+    for sub in (bench, tune):
+        sub.add_argument("--tokens", type=int, action="append", metavar="N", help="tokens in a call (repeatable)")
+    for sub in (check, bench, tune):
         sub.add_argument("--model", help=f"whose shapes: {', '.join(['tiny', *MODELS])}")
     check.add_argument("--impl", required=True, metavar="NAME", help="the implementation's registered name")
     check.add_argument("--seeds", type=int, default=5)
     check.add_argument("--nondeterministic", action="store_true", help="do not ask for the same bits twice")
     bench.add_argument("--impl", action="append", metavar="NAME", help="only these (repeatable); `compiled` is torch.compile")
-    bench.add_argument("--tokens", type=int, action="append", metavar="N", help="tokens in a call (repeatable)")
     bench.add_argument("--plot", metavar="FILE", help="also draw the roofline: a .png, .svg or .pdf")
     compile.add_argument("--model", action="append", help="whose shapes (repeatable; default all)")
     compile.add_argument("--target", action="append", metavar="ARCH", help="sm_80, sm_90, gfx942 (repeatable; default all)")
@@ -88,6 +92,19 @@ def run_bench(args: argparse.Namespace) -> int:
         result.figure().savefig(args.plot)
     print(json.dumps(result.to_json()) if args.json else result.table())
     return 1 if any(row.wrong for row in result.rows) else 0
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    from .tune import tune
+
+    if args.tokens and min(args.tokens) < 1:
+        raise RequestError("--tokens must be at least 1")
+    found = tune(
+        args.operation, model=args.model, tokens=args.tokens or (1, 16, 4096), dtype=DTYPES[args.dtype],
+        device=args.device or "cuda",
+    )  # fmt: skip
+    print(json.dumps([asdict(row) for row in found]) if args.json else "\n".join(row.line for row in found))
+    return 0
 
 
 def run_compile(args: argparse.Namespace) -> int:

@@ -134,7 +134,7 @@ def bench(
         runs = _contenders(operation, what, implementations, where, dtype)
         roof, rows = roofline(where, dtype), []
         for count in tokens:
-            for shape, draws in _drawn(what, sizes(model, moe=what.moe), count, dtype, where):
+            for shape, draws in drawn(what, sizes(model, moe=what.moe), count, dtype, where):
                 torch.compiler.reset()  # one shape per compilation: the limit on recompilations is not part of the contest
                 for name, (run, refused) in runs.items():
                     why = refused or _gate(what, name, run, draws, dtype)
@@ -178,7 +178,7 @@ def _absent(*args: Any) -> Any:
     raise RequestError("this implementation cannot run here")
 
 
-def _drawn(what: Subject, s: Sizes, tokens: int, dtype: torch.dtype, device: torch.device) -> list[tuple[str, list[Any]]]:
+def drawn(what: Subject, s: Sizes, tokens: int, dtype: torch.dtype, device: torch.device) -> list[tuple[str, list[Any]]]:
     """The model's shapes, each with the inputs to check it on: one draw of many tokens, three of few (see `judge`)."""
     found: dict[str, list[Any]] = {}
     for seed in range(1 if tokens > 64 else 3):
@@ -191,7 +191,10 @@ def _gate(what: Subject, name: str, run: Callable[..., Any], draws: list[Any], d
     """Why these inputs give no time: the outputs are wrong."""
     if name == "eager":
         return None
-    faults = judge("", [examine(what, run, args) for args in draws], dtype, tolerance(run)).faults
+    try:
+        faults = judge("", [examine(what, run, args) for args in draws], dtype, tolerance(run)).faults
+    except torch.OutOfMemoryError:
+        return "too large to check here: the formula in fp64 does not fit the memory"
     who = "torch.compile" if name == "compiled" else FAILED
     return f"{who}: {faults[0]}" if faults else None
 
@@ -200,7 +203,7 @@ def _timing(
     what: Subject, shape: str, name: str, run: Callable[..., Any], args: tuple[Any, ...], roof: Roofline, seconds: float
 ) -> Timing:
     cost = what.cost(*args)
-    copies, cold = _copies(args)
+    copies, cold = copies_of(args)
     times = sorted(repeat(run, copies, seconds))
     middle = statistics.median(times)
     return Timing(
@@ -209,7 +212,7 @@ def _timing(
     )  # fmt: skip
 
 
-def _copies(args: tuple[Any, ...]) -> tuple[list[tuple[Any, ...]], bool]:
+def copies_of(args: tuple[Any, ...]) -> tuple[list[tuple[Any, ...]], bool]:
     """The same inputs at several addresses, together at least three caches large if that is affordable."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     size = max(1, sum(t.numel() * t.element_size() for t in tensors))
