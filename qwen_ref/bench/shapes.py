@@ -31,6 +31,7 @@ MODELS = {
     "Qwen/Qwen3-235B-A22B": Sizes(4096, 1536, 64, 4, experts=128, top_k=8),
     "Qwen/Qwen3-Coder-480B-A35B-Instruct": Sizes(6144, 2560, 96, 8, experts=160, top_k=8),
 }
+VOCABULARY = 151936  # of all Qwen3, padding included
 DEFAULT = "Qwen/Qwen3-8B"
 DEFAULT_MOE = "Qwen/Qwen3-30B-A3B"  # where the operation is one of mixtures only
 # Small, and no two alike, so that a swapped axis cannot hide. Also what an interpreter can afford.

@@ -8,10 +8,8 @@ from math import prod
 from torch import Tensor
 
 from ... import ops
-from ..shapes import Sizes
+from ..shapes import VOCABULARY, Sizes
 from .common import Case, Draw, Subject
-
-VOCABULARY = 151936  # of every Qwen3
 
 
 def _case(name: str, draw: Draw, shape: tuple[int, ...], columns: int, *, bias: bool = False, scale: float = 1.0) -> Case:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import RequestError
-from ..shapes import Sizes
+from ..shapes import VOCABULARY, Sizes
 from .common import Case, Draw, Subject
 
-VOCABULARY = 151936  # of all Qwen3
 SLACK = 1e-5  # what fp32 may misjudge of a probability or of a running sum, as a share
 
 
