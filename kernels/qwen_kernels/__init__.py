@@ -8,8 +8,11 @@ Every file has the same parts, which `qwen_ref.bench` and `qwen_ref.backend` rea
     TOLERANCE                  its error against fp64 may be this many times the formula's own in the same dtype
     TUNED                      launch parameters by (device, shape class); nothing is tuned at run time
 
-The kernels are plain-pointer Triton, 3.6 to 3.9. Loads are widened to fp32 at once, all arithmetic is fp32 and every
-rounding the formula makes is an explicit `.to(...)`: that is the official model's order, and Triton's CPU interpreter
-computes on bf16 wrongly otherwise. (Even so its last step, fp32 to bf16, truncates where a GPU rounds to nearest; it
-runs these kernels in fp32 and fp16.)
+The kernels are plain-pointer Triton, 3.6 to 3.9. Loads are widened to fp32 at once, and all arithmetic is fp32; only the
+operands of `tl.dot` stay as they are, for the tensor cores, and add up in fp32. Where a kernel that streams rounds, it is
+where the formula rounds, by an explicit `.to(...)`: that is the official model's order. Products of matrices keep fp32
+where the formula rounds in between.
+
+Triton's CPU interpreter computes on bf16 wrongly, and even its fp32 to bf16 truncates where a GPU rounds to nearest: it
+runs these kernels in fp32 and fp16. (That of Triton 3.6 fails on loops with NumPy 2.4; it wants an older one.)
 """
