@@ -273,6 +273,20 @@ def test_bench_times_the_right_and_refuses_the_wrong(planted, monkeypatch):
     assert json.loads(json.dumps(result.to_json()))["rows"][0]["median"] == right.median
 
 
+def test_what_does_not_fit_the_memory_gets_no_time_and_is_not_called_wrong(planted, monkeypatch):
+    from qwen_ref.bench import measure
+
+    def examine(what, run, args):
+        raise torch.OutOfMemoryError("the formula in fp64")
+
+    monkeypatch.setattr(measure, "roofline", lambda device, dtype: measure.Roofline(bandwidth=1e9, compute=1e8))
+    monkeypatch.setattr(measure, "examine", examine)
+    planted("swiglu", ops.swiglu)
+    options = {"model": "tiny", "dtype": torch.float32, "tokens": [3], "seconds": 0.01, "device": "cpu"}
+    eager, ours = bench("swiglu", implementations=["eager", "planted"], **options).rows
+    assert eager.median > 0 and ours.median is None and "does not fit the memory" in ours.refused and not ours.wrong
+
+
 def test_bench_draws_its_roofline(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from qwen_ref.bench import measure

@@ -62,6 +62,12 @@ def test_an_entry_in_force_that_is_wrong_is_an_error(kernel):
     assert kernel.TUNED["cpu", "rows"]["num_warps"] == 16
 
 
+def test_calls_that_look_up_nothing_are_an_error(kernel):
+    kernel.run = ops.swiglu
+    with pytest.raises(RequestError, match="no call of swiglu with 3, 5 tokens looks up an entry"):
+        tune("swiglu", model="tiny", tokens=[3, 5], dtype=torch.float32, device="cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(RequestError, match="rope cannot be tuned on cuda"):

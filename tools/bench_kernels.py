@@ -35,7 +35,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operations", nargs="*", metavar="OP", choices=[*backend.OPERATIONS, []], help="default: all")
+    parser.add_argument("operations", nargs="*", metavar="OP", help=f"default: all of {', '.join(backend.OPERATIONS)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "kernels" / "results")
     parser.add_argument("--model", help="whose sizes; default Qwen3-8B, or Qwen3-30B-A3B for mixtures")
     parser.add_argument("--seeds", type=int, default=5)

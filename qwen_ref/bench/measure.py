@@ -137,8 +137,11 @@ def bench(
             for shape, draws in drawn(what, sizes(model, moe=what.moe), count, dtype, where):
                 torch.compiler.reset()  # one shape per compilation: the limit on recompilations is not part of the contest
                 for name, (run, refused) in runs.items():
-                    why = refused or _gate(what, name, run, draws, dtype)
-                    timed = None if why else _timing(what, shape, name, run, draws[0], roof, seconds)
+                    try:
+                        why = refused or _gate(what, name, run, draws, dtype)
+                        timed = None if why else _timing(what, shape, name, run, draws[0], roof, seconds)
+                    except torch.OutOfMemoryError:
+                        why, timed = "it, or the formula in fp64 that judges it, does not fit the memory", None
                     rows.append(timed or Timing(shape, name, refused=why))
     return Bench(operation, model, str(dtype).removeprefix("torch."), environment(where), roof, tuple(rows))
 
@@ -191,10 +194,7 @@ def _gate(what: Subject, name: str, run: Callable[..., Any], draws: list[Any], d
     """Why these inputs give no time: the outputs are wrong."""
     if name == "eager":
         return None
-    try:
-        faults = judge("", [examine(what, run, args) for args in draws], dtype, tolerance(run)).faults
-    except torch.OutOfMemoryError:
-        return "too large to check here: the formula in fp64 does not fit the memory"
+    faults = judge("", [examine(what, run, args) for args in draws], dtype, tolerance(run)).faults
     who = "torch.compile" if name == "compiled" else FAILED
     return f"{who}: {faults[0]}" if faults else None
 

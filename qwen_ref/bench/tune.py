@@ -73,7 +73,8 @@ def tune(
                 for shape_class in seen:
                     users.setdefault(shape_class, []).append(draws[0])
         if not users:
-            raise RequestError(f"{operation} looks up tables of other operations: tune those")
+            counts = ", ".join(map(str, tokens))
+            raise RequestError(f"no call of {operation} with {counts} tokens looks up an entry of its table")
         return [_search(what, module, name, shape_class, calls, dtype, seconds) for shape_class, calls in users.items()]
 
 
