@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import ops, torch_ops
 from .errors import RequestError
+from .quant import packed
 
 Supports = Callable[[torch.device, torch.dtype], "str | None"]  # None = yes, otherwise the reason it cannot run
 
@@ -224,12 +225,25 @@ router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
 sample = _operation_of(ops.sample)
 cross_entropy = _operation_of(ops.cross_entropy, also=torch_ops.cross_entropy)
+linear_int4 = _operation_of(packed.linear_int4)
+linear_int8 = _operation_of(packed.linear_int8)
+linear_fp8 = _operation_of(packed.linear_fp8)
+linear_fp8_dynamic = _operation_of(packed.linear_fp8_dynamic)
+linear_code4 = _operation_of(packed.linear_code4)
+linear_gguf = _operation_of(packed.linear_gguf)
+moe_int4 = _operation_of(packed.moe_int4)
+moe_int8 = _operation_of(packed.moe_int8)
+moe_fp8 = _operation_of(packed.moe_fp8)
+moe_code4 = _operation_of(packed.moe_code4)
+moe_gguf = _operation_of(packed.moe_gguf)
 
 OPERATIONS: dict[str, Operation] = {
     op.name: op
     for op in (
         linear, rms_norm, add_rms_norm, rope, norm_rope_write, attention, attention_prefill, attention_decode,
         attention_paged, swiglu, router_topk, moe_experts, sample, cross_entropy,
+        linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
+        moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
     )
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
