@@ -23,6 +23,14 @@ ALLOWED = {
     "quant": set(),
     "quant.gguf_blocks": set(),
     "quant.packed": {"ops", "quant.gguf_blocks"},
+    "quant.format": {"config", "errors", "quant.packed"},
+    **{f"quant.{name}": {"config", "errors", "quant.format", "quant.packed"}
+       for name in ("awq", "gptq", "fp8", "bitsandbytes")},
+    "quant.fp4": {"config", "quant.format", "quant.fp8", "quant.packed"},
+    "quant.compressed_tensors": {"config", "errors", "quant.format", "quant.fp4", "quant.fp8", "quant.packed"},
+    "quant.layers": {"backend", "ops", "quant.format", "quant.packed"},
+    "quant.convert": {"config", "errors", "layers", *(f"quant.{name}" for name in (
+        "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "gptq", "layers"))},
     "backend": {"ops", "torch_ops", "quant", "quant.packed", "errors"},
     "config": {"ops", "errors", "limits"},
     "layers": {"backend", "ops", "cache", "config"},
@@ -36,7 +44,7 @@ ALLOWED = {
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},
     "sampling": {"errors"},
-    "loading": {"checkpoint", "errors", "hub", "models", "models.common", "tokenizer"},
+    "loading": {"checkpoint", "errors", "hub", "models", "models.common", "quant.convert", "quant.format", "tokenizer"},
     "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
     "retrieval": {"ops", "errors", "models.common", "tokenizer"},
     "hooks": {"backend", "ops", "cache", "errors"},

@@ -42,7 +42,8 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """Of the activations: a norm's, whatever the matrices are stored in."""
+        return self.model.norm.weight.dtype
 
     @property
     def tied(self) -> dict[str, str]:
