@@ -18,7 +18,7 @@ from .errors import CheckpointError, ConfigError
 from .hub import find
 from .models import module_for
 from .models.common import LanguageModel
-from .quant.convert import install, pack, read_format
+from .quant.convert import expand, install, pack, read_format
 from .quant.format import Format
 from .tokenizer import Tokenizer
 
@@ -68,9 +68,12 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     mapped: bool = True,
+    dequantize: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
     """The model of a folder, without its tokenizer; `load_report` says what was found.
+
+    `dequantize`: a quantised checkpoint becomes a plain model, by the definition of its format.
 
     A mapped file must stay as it is while the model is in use: cut in place it ends the process (SIGBUS), rewritten in
     place it changes the weights, as under every reader that maps. Replaced by rename, as the hub's cache does it, it
@@ -89,7 +92,10 @@ def load_model(
     if format is None:
         _note_dtypes(network.load_report, raw)
     else:
-        notes += [f"{name} runs as it is stored, slowly: its groups differ in size" for name in pack(network)]
+        if dequantize:
+            expand(network, dtype)
+        else:
+            pack(network)
         network.to(device)
     network.load_report.notes += notes
     return network.eval()

@@ -68,12 +68,17 @@ def oracle(folder: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     ).eval()
 
 
+def _random() -> np.random.Generator:
+    """Another one for every matrix, the same in every run."""
+    return np.random.default_rng(int(torch.randint(0, 1 << 30, ())))
+
+
 # AWQ
 
 
 def awq(weight):
     n, k = weight.shape
-    codes, zeros = np.random.default_rng(1).integers(0, 16, (2, k, n))
+    codes, zeros = _random().integers(0, 16, (2, k, n))
     zeros = zeros[: k // GROUP]
     scales = (torch.rand(k // GROUP, n) * 0.02 + 0.005).half()
 
@@ -96,7 +101,7 @@ def awq(weight):
 
 def gptq(bits, *, version=1, symmetric=True, act_order=False, group=GROUP):
     def write(weight):
-        (n, k), random = weight.shape, np.random.default_rng(2)
+        (n, k), random = weight.shape, _random()
         count, most, per_word = -(-k // group), (1 << bits) - 1, 32 // bits
         codes = random.integers(0, most + 1, (k, n))
         zeros = np.full((count, n), (most + 1) // 2) if symmetric else random.integers(0, most + 1, (count, n))
@@ -163,8 +168,8 @@ def fp8_tensor(weight):
 def compressed(encoding, *, symmetric=True, act_order=False, **arguments):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
 
     args = QuantizationArgs(symmetric=symmetric, **arguments)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
@@ -173,7 +178,7 @@ def compressed(encoding, *, symmetric=True, act_order=False, **arguments):
     def write(weight):
         n, k = weight.shape
         state = {"weight": weight, "weight_zero_point": None}
-        random = torch.Generator().manual_seed(3)
+        random = torch.Generator().manual_seed(int(torch.randint(0, 1 << 30, ())))
         shape = {"tensor": (1,), "channel": (n, 1), "group": (n, k // (args.group_size or 1)),
                  "tensor_group": (n, k // (args.group_size or 1)), "block": (-(-n // 32), -(-k // 32))}[args.strategy]  # fmt: skip
         if args.num_bits == 4 and args.type == "float":

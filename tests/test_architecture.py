@@ -37,7 +37,7 @@ ALLOWED = {
     "checkpoint": {"errors", "limits"},
     "hub": {"checkpoint", "errors"},
     "models": {"errors"},
-    "models.common": {"cache", "layers", "checkpoint", "hooks"},  # the last one inside the methods that offer it
+    "models.common": {"cache", "layers", "checkpoint", "hooks", "quant.layers"},  # the last one inside the methods that offer it
     "models.qwen2": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
     "chat": {"errors", "limits"},
@@ -48,7 +48,7 @@ ALLOWED = {
     "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
     "retrieval": {"ops", "errors", "models.common", "tokenizer"},
     "hooks": {"backend", "ops", "cache", "errors"},
-    "verify": {"__version__", "backend", "checkpoint", "errors", "loading", "models.common", "tokenizer",
+    "verify": {"__version__", "backend", "checkpoint", "errors", "loading", "models.common", "quant.convert", "tokenizer",
                "verify", "verify.bundle", "verify.levels", "verify.memory", "verify.operations", "verify.oracle",
                "verify.relations", "verify.report", "verify.streaming"},
     "verify.report": {"errors", "verify.html"},
@@ -57,7 +57,7 @@ ALLOWED = {
     "verify.bundle": {"checkpoint", "errors", "models.common", "verify.oracle"},
     "verify.streaming": {"backend", "checkpoint", "errors", "loading", "models.common", "verify.levels", "verify.oracle",
                          "verify.report"},
-    "verify.operations": {"backend", "ops", "verify.report"},
+    "verify.operations": {"backend", "models.common", "ops", "quant", "quant.layers", "quant.packed", "verify.report"},
     "verify.levels": {"backend", "errors", "models", "models.common", "verify.bundle", "verify.oracle", "verify.report"},
     "verify.relations": {"backend", "models.common", "verify.levels", "verify.report"},
     "verify.memory": {"models.common", "verify.levels"},

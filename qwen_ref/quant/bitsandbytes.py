@@ -101,7 +101,7 @@ class Bnb4(Scheme):
         if nested.numel() != -(-absmax.numel() // wide):
             raise CheckpointError(f"weight.nested_absmax has {nested.numel()} elements, not one for each {wide} of absmax")
         offset = state.data.get("nested_offset")
-        if type(offset) not in (int, float):
+        if not isinstance(offset, int | float):
             raise state.error("nested_offset", f"is {offset!r}, not a number")
         values = tensors["weight.nested_quant_map"][absmax.long()]
         return block, values * nested.repeat_interleave(wide)[: absmax.numel()] + offset
@@ -131,7 +131,7 @@ def _state(raw: Tensor) -> Fields:
 
 def _length(found: Mapping[str, Any], name: str) -> tuple[int, ...]:
     shape = tuple(found[name].shape) if name in found else (0,)
-    if len(shape) != 1 or name.startswith(STATE) and shape[0] > MOST_STATE:
+    if len(shape) != 1 or (name.startswith(STATE) and shape[0] > MOST_STATE):
         raise CheckpointError(f"{name} has the shape {list(shape)}, which bitsandbytes does not write")
     return shape
 

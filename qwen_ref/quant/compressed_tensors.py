@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import Fields
 from ..errors import CheckpointError
-from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, matches, patterns
+from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, matches, ordered, patterns
 from .fp4 import MXFP4, NVFP4
 from .fp8 import FP8
 from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
@@ -75,16 +75,14 @@ class Integers(Scheme):
         zeros = zero.int()[..., group] if zero is not None else 0
         return (codes - zeros) * scale[:, group]
 
-    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix | None:
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         _check_shape(tensors, rows, columns)
         check_scales(tensors["weight_scale"], "weight_scale")
         group = self.group or columns
         scale = tensors["weight_scale"].view(-1, tensors["weight_scale"].shape[-1]).expand(rows, -1).contiguous()
-        group_of, order = self._group_of(tensors, columns), None
-        if not torch.equal(group_of, torch.arange(columns) // group):
-            order = group_of.argsort(stable=True)
-            if not torch.equal(group_of[order], torch.arange(columns) // group):
-                return None  # groups of different sizes
+        order, regular = ordered(self._group_of(tensors, columns), group)
+        if not regular:
+            raise CheckpointError("weight_g_idx makes groups of different sizes")
         zero = tensors.get("weight_zero_point")
         if not self.packed:
             codes = tensors["weight"] if order is None else tensors["weight"][:, order]

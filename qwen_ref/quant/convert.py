@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError, QwenRefError
 from ..layers import Experts, Linear
 from . import awq, bitsandbytes, compressed_tensors, fp4, fp8, gptq
 from .format import Format, Scheme
-from .layers import PackedExperts, PackedLinear, QuantExpert, QuantExperts, QuantLinear, joined, stacked
+from .layers import PackedExperts, PackedLinear, PackedSeparately, QuantExpert, QuantExperts, QuantLinear, joined, stacked
 
 METHODS = {  # quant_method -> how its config is read
     "awq": awq.from_json,
@@ -72,22 +72,33 @@ def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[s
     return plain
 
 
-def pack(model: nn.Module) -> list[str]:
-    """Exchange every `QuantLinear` for what runs: `PackedLinear`, `PackedExperts`. Each file's tensors are let go at once.
-
-    Returns the names of matrices which no layout can hold; they stay as they were stored, and slow.
-    """
-    left = []
+def pack(model: nn.Module) -> None:
+    """Exchange every `QuantLinear` for what runs: `PackedLinear`, `PackedExperts`. Each file's tensors are let go at once."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantExperts):
             _replace(model, name, _packed_experts(name, module))
         elif isinstance(module, QuantLinear) and _held(model, name):
-            packed = _packed(name, module)
-            if packed is None:
-                left.append(name)
-            else:
-                _replace(model, name, packed)
-    return left
+            _replace(model, name, _packed(name, module))
+
+
+def expand(model: nn.Module, dtype: torch.dtype) -> None:
+    """Exchange every `QuantLinear` for a plain layer with the matrix it stands for, by the format's definition."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantExperts):
+            experts = Experts(0, 0, 0)
+            for part, stack in module.plain(dtype):
+                setattr(experts, part, _fixed(stack))
+            _replace(model, name, experts)
+        elif isinstance(module, QuantLinear) and _held(model, name):
+            plain = Linear(0, 0, bias=False, device="meta")
+            plain.out_features, plain.in_features = module.out_features, module.in_features
+            plain.weight = _fixed(module.dequantize().to(dtype))
+            plain.register_parameter("bias", module.bias)
+            _replace(model, name, plain)
+
+
+def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -137,7 +148,7 @@ def _quantised(name: str, scheme: Scheme, shape: tuple[int, int], found: Mapping
     return module
 
 
-def _packed(name: str, module: QuantLinear) -> PackedLinear | None:
+def _packed(name: str, module: QuantLinear) -> PackedLinear:
     bias = module.bias
     if module.must_be_zero and bias is not None:
         if bool(bias.any()):
@@ -145,30 +156,26 @@ def _packed(name: str, module: QuantLinear) -> PackedLinear | None:
         bias = None
     with _named(name):
         matrix = module.pack()
-    return None if matrix is None else PackedLinear(matrix, (module.out_features, module.in_features), bias)
+    return PackedLinear(matrix, (module.out_features, module.in_features), bias)
 
 
 def _packed_experts(name: str, module: QuantExperts) -> nn.Module:
-    """One stack for all experts; where they differ in form, every matrix packed by itself."""
-    gate_up, down = [], []
+    """One stack for all experts; where inputs are reordered, or matrices differ in form, each is packed by itself."""
+    separate = PackedSeparately(module)
     for e, expert in enumerate(module):
-        matrices = [_packed(f"{name}.{e}.{projection}", getattr(expert, projection)) for projection in PROJECTIONS]
-        for projection, matrix in zip(PROJECTIONS, matrices, strict=True):
-            if matrix is not None:
-                setattr(expert, projection, matrix)
-        if any(matrix is None or matrix.order is not None for matrix in matrices):
-            continue
-        gate, up, last = (matrix.packed for matrix in matrices if matrix is not None)
-        both = joined(gate, up)
-        if both is not None:
-            gate_up.append(both)
-            down.append(last)
-    if len(gate_up) < len(module):
-        return module
-    stacks = stacked(gate_up), stacked(down)
-    if stacks[0] is None or stacks[1] is None or type(stacks[0]) is not type(stacks[1]):
-        return module
-    return PackedExperts(stacks[0], stacks[1])
+        for projection in PROJECTIONS:
+            setattr(expert, projection, _packed(f"{name}.{e}.{projection}", getattr(expert, projection)))
+    matrices = [module.matrices(e) for e in range(len(module))]
+    if any(m.order is not None for three in matrices for m in three):
+        return separate
+    gate_up = [joined(gate.packed, up.packed) for gate, up, _ in matrices]
+    if any(both is None for both in gate_up):
+        return separate
+    upper, down = stacked([both for both in gate_up if both is not None]), stacked([last.packed for *_, last in matrices])
+    if upper is None or down is None or type(upper) is not type(down):
+        return separate
+    gate = matrices[0][0]
+    return PackedExperts(upper, down, (len(module), gate.in_features, gate.out_features))
 
 
 class _named:
@@ -198,4 +205,4 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-__all__ = ["METHODS", "install", "pack", "read_format"]
+__all__ = ["METHODS", "expand", "install", "pack", "read_format"]

@@ -60,8 +60,8 @@ class Scheme:
         """The matrix, (N, K) fp32, as the format's definition has it."""
         raise NotImplementedError
 
-    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix | None:
-        """The same matrix in one of the layouts of `packed`; None where none of them can hold it."""
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        """The same matrix in one of the layouts of `packed`."""
         raise NotImplementedError
 
 
@@ -118,6 +118,18 @@ def groups(columns: int, group: int, *, partial: bool = False) -> int:
     if columns % group and not partial:
         raise CheckpointError(f"the group size {group} does not divide the {columns} columns of a quantised matrix")
     return -(-columns // group)
+
+
+def ordered(group_of: Tensor, group: int) -> tuple[Tensor | None, bool]:
+    """The order of inputs in which groups of `group` follow each other (None = as they stand), and whether there is one.
+
+    `group_of` (K,) int64: the group of every input. There is none if the groups differ in size.
+    """
+    regular = torch.arange(group_of.numel()) // group
+    if torch.equal(group_of, regular):
+        return None, True
+    order = group_of.argsort(stable=True)
+    return order, torch.equal(group_of[order], regular)
 
 
 def check_scales(scale: Tensor, what: str) -> None:

@@ -54,7 +54,7 @@ class NVFP4(Scheme):
 
     def stores(self, found: Mapping[str, Any]) -> bool:
         plain = "weight" in found and found["weight"].dtype != torch.uint8
-        return not plain or self.weight_name != "weight" and self.weight_name in found
+        return not plain or (self.weight_name != "weight" and self.weight_name in found)
 
     def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
         whole = tuple(found[self.global_name].shape) if self.global_name in found else ()

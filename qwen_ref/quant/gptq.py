@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import Fields
 from ..errors import CheckpointError
-from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, patterns
+from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, ordered, patterns
 from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
 
 MIDDLE = 128  # what a symmetric 8-bit code calls zero
@@ -49,20 +49,17 @@ class GPTQ(Scheme):
         group = self._group_of(tensors, columns)  # (K,)
         return (tensors["scales"].float()[group] * (codes - zeros[group])).T
 
-    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix | None:
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         check_scales(tensors["scales"], "GPTQ's scales")
-        group = self.group or columns
-        order, group_of = None, self._group_of(tensors, columns)
-        regular = torch.arange(columns) // group
-        if not torch.equal(group_of, regular):
-            order = group_of.argsort(stable=True)
-            if not torch.equal(group_of[order], regular):
-                return None  # groups of different sizes
+        group, group_of = self.group or columns, self._group_of(tensors, columns)
+        order, regular = ordered(group_of, group)
         # Transposed, the inputs of a word lie where the layout has them: in its bytes, the first in the lowest.
         codes = tensors["qweight"].T.contiguous().view(torch.uint8)  # (N, K / 2) of 4 bits, (N, K) of 8
         zeros = tensors["qzeros"].contiguous().view(torch.uint8)
         zeros = ((unpack4(zeros) if self.bits == 4 else zeros) + self.zero_offset).T.contiguous()  # wraps at 256
         scale = tensors["scales"].T.contiguous()
+        if not regular:  # no order makes groups of one size: every input has its own
+            order, group, scale, zeros = None, 1, scale[:, group_of], zeros[:, group_of]
         if self.bits == 4:
             zeros = zeros & 15
             codes = codes if order is None else pack4(unpack4(codes)[:, order])

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ MOE: dict[type, backend.Operation] = {
 class QuantLinear(nn.Module):
     """x W^T + bias with W as its file stores it: the reference of its format."""
 
+    bias: nn.Parameter | None
     must_be_zero = False  # the bias: the file has one which the model has not
 
     def __init__(self, scheme: Scheme, out_features: int, in_features: int, slots: Mapping[str, Slot],
@@ -60,32 +61,33 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
-    def pack(self) -> Matrix | None:
+    def pack(self) -> Matrix:
         return self.scheme.pack(self.tensors, self.out_features, self.in_features)
 
 
-class QuantExpert(nn.Module):
-    """The three matrices of one expert."""
+class Holder:
+    """What the model asks of a module that holds matrices of few bits."""
 
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+    def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The weights of the module that this one stands for, by their names in it."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Weights it holds."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> set[int]:
+        """The same for modules that share their tensors."""
+        return {t.data_ptr() for t in self.packed_tensors if t.numel()}
+
+    @property
+    def packed_tensors(self) -> list[Tensor]:
+        raise NotImplementedError
 
 
-class QuantExperts(nn.ModuleList):
-    """E experts as their files store them, every matrix by itself."""
-
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, H), (M, k), (M, k) -> (M, H)
-        out = torch.zeros_like(x)
-        for e in experts.unique().tolist():  # in the order and with the rounding of `ops.moe_experts`
-            token, slot = torch.where(experts == e)
-            expert: Any = self[e]
-            hidden = ops.swiglu(expert.gate_proj(x[token]), expert.up_proj(x[token]))
-            out = out.index_add(0, token, (expert.down_proj(hidden) * weights[token, slot, None]).to(out.dtype))
-        return out
-
-
-class _Packed(nn.Module):
+class PackedModule(Holder, nn.Module):
     """Moves packed tensors between devices, and leaves their dtypes alone: `model.to(bfloat16)` must not round a scale."""
 
     held: tuple[str, ...]  # attributes that are tensors or layouts
@@ -106,9 +108,10 @@ class _Packed(nn.Module):
                 for t in (layout if isinstance(layout, tuple) else (layout,)) if isinstance(t, Tensor)]  # fmt: skip
 
 
-class PackedLinear(_Packed):
+class PackedLinear(PackedModule):
     """x W^T + bias with W in a packed layout: `backend.linear_int4` and its like."""
 
+    bias: nn.Parameter | None
     held = ("packed", "order")
 
     def __init__(self, matrix: Matrix, shape: tuple[int, int], bias: nn.Parameter | None = None) -> None:
@@ -131,26 +134,86 @@ class PackedLinear(_Packed):
         """The dequantised matrix in fp32, (N, K), made anew each time: for the study tools, which read weights."""
         return self.dequantize()
 
+    def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", self.dequantize(dtype)
+
+    @property
+    def count(self) -> int:
+        return self.out_features * self.in_features
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {type(self.packed).__name__}"
 
 
-class PackedExperts(_Packed):
+class QuantExpert(nn.Module):
+    """The three matrices of one expert."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+
+class QuantExperts(nn.ModuleList):
+    """E experts with every matrix by itself, as their files store them."""
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, H), (M, k), (M, k) -> (M, H)
+        out = torch.zeros_like(x)
+        for e in experts.unique().tolist():  # in the order and with the rounding of `ops.moe_experts`
+            token, slot = torch.where(experts == e)
+            expert: Any = self[e]
+            hidden = ops.swiglu(expert.gate_proj(x[token]), expert.up_proj(x[token]))
+            out = out.index_add(0, token, (expert.down_proj(hidden) * weights[token, slot, None]).to(out.dtype))
+        return out
+
+    def matrices(self, index: int) -> list[Any]:
+        expert: Any = self[index]
+        return [expert.gate_proj, expert.up_proj, expert.down_proj]
+
+    def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The two stacks of `layers.Experts`."""
+        parts = [[matrix.dequantize().to(dtype) for matrix in self.matrices(e)] for e in range(len(self))]
+        yield "gate_up_proj", torch.stack([torch.cat((gate, up)) for gate, up, _ in parts])
+        yield "down_proj", torch.stack([down for _, _, down in parts])
+
+
+class PackedSeparately(QuantExperts, Holder):
+    """E experts whose matrices are `PackedLinear` each, where no stack can hold them all."""
+
+    @property
+    def count(self) -> int:
+        return sum(m.out_features * m.in_features for e in range(len(self)) for m in self.matrices(e))
+
+    @property
+    def packed_tensors(self) -> list[Tensor]:
+        return [t for e in range(len(self)) for m in self.matrices(e) for t in m.packed_tensors]
+
+
+class PackedExperts(PackedModule):
     """E SwiGLU feed-forwards in packed stacks: `backend.moe_int4` and its like."""
 
     held = ("gate_up", "down")
 
-    def __init__(self, gate_up: Packed, down: Packed) -> None:  # E x (2I, H), E x (H, I)
+    def __init__(self, gate_up: Packed, down: Packed, shape: tuple[int, int, int]) -> None:  # E x (2I, H), E x (H, I)
         super().__init__()
         self.gate_up, self.down = gate_up, down
+        self.experts, self.hidden, self.intermediate = shape
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, H), (M, k), (M, k) -> (M, H)
         return MOE[type(self.gate_up)](x, self.gate_up, self.down, weights, experts)
 
+    def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        yield "gate_up_proj", self.gate_up.dequantize(dtype, self.hidden)
+        yield "down_proj", self.down.dequantize(dtype, self.intermediate)
 
-class PackedEmbedding(_Packed):
+    @property
+    def count(self) -> int:
+        return 3 * self.experts * self.hidden * self.intermediate
+
+
+class PackedEmbedding(PackedModule):
     """Rows of a packed (V, H) matrix. With a tied head, that head is a `PackedLinear` of the same tensors."""
 
+    like: Tensor
     held = ("packed",)
 
     def __init__(self, packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -168,6 +231,13 @@ class PackedEmbedding(_Packed):
         """The dequantised matrix in fp32, (V, H), made anew each time: for the study tools, which read weights."""
         return self.packed.dequantize(torch.float32, self.embedding_dim)
 
+    def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", self.packed.dequantize(dtype, self.embedding_dim)
+
+    @property
+    def count(self) -> int:
+        return self.num_embeddings * self.embedding_dim
+
 
 def gather(weight: Packed, index: Tensor) -> Packed:
     """The rows of a matrix with these numbers. Layouts with scales of their own for every row only."""
@@ -182,7 +252,7 @@ def gather(weight: Packed, index: Tensor) -> Packed:
 def stacked(matrices: list[Packed]) -> Packed | None:
     """Matrices of one layout, one for each expert, as one stack; None if they differ in form."""
     first = matrices[0]
-    fields = {name: [m._asdict().get(name) for m in matrices] for name in first._fields}
+    fields: dict[str, list[Any]] = {name: [m._asdict().get(name) for m in matrices] for name in first._fields}
     if any(type(m) is not type(first) for m in matrices):
         return None
     result: dict[str, Any] = {}
@@ -210,6 +280,8 @@ def joined(upper: Packed, lower: Packed) -> Packed | None:
         return None
     if isinstance(upper, Fp8) and isinstance(lower, Fp8):
         upper, lower = _finer(upper), _finer(lower)
+    if isinstance(upper, Code4) and isinstance(lower, Code4) and not torch.equal(upper.table, lower.table):
+        upper, lower = _one_table(upper, lower)
     result: dict[str, Any] = {}
     for name, a in upper._asdict().items():
         b = getattr(lower, name)
@@ -218,8 +290,6 @@ def joined(upper: Packed, lower: Packed) -> Packed | None:
             middle = torch.full_like(like, 8 if isinstance(upper, Int4) else 0)
             a, b = (middle if v is None else v for v in (a, b))
         if name == "table":
-            if not torch.equal(a, b):
-                return None
             result[name] = a
         elif isinstance(a, Tensor):
             if a.dtype != b.dtype:
@@ -240,5 +310,15 @@ def _finer(weight: Fp8) -> Fp8:
     return weight._replace(scale=scale, block=(high, weight.block[1]))
 
 
-__all__ = ["LINEAR", "MOE", "PackedEmbedding", "PackedExperts", "PackedLinear", "QuantExpert", "QuantExperts", "QuantLinear",
-           "joined", "rows", "stacked"]  # fmt: skip
+def _one_table(upper: Code4, lower: Code4) -> tuple[Code4, Code4]:
+    """Tables that differ by a factor, as the whole matrices' scales of NVFP4 do: it goes into the scales, then in fp32."""
+    peak = upper.table.abs().argmax()
+    factor = lower.table[peak] / upper.table[peak]
+    lower = lower._replace(scale=lower.scale.float() * factor, table=upper.table)
+    return upper._replace(scale=upper.scale.float()), lower
+
+
+__all__ = [
+    "LINEAR", "MOE", "Holder", "PackedEmbedding", "PackedExperts", "PackedLinear", "PackedModule", "PackedSeparately",
+    "QuantExpert", "QuantExperts", "QuantLinear", "joined", "rows", "stacked",
+]  # fmt: skip
