@@ -96,7 +96,7 @@ def _affine_fit(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     count = x.shape[-1]
     low, high = x.amin(-1).clamp(max=0), x.amax(-1)
     sum_x, sum_xx = x.sum(-1), (x * x).sum(-1)
-    best = (torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low))
+    best = [torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)]
     for stretch in torch.arange(-1.0, 2.01, 0.2).tolist():  # from cut tails to a little room above the largest code
         inverse = (levels + stretch) * _inverse(high - low)
         q = ((x - low[..., None]) * inverse[..., None]).round_().clamp_(0, levels)
@@ -110,8 +110,8 @@ def _affine_fit(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         offset = offset.masked_fill(through_zero, 0.0)
         error = sum_xx + scale * (scale * sum_qq + 2 * offset * sum_q - 2 * sum_qx) + offset * (count * offset - 2 * sum_x)
         better = (error < best[0]) & (scale > 0)
-        best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, -offset), best, strict=True))
-    # All elements equal: no code has a spread to fit.
+        best = [torch.where(better, new, old) for new, old in zip((error, scale, -offset), best, strict=True)]
+    # All elements equal: there is no spread to fit.
     flat = best[0].isinf()
     return torch.where(flat, high.clamp(min=0) / levels, best[1]), torch.where(flat, -low, best[2])
 
