@@ -22,7 +22,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,9 +80,14 @@ def read_json(
         raise error(f"{path}: {problem.strerror or problem}") from problem
     if len(raw) > limit:
         raise error(f"{path}: a file of this kind has at most {limit:,} bytes")
-    value = parse_json(raw, str(path), error)
+    return parse_object(raw, str(path), error)
+
+
+def parse_object(raw: bytes, where: str, error: type[QwenRefError]) -> dict[str, Any]:
+    """Strict JSON that is an object. `where` names the source in messages."""
+    value = parse_json(raw, where, error)
     if not isinstance(value, dict):
-        raise error(f"{path}: holds a {type(value).__name__}, not a JSON object")
+        raise error(f"{where}: holds a {type(value).__name__}, not a JSON object")
     return value
 
 
@@ -429,14 +434,16 @@ class _Read(NamedTuple):
 class Checkpoint:
     """The open weight files of a folder, on their way into a model: `check`, then perhaps `views`, then `read`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[SafetensorsFile] | None = None) -> None:
+        """`files`: already open, and closed by who opened them; default those of the folder."""
         self.folder = folder
         self.report = LoadReport()
         self._started = time.perf_counter()
         self._plan: list[_Read] = []
         self._mapped: set[str] = set()
         with ExitStack() as opened:  # if one is damaged, those before it are closed
-            self._files = [opened.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
+            paths = weight_files(folder) if files is None else []
+            self._files = files or [opened.enter_context(SafetensorsFile(path)) for path in paths]
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Checkpoint:
@@ -521,7 +528,7 @@ def _targets(slots: dict[str, Tensor], parameters: Mapping[str, Any]) -> dict[st
     return slots | {name: parameter.data for name, parameter in parameters.items() if name not in slots}
 
 
-def _plan(model: CheckpointModule, files: list[SafetensorsFile], report: LoadReport) -> list[_Read]:
+def _plan(model: CheckpointModule, files: Sequence[SafetensorsFile], report: LoadReport) -> list[_Read]:
     """Decide for every tensor on disk where it goes, and note in the report what does not fit."""
     slots, parameters, tied = model.checkpoint_tensors(), dict(model.named_parameters()), model.tied
     targets = _targets(slots, parameters)
@@ -583,7 +590,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _check_index(folder: Path, files: list[SafetensorsFile], report: LoadReport) -> None:
+def _check_index(folder: Path, files: Sequence[SafetensorsFile], report: LoadReport) -> None:
     if not (folder / INDEX).is_file():
         return
     weight_map = read_index(folder / INDEX)

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_json
+import torch
+
+from .checkpoint import parse_object
 from .errors import ConfigError, RequestError
-from .loading import build, locate, read_config
+from .loading import build, extra_files, locate, opened, read_config
 from .models.common import LanguageModel
+from .quant.convert import install, read_format
+from .quant.format import Format
+from .quant.ggml import Ggml
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -28,14 +33,11 @@ class Description:
     kv_bytes: int  # at `context` tokens, sliding windows counted as such
     end_tokens: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.total * _BYTES.get(self.dtype, 4)
+    format: str | None  # how the weights are quantised; None = they are not
+    weight_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "weight_bytes": self.weight_bytes,
-                "tensors": {name: list(shape) for name, shape in self.tensors.items()}}
+        return {**vars(self), "tensors": {name: list(shape) for name, shape in self.tensors.items()}}
 
     def text(self, *, tensors: bool = False) -> str:
         lines = [f"{self.name}", "", "config"]
@@ -45,7 +47,7 @@ class Description:
         lines += [f"  {'total':30} {self.total:>16,}"]
         if self.active != self.total:
             lines += [f"  {'active per token':30} {self.active:>16,}  {self.active / self.total:>6.1%}"]
-        lines += ["", f"memory in {self.dtype}"]
+        lines += ["", f"memory in {self.dtype}" + (f", weights in {self.format}" if self.format else "")]
         lines += [f"  {'weights':30} {size(self.weight_bytes):>16}"]
         lines += [f"  {'KV cache per token':30} {size(self.kv_bytes_per_token):>16}"]
         lines += [f"  {f'KV cache at {self.context:,} tokens':30} {size(self.kv_bytes):>16}"]
@@ -62,8 +64,8 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
 
     `context`: tokens to size the KV cache for, default the config's maximum. Raises ConfigError, CheckpointError.
     """
-    folder = locate(model, revision=revision, metadata_only=True)
-    raw = read_config(folder)
+    path = locate(model, revision=revision, metadata_only=True)
+    raw, format, found = _read(path)
     network = build(raw)
     config = network.config
     context = config.max_position_embeddings if context is None else context
@@ -75,6 +77,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         parts[_part(name)] += parameter.numel()
     token_bytes = 2 * config.num_key_value_heads * config.head_dim * _BYTES.get(dtype, 4)  # a key and a value, per layer
     held = sum(context if w is None else min(context, w) for w in config.windows)
+    ends = extra_files(path)
     return Description(
         name=str(model),
         config=config.to_json(),
@@ -85,9 +88,14 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         kv_bytes_per_token=token_bytes * config.num_hidden_layers,
         context=context,
         kv_bytes=token_bytes * held,
-        end_tokens={name: _eos(folder / name) for name in
-                    ("generation_config.json", "config.json", "tokenizer_config.json")},
+        end_tokens={
+            "generation_config.json": _eos(ends.get("generation_config.json")),
+            "config.json": raw.get("eos_token_id"),
+            "tokenizer_config.json": _eos(ends.get("tokenizer_config.json")),
+        },
         tensors={name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()},
+        format=_name(raw, format),
+        weight_bytes=_weight_bytes(raw, dtype, format, found),
     )
 
 
@@ -116,8 +124,29 @@ def _idle(network: LanguageModel) -> int:
     return experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts if experts else 0
 
 
-def _eos(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    data = read_json(path, error=ConfigError)
+def _eos(content: bytes | None) -> Any:
+    data = parse_object(content, "tokenizer or generation config", ConfigError) if content else {}
     return data.get("eos_token_id", data.get("eos_token"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Format | None, dict[str, Any]]:
+    """config.json, the format, and what the file of a GGUF model holds; weight files of a folder may not be there."""
+    if path.suffix != ".gguf":
+        raw = read_config(path)
+        return raw, read_format(raw), {}
+    with opened(path) as (raw, format, checkpoint):
+        return raw, format, checkpoint.tensors(build(raw))
+
+
+def _name(raw: dict[str, Any], format: Format | None) -> str | None:
+    if isinstance(format, Ggml):
+        return f"gguf: {', '.join(sorted(set(format.kinds.values())))}" if format.kinds else None
+    return None if format is None else str(raw["quantization_config"].get("quant_method", "bitsandbytes"))
+
+
+def _weight_bytes(raw: dict[str, Any], dtype: str, format: Format | None, found: dict[str, Any]) -> int:
+    """As the weights lie in the files, without what a format leaves open (such as scales of scales)."""
+    network = build(raw).to(getattr(torch, dtype.removeprefix("torch."), torch.float32))
+    if format is not None:
+        install(network, format, found)
+    return sum(p.nbytes for p in network.parameters())

@@ -13,6 +13,8 @@ from .errors import CheckpointError
 
 _METADATA = ["*.json", "merges.txt", "*.tiktoken", "*.jinja"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)/(?P<name>[\w.-]+\.gguf)")
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def find(
@@ -21,6 +23,8 @@ def find(
     """The folder of a checkpoint: an existing folder itself, or a hub id such as "Qwen/Qwen3-0.6B", downloaded.
 
     Only JSON, tokenizer and template files and the safetensors files of the index are fetched, never code or pickles.
+    Or a GGUF file: an existing one, the only one of a folder without config.json, or one of a hub repository, named
+    after its id ("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"). Of a split file the first part.
 
     Args:
         revision: a branch, tag or commit of the hub.
@@ -32,10 +36,36 @@ def find(
     if os.path.isdir(folder):  # False, where Path.is_dir raises, for a name the system cannot hold
         if revision is not None:
             raise CheckpointError(f"{model} is a folder, which has no revision {revision!r}; leave the revision out")
+        return _only_gguf(folder) or folder
+    if os.path.isfile(folder):
+        if folder.suffix != ".gguf":
+            raise CheckpointError(f"{model} is a file, but not a .gguf: give the folder of a checkpoint")
         return folder
+    if file := _HUB_FILE.fullmatch(str(model)):
+        return _download_gguf(file["repo"], file["name"], revision, bool(offline))
     if not _HUB_ID.fullmatch(str(model)):
         raise CheckpointError(f"{quote(str(model))} is neither a folder nor a hub id of the form organisation/name")
     return _download(str(model), revision, bool(offline), metadata_only)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that is no checkpoint otherwise, or the first part of its only one."""
+    if (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    first = [path for path in files if not (part := _PART.search(path.name)) or int(part[1]) == 1]
+    if len(first) > 1:
+        raise CheckpointError(f"{folder} holds {len(first)} GGUF models; name one: {', '.join(p.name for p in first[:4])}")
+    return first[0] if first else None
+
+
+def _download_gguf(repo: str, name: str, revision: str | None, offline: bool) -> Path:
+    """One file, or all parts of it, of a repository."""
+    pattern = _PART.sub("-?????-of-\\g<2>.gguf", name)
+    folder = _snapshot(repo, revision, offline, [pattern])
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{repo} has no file {name}; its page on the hub lists them")
+    return folder / name
 
 
 def _download(repo: str, revision: str | None, offline: bool, metadata_only: bool) -> Path:

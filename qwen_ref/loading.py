@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, LoadReport, read_json
+from .checkpoint import Checkpoint, LoadReport, parse_object, read_json
 from .errors import CheckpointError, ConfigError
 from .hub import find
 from .models import module_for
@@ -57,13 +58,13 @@ def load(
         mapped: on a CPU, weights stored in the model's dtype stay in the mapped file; see `load_model`.
     Raises: ConfigError, CheckpointError, TokenizerError: each says which file and what to do.
     """
-    folder = locate(model, revision=revision, offline=offline)
-    network = load_model(folder, device=device, dtype=dtype, mapped=mapped, progress=progress)
-    return network, _attach(network, folder)
+    path = locate(model, revision=revision, offline=offline)
+    network = load_model(path, device=device, dtype=dtype, mapped=mapped, progress=progress)
+    return network, _attach(network, path)
 
 
 def load_model(
-    folder: Path,
+    path: Path,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -71,7 +72,7 @@ def load_model(
     dequantize: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
-    """The model of a folder, without its tokenizer; `load_report` says what was found.
+    """The model of a folder or a GGUF file, without its tokenizer; `load_report` says what was found.
 
     `dequantize`: a quantised checkpoint becomes a plain model, by the definition of its format.
 
@@ -79,11 +80,10 @@ def load_model(
     place it changes the weights, as under every reader that maps. Replaced by rename, as the hub's cache does it, it
     does no harm. `mapped=False` reads everything into memory of its own. Writing to a weight never reaches the file.
     """
-    raw = read_config(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, format = pick_dtype(dtype, raw), read_format(raw)
-    first = device if format is None else torch.device("cpu")  # what is stored is repacked before it moves
-    with Checkpoint(folder) as checkpoint:
+    with opened(path) as (raw, format, checkpoint):
+        dtype = pick_dtype(dtype, raw)
+        first = device if format is None else torch.device("cpu")  # what is stored is repacked before it moves
         network = build(raw, head=checkpoint.has_language_head()).to(dtype)
         notes = prepare(network, format, checkpoint)
         checkpoint.check(network)
@@ -95,10 +95,25 @@ def load_model(
         if dequantize:
             expand(network, dtype)
         else:
-            pack(network)
+            pack(network, dtype)
         network.to(device)
     network.load_report.notes += notes
     return network.eval()
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[dict[str, Any], Format | None, Checkpoint]]:
+    """The config, the format (None = full precision) and the open weight files of a folder or of a GGUF file."""
+    if path.suffix != ".gguf" or path.is_dir():
+        raw = read_config(path)
+        with Checkpoint(path) as checkpoint:
+            yield raw, read_format(raw), checkpoint
+        return
+    from .quant.ggml import Ggml
+    from .quant.gguf import open_gguf
+
+    with open_gguf(path) as gguf:
+        yield gguf.config, Ggml(kinds=gguf.kinds), Checkpoint(path, gguf.files)
 
 
 def prepare(network: LanguageModel, format: Format | None, checkpoint: Checkpoint) -> list[str]:
@@ -119,7 +134,12 @@ def locate(model: str | Path, *, revision: str | None = None, offline: bool | No
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, as it stands."""
+    """config.json of a folder, as it stands; of a GGUF file, what would stand there."""
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        from .quant.gguf import open_gguf
+
+        with open_gguf(folder) as gguf:
+            return gguf.config
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; is it a checkpoint folder in the Hugging Face format?")
@@ -189,14 +209,36 @@ def _note_dtypes(report: LoadReport, raw: dict[str, Any]) -> None:
             report.notes.append(f"config.json says {claimed}, {count} tensors are {dtype}")
 
 
-def _attach(network: LanguageModel, folder: Path) -> Tokenizer:
-    if (folder / "generation_config.json").is_file():
-        network.generation_config = read_json(folder / "generation_config.json", error=ConfigError)
-    network.extra_files = {name: (folder / name).read_bytes() for name in _EXTRA_FILES if (folder / name).is_file()}
-    tokenizer = Tokenizer.load(folder)
+def _attach(network: LanguageModel, path: Path) -> Tokenizer:
+    files = extra_files(path)
+    if "generation_config.json" in files:
+        where = str(path / "generation_config.json")
+        network.generation_config = parse_object(files["generation_config.json"], where, ConfigError)
+    network.extra_files = files
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > network.config.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds {network.config.vocab_size}: "
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds {network.config.vocab_size}: "
             "they belong to different models"
         )
     return tokenizer
+
+
+def extra_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer and generation files of a folder; of a GGUF file, those that its metadata stand for."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        from .quant.gguf import open_gguf
+
+        with open_gguf(path) as gguf:
+            return gguf.tokenizer_files
+    return {name: (path / name).read_bytes() for name in _EXTRA_FILES if (path / name).is_file()}
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder or of a GGUF file."""
+    if path.suffix != ".gguf" or path.is_dir():
+        return Tokenizer.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in extra_files(path).items():
+            (Path(folder) / name).write_bytes(content)
+        return Tokenizer.load(folder)

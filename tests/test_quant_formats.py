@@ -53,7 +53,7 @@ def test_a_checkpoint_is_its_dequantised_weights(tmp_path, model_type, format):
 def test_the_reference_of_a_format_is_its_library(tmp_path, format, monkeypatch):
     """Before it is packed: `Scheme.dequantize`, element for element, and a forward pass over it."""
     dequantised = checkpoint(tmp_path, "qwen3_moe", format)
-    monkeypatch.setattr("qwen_ref.loading.pack", lambda model: [])
+    monkeypatch.setattr("qwen_ref.loading.pack", lambda model, dtype: None)
     model = load_model(tmp_path, dtype=torch.float32, progress=False)
     stored = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert {f"{name}.weight" for name in stored} == {name for name in dequantised if "proj.weight" in name}
@@ -61,5 +61,5 @@ def test_the_reference_of_a_format_is_its_library(tmp_path, format, monkeypatch)
         assert torch.equal(module.dequantize(), dequantised[f"{name}.weight"].float()), name
     with torch.no_grad(), backend.use("eager"):
         as_stored = model(IDS)
-        convert.pack(model)
+        convert.pack(model, torch.float32)
         torch.testing.assert_close(model(IDS), as_stored, rtol=1e-4, atol=1e-4)

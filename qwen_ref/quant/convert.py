@@ -13,7 +13,21 @@ from ..errors import CheckpointError, ConfigError, QwenRefError
 from ..layers import Experts, Linear
 from . import awq, bitsandbytes, compressed_tensors, fp4, fp8, gptq
 from .format import Format, Scheme
-from .layers import PackedExperts, PackedLinear, PackedSeparately, QuantExpert, QuantExperts, QuantLinear, joined, stacked
+from .ggml import Plain
+from .layers import (
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    PackedSeparately,
+    QuantEmbedding,
+    QuantExpert,
+    QuantExperts,
+    QuantLinear,
+    QuantStacks,
+    TiedHead,
+    joined,
+    stacked,
+)
 
 METHODS = {  # quant_method -> how its config is read
     "awq": awq.from_json,
@@ -49,7 +63,8 @@ def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[s
     the files have in full precision stays plain; those are returned by name. CheckpointError, ConfigError.
     """
     wanted = _matrices(model)
-    found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    stacks = [f"{name}.{p}" for name, m in model.named_modules() if isinstance(m, Experts) for p in PROJECTIONS]
+    found: dict[str, dict[str, Any]] = {name: {} for name in (*wanted, *stacks)}
     for tensor, info in disk.items():
         owner = tensor
         while owner and owner not in found:
@@ -63,6 +78,10 @@ def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[s
                 _replace(model, name, _quantised(name, scheme, wanted[name], found[name], module.bias))
             else:
                 plain.append(name)
+        elif isinstance(module, nn.Embedding) and (scheme := format.embedding_scheme_of(name)):
+            _replace_embedding(model, name, module, _quantised(name, scheme, wanted[name], found[name], kind=QuantEmbedding))
+        elif isinstance(module, Experts) and any(found[f"{name}.{projection}"] for projection in PROJECTIONS):
+            _replace(model, name, _stacks(name, module, format, found))
         elif isinstance(module, Experts):
             experts = _experts(name, module, format, found)
             if experts is None:
@@ -72,11 +91,24 @@ def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[s
     return plain
 
 
-def pack(model: nn.Module) -> None:
-    """Exchange every `QuantLinear` for what runs: `PackedLinear`, `PackedExperts`. Each file's tensors are let go at once."""
+def pack(model: nn.Module, dtype: torch.dtype) -> None:
+    """Exchange every `QuantLinear` for what runs: `PackedLinear`, `PackedExperts`. Each file's tensors are let go at once.
+
+    `dtype`: of the activations.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantExperts):
             _replace(model, name, _packed_experts(name, module))
+        elif isinstance(module, QuantStacks):
+            _replace(model, name, _packed_stacks(name, module, dtype))
+        elif isinstance(module, QuantEmbedding):
+            shape = module.out_features, module.in_features
+            with _named(name):
+                matrix = module.pack()
+            heads = _tied(model, module)
+            _replace(model, name, PackedEmbedding(matrix.weight, shape, dtype))
+            for head in heads:
+                _replace(model, head, PackedLinear(matrix, shape))
         elif isinstance(module, QuantLinear) and _held(model, name):
             _replace(model, name, _packed(name, module))
 
@@ -84,17 +116,32 @@ def pack(model: nn.Module) -> None:
 def expand(model: nn.Module, dtype: torch.dtype) -> None:
     """Exchange every `QuantLinear` for a plain layer with the matrix it stands for, by the format's definition."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantExperts):
-            experts = Experts(0, 0, 0)
-            for part, stack in module.plain(dtype):
-                setattr(experts, part, _fixed(stack))
-            _replace(model, name, experts)
+        if isinstance(module, QuantExperts | QuantStacks):
+            _replace(model, name, _expanded(module, dtype))
+        elif isinstance(module, QuantEmbedding):
+            weight, heads = _fixed(module.dequantize().to(dtype)), _tied(model, module)
+            embedding = nn.Embedding(0, 0, device="meta")
+            embedding.num_embeddings, embedding.embedding_dim, embedding.weight = *weight.shape, weight
+            _replace(model, name, embedding)
+            for head in heads:
+                _replace(model, head, _linear(weight, None))
         elif isinstance(module, QuantLinear) and _held(model, name):
-            plain = Linear(0, 0, bias=False, device="meta")
-            plain.out_features, plain.in_features = module.out_features, module.in_features
-            plain.weight = _fixed(module.dequantize().to(dtype))
-            plain.register_parameter("bias", module.bias)
-            _replace(model, name, plain)
+            _replace(model, name, _linear(_fixed(module.dequantize().to(dtype)), module.bias))
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> Linear:
+    plain = Linear(0, 0, bias=False, device="meta")
+    plain.out_features, plain.in_features = weight.shape
+    plain.weight = weight
+    plain.register_parameter("bias", bias)
+    return plain
+
+
+def _expanded(module: QuantExperts | QuantStacks, dtype: torch.dtype) -> Experts:
+    experts = Experts(0, 0, 0)
+    for part, stack in module.plain(dtype):
+        setattr(experts, part, _fixed(stack))
+    return experts
 
 
 def _fixed(tensor: torch.Tensor) -> nn.Parameter:
@@ -102,11 +149,13 @@ def _fixed(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (N, K) of every linear layer, an expert's included. A head that is the embedding is none of its own."""
+    """Name -> (N, K) of every matrix, an expert's included. A head that is the embedding is none of its own."""
     embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     shapes = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear) and id(module.weight) not in embedding:
+        if isinstance(module, nn.Embedding):
+            shapes[name] = (module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, Linear) and id(module.weight) not in embedding:
             shapes[name] = (module.out_features, module.in_features)
         elif isinstance(module, Experts):
             for part, view in module.named_parts():
@@ -134,16 +183,45 @@ def _experts(name: str, module: Experts, format: Format, found: Mapping[str, Map
     return experts
 
 
-def _quantised(name: str, scheme: Scheme, shape: tuple[int, int], found: Mapping[str, Any],
-               bias: nn.Parameter | None = None) -> QuantLinear:  # fmt: skip
+def _stacks(name: str, module: Experts, format: Format, found: Mapping[str, Mapping[str, Any]]) -> QuantStacks:
+    """The experts of a GGUF file."""
+    experts, double, hidden = module.gate_up_proj.shape
+    stacks = QuantStacks()
+    for projection in PROJECTIONS:
+        part = f"{name}.{projection}"
+        shape = (hidden, double // 2) if projection == "down_proj" else (double // 2, hidden)
+        scheme = format.scheme_of(part) or Plain()
+        setattr(stacks, projection, _quantised(part, scheme, shape, found[part], lead=(experts,)))
+    return stacks
+
+
+def _packed_stacks(name: str, module: QuantStacks, dtype: torch.dtype) -> nn.Module:
+    matrices = [getattr(module, projection) for projection in PROJECTIONS]
+    plain = [isinstance(m.scheme, Plain) for m in matrices]
+    if all(plain):
+        return _expanded(module, dtype)
+    if any(plain):
+        raise CheckpointError(f"{name}: one projection of the experts is quantised and another is not")
+    gate, up, down = (_packed(f"{name}.{projection}", m).packed for projection, m in zip(PROJECTIONS, matrices, strict=True))
+    both = joined(gate, up)
+    if both is None:
+        raise CheckpointError(f"{name}: gate and up are of different kinds, which is not implemented")
+    first = matrices[0]
+    return PackedExperts(both, down, (first.tensors["weight"].shape[0], first.in_features, first.out_features))
+
+
+def _quantised(
+    name: str, scheme: Scheme, shape: tuple[int, int], found: Mapping[str, Any], bias: nn.Parameter | None = None,
+    *, lead: tuple[int, ...] = (), kind: type[QuantLinear] = QuantLinear,
+) -> Any:  # fmt: skip
     with _named(name):
-        slots = scheme.slots(*shape, found)
+        slots = {key: slot._replace(shape=lead + slot.shape) for key, slot in scheme.slots(*shape, found).items()}
     dtypes = {key: found[key].dtype if key in found and found[key].dtype in slot.dtypes else slot.dtypes[0]
               for key, slot in slots.items()}  # fmt: skip
     extra = bias is None and "bias" in found  # GPTQ's first writers gave every matrix one, of zeros
     if extra:
         bias = nn.Parameter(torch.empty(shape[0], dtype=found["bias"].dtype, device="meta"), requires_grad=False)
-    module = QuantLinear(scheme, *shape, slots, dtypes, bias)
+    module = kind(scheme, *shape, slots, dtypes, bias)
     module.must_be_zero = extra
     return module
 
@@ -198,6 +276,19 @@ def _held(model: nn.Module, name: str) -> bool:
         return isinstance(model.get_submodule(name), QuantLinear)
     except AttributeError:
         return False
+
+
+def _replace_embedding(model: nn.Module, name: str, old: nn.Embedding, new: QuantEmbedding) -> None:
+    """Also a head that is the same matrix."""
+    heads = [name for name, m in model.named_modules() if isinstance(m, Linear) and m.weight is old.weight]
+    new.dtype = old.weight.dtype
+    _replace(model, name, new)
+    for head in heads:
+        _replace(model, head, TiedHead(new))
+
+
+def _tied(model: nn.Module, embedding: QuantEmbedding) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, TiedHead) and m.of[0] is embedding]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

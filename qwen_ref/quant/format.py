@@ -76,6 +76,10 @@ class Format:
         """The scheme of the module with this official name; None = full precision."""
         return None if matches(name, self.skipped) else self.scheme
 
+    def embedding_scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of an embedding's (V, H) matrix: full precision in all formats but GGUF."""
+        return None
+
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a module is meant by one of these: a part of its path ("mlp.gate", "lm_head"), or a "re:" expression."""

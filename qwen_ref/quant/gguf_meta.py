@@ -176,7 +176,7 @@ def _write_experts(f: Fields, arch: str) -> dict[str, Any]:
     if f.flag("norm_topk_prob", False) != normalised:
         raise f.error("norm_topk_prob", f"is {not normalised}; llama.cpp computes {arch} with {normalised} only")
     values = {
-        "expert_count": f.integer("num_experts"),
+        "expert_count": f.integer("num_experts", f.integer("num_local_experts", 0, low=0)),
         "expert_used_count": f.integer("num_experts_per_tok"),
         "expert_feed_forward_length": f.integer("moe_intermediate_size"),
     }

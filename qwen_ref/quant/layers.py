@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import backend, ops
 from .format import Matrix, Scheme, Slot
-from .packed import Code4, Fp8, Gguf, Int4, Int8, Packed, rows
+from .packed import Code4, Fp8, Gguf, Int4, Int8, Packed, moe_packed, rows
 
 LINEAR: dict[type, backend.Operation] = {
     Int4: backend.linear_int4,
@@ -63,6 +63,43 @@ class QuantLinear(nn.Module):
 
     def pack(self) -> Matrix:
         return self.scheme.pack(self.tensors, self.out_features, self.in_features)
+
+
+class QuantEmbedding(QuantLinear):
+    """Rows of a (V, H) matrix that its file stores in blocks."""
+
+    dtype: torch.dtype = torch.float32  # of what it returns
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
+        return F.embedding(ids, self.dequantize().to(self.dtype))
+
+
+class TiedHead(nn.Module):
+    """The embedding again, as the head, until both are packed."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        self.of = (embedding,)  # in a tuple: not a module of its own
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., V)
+        return F.linear(x, self.of[0].dequantize().to(x.dtype))
+
+
+class QuantStacks(nn.Module):
+    """E experts as a GGUF file stores them: every projection one tensor (E, N, bytes of a row)."""
+
+    gate_proj: QuantLinear
+    up_proj: QuantLinear
+    down_proj: QuantLinear
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, H), (M, k), (M, k) -> (M, H)
+        (_, gate_up), (_, down) = self.plain(x.dtype)
+        return ops.moe_experts(x, gate_up, down, weights, experts)
+
+    def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The two stacks of `layers.Experts`."""
+        yield "gate_up_proj", torch.cat((self.gate_proj.dequantize().to(dtype), self.up_proj.dequantize().to(dtype)), 1)
+        yield "down_proj", self.down_proj.dequantize().to(dtype)
 
 
 class Holder:
@@ -199,6 +236,8 @@ class PackedExperts(PackedModule):
         self.experts, self.hidden, self.intermediate = shape
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (M, H), (M, k), (M, k) -> (M, H)
+        if type(self.gate_up) is not type(self.down):  # a GGUF file may fall back to other blocks for narrow matrices
+            return moe_packed(x, self.gate_up, self.down, weights, experts)
         return MOE[type(self.gate_up)](x, self.gate_up, self.down, weights, experts)
 
     def plain(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -320,5 +359,5 @@ def _one_table(upper: Code4, lower: Code4) -> tuple[Code4, Code4]:
 
 __all__ = [
     "LINEAR", "MOE", "Holder", "PackedEmbedding", "PackedExperts", "PackedLinear", "PackedModule", "PackedSeparately",
-    "QuantExpert", "QuantExperts", "QuantLinear", "joined", "rows", "stacked",
+    "QuantEmbedding", "QuantExpert", "QuantExperts", "QuantLinear", "QuantStacks", "TiedHead", "joined", "rows", "stacked",
 ]  # fmt: skip

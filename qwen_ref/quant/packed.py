@@ -198,31 +198,31 @@ def quantize_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def moe_int4(x: Tensor, gate_up: Int4, down: Int4, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Int4` stacks."""
-    return _moe(x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_int8(x: Tensor, gate_up: Int8, down: Int8, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Int8` stacks."""
-    return _moe(x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_fp8(x: Tensor, gate_up: Fp8, down: Fp8, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Fp8` stacks."""
-    return _moe(x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_code4(x: Tensor, gate_up: Code4, down: Code4, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Code4` stacks."""
-    return _moe(x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_gguf(x: Tensor, gate_up: Gguf, down: Gguf, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Gguf` stacks."""
-    return _moe(x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
-def _moe(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
-    """`ops.moe_experts`, one dequantised expert at a time."""
+def moe_packed(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`ops.moe_experts`, one dequantised expert at a time; the two stacks may be of different layouts."""
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
         token, slot = torch.where(experts == e)

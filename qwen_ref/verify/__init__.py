@@ -35,11 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend as backends
-from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, RequestError
-from ..loading import build, load_model, locate, pick_dtype, read_config
+from ..loading import build, extra_files, load_model, load_tokenizer, locate, opened, pick_dtype
 from ..models.common import LanguageModel
-from ..quant.convert import read_format
 from ..tokenizer import Tokenizer
 from . import bundle, levels, memory, operations, oracle, streaming
 from .levels import HALF, Comparison, Live, Logits, Oracle, Tolerances
@@ -197,7 +195,7 @@ def capture(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder, or a model in memory."""
+    """A folder or GGUF file, or a model in memory."""
 
     name: str
     folder: Path | None
@@ -205,6 +203,7 @@ class _Source:
     raw: dict[str, Any]  # config.json
     dtype: torch.dtype
     device: torch.device
+    quantised: bool = False
 
     @property
     def config(self) -> Any:
@@ -226,10 +225,6 @@ class _Source:
             weights = load_model(self.folder, device=self.device, dtype=self.dtype, dequantize=True, progress=False)
         theirs = oracle.build(weights, ours, self.dtype, self.device)
         return theirs, oracle.build(weights, ours, torch.float32, self.device) if self.dtype in HALF else theirs
-
-    @property
-    def quantised(self) -> bool:
-        return read_format(self.raw) is not None
 
     def oracle_skeleton(self) -> nn.Module:
         return oracle.skeleton(self._on_disk, self.skeleton, self.dtype, self.device)
@@ -263,9 +258,9 @@ class _Source:
         return self.folder
 
     def tokenizer(self) -> Tokenizer | None:
-        if self.folder is None or not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+        if self.folder is None or not any(name in extra_files(self.folder) for name in _TOKENIZER_FILES):
             return None
-        return Tokenizer.load(self.folder)
+        return load_tokenizer(self.folder)
 
 
 def _open(model: LanguageModel | str | Path, dtype: torch.dtype | str | None, device: torch.device) -> _Source:
@@ -273,11 +268,11 @@ def _open(model: LanguageModel | str | Path, dtype: torch.dtype | str | None, de
         if dtype is not None and pick_dtype(dtype, {}) != model.dtype:
             raise RequestError(f"the model is in {_plain(model.dtype)}: leave out dtype, or convert it with model.to(dtype)")
         return _Source(type(model).__module__, None, model, model.config.to_json(), model.dtype, model.device)
-    folder = locate(model)
-    raw = read_config(folder)
-    with Checkpoint(folder) as checkpoint:
+    path = locate(model)
+    with opened(path) as (raw, format, checkpoint):
         skeleton = build(raw, head=checkpoint.has_language_head())
-    return _Source(str(model), folder, skeleton, raw, pick_dtype(dtype or torch.float32, raw), device)
+    quantised = format is not None
+    return _Source(str(model), path, skeleton, raw, pick_dtype(dtype or torch.float32, raw), device, quantised)
 
 
 def _device(device: torch.device | str) -> torch.device:
