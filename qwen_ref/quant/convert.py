@@ -51,8 +51,8 @@ def read_format(raw: Mapping[str, Any]) -> Format | None:
     method = given.get("quant_method")
     if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
         method = "bitsandbytes"  # older files leave it out
-    if method not in METHODS:
-        raise fields.error("quant_method", f"is {method!r}, which is not implemented; there are {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise fields.error("quant_method", f"is {method!r:.80}, which is not implemented; there are {', '.join(METHODS)}")
     return METHODS[method](fields)
 
 
@@ -257,7 +257,7 @@ def _packed_experts(name: str, module: QuantExperts) -> nn.Module:
 
 
 class _named:
-    """Puts the matrix's name before an error that a scheme raises."""
+    """Puts the matrix's name before an error that a scheme raises: a CheckpointError, for the file is at fault."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -267,7 +267,7 @@ class _named:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, QwenRefError):
-            raise type(error)(f"{self.name}: {error}") from error
+            raise CheckpointError(f"{self.name}: {error}") from error
 
 
 def _held(model: nn.Module, name: str) -> bool:

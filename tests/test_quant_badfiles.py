@@ -1,0 +1,255 @@
+"""Quantised checkpoints that are damaged, hostile or not implemented: one kind of error, which names what and where."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from quantised import FORMATS, checkpoint
+from safetensors.torch import load_file, save_file
+
+from qwen_ref.config import Fields
+from qwen_ref.errors import CheckpointError, ConfigError
+from qwen_ref.loading import load_model
+from qwen_ref.quant.convert import read_format
+from qwen_ref.quant.format import matches, patterns
+
+AWQ, GPTQ, FP8 = FORMATS["awq"][0], FORMATS["gptq-int4"][0], FORMATS["fp8"][0]
+INT4, NF4 = FORMATS["compressed-int4"][0], FORMATS["bnb-nf4"][0]
+
+
+def changed(settings, **changes):
+    return {**copy.deepcopy(settings), **changes}
+
+
+def weights_changed(**changes):
+    settings = copy.deepcopy(INT4)
+    settings["config_groups"]["group_0"]["weights"].update(changes)
+    return settings
+
+
+@pytest.mark.parametrize("settings,match", [
+    ("int4", "not an object"),
+    ([], "not an object"),
+    ({}, "quant_method is None"),
+    ({"quant_method": "quip#"}, "quant_method is 'quip#', which is not implemented; there are awq"),
+    ({"quant_method": ["awq"]}, "quant_method"),
+    (changed(AWQ, version="gemv"), "version is 'gemv'"),
+    (changed(AWQ, bits=3), "bits is 3"),
+    (changed(AWQ, zero_point=False), "zero_point"),
+    (changed(AWQ, group_size=0), "group_size is 0"),
+    (changed(AWQ, group_size=-2), "group_size is -2"),
+    (changed(AWQ, group_size=True), "group_size is True"),
+    (changed(AWQ, group_size=1e30), "group_size is 1e\\+30"),
+    (changed(AWQ, modules_to_not_convert="lm_head"), "not a list"),
+    (changed(AWQ, modules_to_not_convert=[1]), "holds '1'"),
+    (changed(AWQ, modules_to_not_convert=["x" * 500]), "not the name of a module"),
+    (changed(GPTQ, bits=2), "bits is 2"),
+    (changed(GPTQ, checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
+    (changed(GPTQ, dynamic={"+:x": {}}), "dynamic is set"),
+    (changed(FP8, fmt="e5m2"), "fmt is 'e5m2'"),
+    (changed(FP8, weight_block_size=[128]), "weight_block_size"),
+    (changed(FP8, weight_block_size=[128, 0]), "weight_block_size"),
+    (changed(FP8, weight_block_size="128"), "not a list"),
+    (changed(INT4, config_groups={}), "config_groups is empty"),
+    (changed(INT4, config_groups=[1]), "not an object"),
+    (changed(INT4, config_groups={"a": None}), "weights is missing"),
+    (changed(INT4, format="marlin-24"), "marlin-24"),
+    (changed(INT4, sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
+    (changed(INT4, ignore=["re:("]), "no regular expression"),
+    (changed(INT4, ignore=["re:(a+)+$"]), "too complex"),
+    (changed(INT4, ignore=["re:" + ".*" * 20]), "too complex"),
+    (weights_changed(num_bits=3), "num_bits is 3"),
+    (weights_changed(strategy="block"), "strategy is 'block'"),
+    (weights_changed(group_size=0), "group_size is 0"),
+    (changed(NF4, load_in_8bit=True), "both true or both false"),
+    (changed(NF4, bnb_4bit_quant_type="int3"), "bnb_4bit_quant_type"),
+    ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ'"),
+])  # fmt: skip
+def test_a_config_that_is_wrong_or_not_implemented_is_refused(settings, match):
+    with pytest.raises(ConfigError, match=match) as caught:
+        read_format({"quantization_config": settings})
+    assert "config.json" in str(caught.value) and len(str(caught.value)) < 800
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def put(name, make):
+    return lambda tensors: tensors.__setitem__(name, make(tensors.get(name)))
+
+
+def nan(tensor):
+    values = tensor.float()
+    values.view(-1)[-1] = float("nan")
+    return values.to(tensor.dtype)
+
+
+def state(change):
+    def make(tensor):
+        data = json.loads(bytes(tensor.tolist()))
+        change(data)
+        return torch.tensor(list(json.dumps(data).encode()), dtype=torch.uint8)
+
+    return make
+
+
+STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
+DAMAGE = {
+    "a scale is missing": ("awq", lambda t: t.pop(f"{Q}.scales"), rf"missing \(1\): {Q}.scales"),
+    "zeros are missing": ("gptq-int4", lambda t: t.pop(f"{Q}.qzeros"), rf"missing \(1\): {Q}.qzeros"),
+    "the codes are missing": ("compressed-int4", lambda t: t.pop(f"{Q}.weight_packed"), rf"missing \(1\): {Q}.weight_packed"),
+    "a scale of FP8 is missing": ("fp8", lambda t: t.pop(f"{Q}.weight_scale_inv"), rf"missing \(1\): {Q}.weight_scale_inv"),
+    "the map is missing": ("bnb-nf4", lambda t: t.pop(f"{Q}.weight.quant_map"), rf"missing \(1\): {Q}.weight.quant_map"),
+    "nested scales are missing": ("bnb-nf4-nested", lambda t: t.pop(f"{Q}.weight.nested_absmax"), "missing|nested_absmax"),
+    "a tensor too many": ("awq", put(f"{Q}.qscales", lambda _: torch.ones(2)), rf"unexpected \(1\): {Q}.qscales"),
+    "a matrix of a module in full precision": (
+        "awq", put("lm_head.qweight", lambda _: torch.ones(2, 2).int()), r"unexpected \(1\): lm_head.qweight"),
+    "another shape": ("gptq-int4", put(f"{Q}.scales", lambda s: s[:, :-1]), rf"wrong shape \(1\): {Q}.scales"),
+    "another dtype": ("gptq-int4", put(f"{Q}.qweight", lambda q: q.long()), rf"wrong dtype \(1\): {Q}.qweight"),
+    "scales that are NaN": ("awq", put(f"{Q}.scales", nan), f"{Q}: AWQ's scales holds NaN"),
+    "GPTQ scales that are NaN": ("gptq-int8", put(f"{Q}.scales", nan), f"{Q}: GPTQ's scales holds NaN"),
+    "FP8 scales that are NaN": ("fp8", put(f"{Q}.weight_scale_inv", nan), f"{Q}: weight_scale_inv holds NaN"),
+    "compressed scales that are NaN": ("compressed-int8", put(f"{Q}.weight_scale", nan), f"{Q}: weight_scale holds NaN"),
+    "MXFP4 scales that are NaN": ("compressed-mxfp4", put(f"{Q}.weight_scale", lambda s: s.fill_(255)), "weight_scale holds NaN"),
+    "NVFP4's scale is zero": ("compressed-nvfp4", put(f"{Q}.weight_global_scale", lambda s: s * 0), "weight_global_scale holds NaN"),
+    "bitsandbytes scales that are NaN": ("bnb-int8", put(f"{Q}.SCB", nan), f"{Q}: SCB holds NaN"),
+    "NF4 scales that are NaN": ("bnb-nf4", put(f"{Q}.weight.absmax", nan), f"{Q}: weight.absmax holds NaN"),
+    "a group that is not there": ("gptq-int4", put(f"{Q}.g_idx", lambda g: g.fill_(99)), f"{Q}: g_idx names a group outside"),
+    "a group below zero": ("gptq-int4", put(f"{Q}.g_idx", lambda g: g - 1), f"{Q}: g_idx names a group outside"),
+    "a bias that is not zero": (
+        "gptq-int4", put("model.layers.1.mlp.down_proj.bias", lambda _: torch.ones(96)), "down_proj.bias is not zero"),
+    "another matrix's shape": (
+        "compressed-int4", put(f"{Q}.weight_shape", lambda s: s.flip(0)), f"{Q}: weight_shape is"),
+    "columns that int8 in another order": (
+        "bnb-int8", put(f"{Q}.weight_format", lambda f: f + 2), f"{Q}: weight_format is not 0"),
+    "a state that is no JSON": ("bnb-nf4", put(STATE, lambda s: s[:-3]), f"{Q}: quant_state of bitsandbytes: not valid JSON"),
+    "a state that is a list": ("bnb-nf4", put(STATE, lambda s: torch.tensor([91, 93], dtype=torch.uint8)), "not a JSON object"),
+    "a state of megabytes": (
+        "bnb-nf4", put(STATE, lambda s: torch.zeros(1 << 20, dtype=torch.uint8)), "which bitsandbytes does not write"),
+    "a state of another shape": ("bnb-nf4", put(STATE, state(lambda d: d.update(shape=[96, 192]))), f"{Q}: .*the config wants"),
+    "blocks of nothing": ("bnb-nf4", put(STATE, state(lambda d: d.update(blocksize=0))), "blocksize is 0"),
+    "blocks of another size": ("bnb-nf4", put(STATE, state(lambda d: d.update(blocksize=128))), "not one for each 128 weights"),
+    "no offset": ("bnb-nf4-nested", put(STATE, state(lambda d: d.pop("nested_offset"))), "nested_offset is None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(tmp_path, case):
+    format, change, match = DAMAGE[case]
+    checkpoint(tmp_path, "qwen3", format)
+    rewrite(tmp_path, change)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_model(tmp_path, progress=False)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_bias_of_zeros_that_the_model_does_not_have_is_let_go(tmp_path):
+    """AutoGPTQ's first versions wrote one for every matrix."""
+    checkpoint(tmp_path, "qwen3", "gptq-int4")
+    rewrite(tmp_path, put("model.layers.1.mlp.down_proj.bias", lambda _: torch.zeros(96).half()))
+    assert load_model(tmp_path, progress=False).model.layers[1].mlp.down_proj.bias is None
+
+
+def test_a_group_size_that_does_not_divide_is_named(tmp_path):
+    checkpoint(tmp_path, "qwen3", "awq")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"]["group_size"] = 40
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"layers.0.self_attn.q_proj: the group size 40 does not divide the 96 columns"):
+        load_model(tmp_path, progress=False)
+
+
+def test_a_matrix_that_the_file_has_in_full_precision_is_noted(tmp_path):
+    dequantised = checkpoint(tmp_path, "qwen3", "awq")
+
+    def plain(tensors):
+        for name in ("qweight", "qzeros", "scales"):
+            del tensors[f"{Q}.{name}"]
+        tensors[f"{Q}.weight"] = dequantised[f"{Q}.weight"]
+
+    rewrite(tmp_path, plain)
+    model = load_model(tmp_path, dtype=torch.float32, progress=False)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dequantised[f"{Q}.weight"])
+    assert model.load_report.notes == [f"left in full precision by the file: {Q}"]
+
+
+def test_names_match_as_the_formats_mean_them():
+    assert matches("model.layers.3.mlp.gate", ["mlp.gate"]) and not matches("model.layers.3.mlp.gate_proj", ["mlp.gate"])
+    assert matches("lm_head", ["lm_head"]) and not matches("model.lm_head_2", ["lm_head"])
+    assert matches("model.layers.3.mlp.gate", ["re:.*mlp.gate$"]) and not matches("model.layers.3.mlp.gate_proj", ["re:.*mlp.gate$"])
+    assert not matches("model.layers.13.mlp", ["layers.3"]) and matches("model.layers.3.mlp", ["layers.3"])
+    assert patterns(Fields({"ignore": ["re:.*gate$", "lm_head"]}), "ignore") == ("re:.*gate$", "lm_head")
+
+
+FUZZ = """
+    import json, random, resource, sys
+    from pathlib import Path
+    import torch
+    from safetensors.torch import load_file, save_file
+    from qwen_ref.errors import QwenRefError
+    from qwen_ref.loading import load_model
+    from qwen_ref.quant.layers import PackedLinear
+
+    resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (6 << 30),) * 2)
+    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    raw = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    quantised = sorted(n for n in tensors if "self_attn" in n and n.rpartition(".")[2] not in ("weight", "bias") or "SCB" in n)
+    random.seed(seed)
+    VALUES = [None, True, -1, 0, 1, 3, 1 << 40, -0.5, 1e300, "x", "int", "group", [], [0], {}, {"a": 1}, "re:.*"]
+    outcomes = {"loaded": 0, "refused": 0}
+    for _ in range(60):
+        config, stored = json.loads(json.dumps(raw)), dict(tensors)
+        for _ in range(random.randint(1, 3)):
+            if random.random() < 0.5:
+                at = config["quantization_config"]
+                while True:  # somewhere in the quantisation config
+                    key = random.choice(list(at) if isinstance(at, dict) else range(len(at)))
+                    if isinstance(at[key], (dict, list)) and at[key] and random.random() < 0.8:
+                        at = at[key]
+                    else:
+                        break
+                at[key] = random.choice(VALUES)
+            else:
+                name = random.choice(quantised)
+                t = stored.get(name, torch.ones(1))
+                stored[name] = random.choice([
+                    lambda: t.flatten()[: t.numel() // 2], lambda: t[None], lambda: t.float(), lambda: t.int() * 0 - 1,
+                    lambda: torch.randint(0, 256, (t.nbytes,)).byte().view(t.dtype).view(t.shape) if t.dim() else t,
+                    lambda: torch.zeros(0, dtype=t.dtype), lambda: (t.float() * float("inf")).to(t.dtype),
+                ])()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file({n: t.contiguous().clone() for n, t in stored.items()}, folder / "model.safetensors")
+        try:
+            model = load_model(folder, dtype=torch.float32, progress=False)
+            model(torch.tensor([[1, 2, 3]]))
+            outcomes["loaded"] += 1
+        except QwenRefError as error:
+            assert len(str(error)) < 3000, len(str(error))
+            outcomes["refused"] += 1
+    print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.parametrize("format", ["awq", "gptq-int8-act-order", "fp8", "compressed-int4-zeros", "bnb-nf4-nested", "modelopt-nvfp4"])
+def test_mutations_of_config_and_tensors_load_or_are_refused(tmp_path, format):
+    checkpoint(tmp_path, "qwen2", format)
+    seed = str(random.Random(format).randrange(1 << 30))
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(FUZZ), str(tmp_path), seed], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    outcomes = json.loads(out.stdout)
+    assert outcomes["refused"] > 20, outcomes
