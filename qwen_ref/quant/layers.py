@@ -318,9 +318,12 @@ def joined(upper: Packed, lower: Packed) -> Packed | None:
     if type(upper) is not type(lower):
         return None
     if isinstance(upper, Fp8) and isinstance(lower, Fp8):
-        upper, lower = _finer(upper), _finer(lower)
+        high = math.gcd(upper.codes.shape[-2], upper.block[0], lower.block[0])
+        upper, lower = _finer(upper, high), _finer(lower, high)
     if isinstance(upper, Code4) and isinstance(lower, Code4) and not torch.equal(upper.table, lower.table):
         upper, lower = _one_table(upper, lower)
+    if any(a != getattr(lower, name) for name, a in upper._asdict().items() if isinstance(a, int | str | tuple)):
+        return None  # groups of another size, or blocks of another kind
     result: dict[str, Any] = {}
     for name, a in upper._asdict().items():
         b = getattr(lower, name)
@@ -334,18 +337,14 @@ def joined(upper: Packed, lower: Packed) -> Packed | None:
             if a.dtype != b.dtype:
                 return None
             result[name] = torch.cat((a.view(torch.uint8), b.view(torch.uint8)), dim=-2).view(a.dtype)
-        elif a != b:
-            return None
         else:
             result[name] = a
     return type(upper)(**result)
 
 
-def _finer(weight: Fp8) -> Fp8:
-    """The same with blocks that divide the rows, so that another matrix may follow below."""
-    count = weight.codes.shape[-2]
-    high = math.gcd(count, weight.block[0])
-    scale = weight.scale.repeat_interleave(weight.block[0] // high, dim=-2)[..., : count // high, :]
+def _finer(weight: Fp8, high: int) -> Fp8:
+    """The same with blocks of fewer rows, so that another matrix may follow below."""
+    scale = weight.scale.repeat_interleave(weight.block[0] // high, dim=-2)[..., : -(-weight.codes.shape[-2] // high), :]
     return weight._replace(scale=scale, block=(high, weight.block[1]))
 
 
