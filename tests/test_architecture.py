@@ -30,7 +30,7 @@ ALLOWED = {
     "quant.compressed_tensors": {"config", "errors", "quant.format", "quant.fp4", "quant.fp8", "quant.packed"},
     "quant.layers": {"backend", "ops", "quant.format", "quant.packed"},
     "quant.convert": {"config", "errors", "layers", *(f"quant.{name}" for name in (
-        "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "ggml", "gptq", "layers"))},
+        "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "ggml", "gptq", "layers", "packed"))},
     "quant.ggml": {"quant.format", "quant.gguf", "quant.gguf_blocks"},
     "quant.gguf": {"checkpoint", "errors", "limits", "quant.gguf_blocks", "quant.gguf_meta", "quant.packed"},
     "quant.gguf_meta": {"checkpoint", "config", "errors", "limits", "tokenizer"},

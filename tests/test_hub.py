@@ -354,3 +354,33 @@ def test_a_cache_that_cannot_be_written(hub, start, tmp_path):
     home = tmp_path / "home"
     home.write_text("a file where the cache should be")
     assert "org/m" in start(home=home).error("org/m")
+
+
+def test_one_gguf_file_is_fetched_by_name_and_a_split_one_whole(hub, child):
+    files = {"small-Q4_K_M.gguf": b"GGUF1", "small-Q8_0.gguf": b"GGUF2", "README.md": b"#",
+             **{f"large-Q4_0-{i:05}-of-00003.gguf": b"GGUF" + bytes([i]) for i in (1, 2, 3)},
+             "large-Q8_0-00001-of-00003.gguf": b"other"}  # fmt: skip
+    hub.repositories = {"org/files-GGUF": {"main": files}}
+    path = child.find("org/files-GGUF/small-Q8_0.gguf")
+    assert path.read_bytes() == b"GGUF2" and hub.fetched == ["small-Q8_0.gguf"]
+    path = child.find("org/files-GGUF/large-Q4_0-00001-of-00003.gguf")
+    assert path.read_bytes() == b"GGUF\1"
+    assert {f"large-Q4_0-{i:05}-of-00003.gguf" for i in (1, 2, 3)} < names(path.parent)
+    assert set(hub.fetched) == names(path.parent)
+    assert "has no file small-Q2_K.gguf" in child.error("org/files-GGUF/small-Q2_K.gguf")
+    assert child.find("org/files-GGUF/small-Q8_0.gguf", offline=True).read_bytes() == b"GGUF2"
+
+
+def test_a_gguf_file_at_hand_is_found(tmp_path, child):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert child.find(str(tmp_path)) == child.find(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
+    (tmp_path / "notes.txt").write_text("")
+    assert "not a .gguf" in child.error(str(tmp_path / "notes.txt"))
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    assert "2 GGUF models; name one: a.gguf, b.gguf" in child.error(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert child.find(str(tmp_path)) == tmp_path
+    for i in (1, 2):
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c" / f"m-{i:05}-of-00002.gguf").write_bytes(b"GGUF")
+    assert child.find(str(tmp_path / "c")).name == "m-00001-of-00002.gguf"

@@ -63,3 +63,20 @@ def test_the_reference_of_a_format_is_its_library(tmp_path, format, monkeypatch)
         as_stored = model(IDS)
         convert.pack(model, torch.float32)
         torch.testing.assert_close(model(IDS), as_stored, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_of_an_fp8_model_can_be_rounded_too(tmp_path):
+    checkpoint(tmp_path, "qwen3", "fp8")
+    model = load_model(tmp_path, dtype=torch.float32, progress=False)
+    with torch.no_grad(), backend.use("eager"):
+        plain = model(IDS)
+        assert convert.round_activations(model) == 2 * 7
+        rounded = model(IDS)
+        q, x = model.model.layers[0].self_attn.q_proj, torch.randn(3, 96)
+        codes = (x.view(3, 2, 48) / (x.view(3, 2, 48).abs().amax(-1, True) / 448)).to(torch.float8_e4m3fn).float()
+        seen = (codes * (x.view(3, 2, 48).abs().amax(-1, True) / 448)).view(3, 96)
+        torch.testing.assert_close(q(x), seen @ q.weight.T, rtol=1e-5, atol=1e-5)
+        convert.round_activations(model, False)
+        assert torch.equal(model(IDS), plain)
+    error = (rounded - plain).norm() / plain.norm()
+    assert 1e-3 < error < 0.2

@@ -150,6 +150,7 @@ class PackedLinear(PackedModule):
 
     bias: nn.Parameter | None
     held = ("packed", "order")
+    dynamic = False  # FP8 only: round x too, as FP8 tensor cores need it; see `convert.round_activations`
 
     def __init__(self, matrix: Matrix, shape: tuple[int, int], bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -160,7 +161,8 @@ class PackedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         if self.order is not None:
             x = x[..., self.order]
-        return LINEAR[type(self.packed)](x, self.packed, self.bias)
+        operation = backend.linear_fp8_dynamic if self.dynamic else LINEAR[type(self.packed)]
+        return operation(x, self.packed, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # (N, K)
         weight = self.packed.dequantize(dtype, self.in_features)
