@@ -203,10 +203,12 @@ class _Header:
         self.at = 0
         self._file, self._damage = file, damage
         self._end = min(size, LIMITS.gguf_header_bytes)
-        self._problem = "ends inside its header: truncated?" if size == self._end else f"header exceeds {self._end:,} bytes"
+        whole = size == self._end
+        self._problem = "it ends inside its header: truncated?" if whole else f"its header exceeds {self._end:,} bytes"
 
     def take(self, count: int) -> bytes:
-        self._need(count)
+        if count > self._end - self.at:
+            raise self._damage(self._problem)
         raw = self._file.read(count)
         if len(raw) < count:
             raise self._damage("it ends inside its header: has it shrunk?")
@@ -225,7 +227,7 @@ class _Header:
         return value
 
     def string(self) -> str:
-        raw = self.take(self.number("Q"))
+        raw = self.take(int.from_bytes(self.take(8), "little"))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as problem:
@@ -245,7 +247,8 @@ class _Header:
 
     def _array(self, kind: int, count: int) -> list[str] | array[Any]:
         if kind == STRING:
-            self._need(8 * count)
+            if 8 * count > self._end - self.at:
+                raise self._damage(self._problem)
             return [self.string() for _ in range(count)]
         if kind not in SCALARS:
             raise self._damage("a metadata array holds arrays" if kind == ARRAY else f"an array is of the unknown type {kind}")
@@ -260,10 +263,6 @@ class _Header:
         if raw.strip(b"\0\1"):
             raise self._damage("a truth value is neither 0 nor 1")
         return raw
-
-    def _need(self, count: int) -> None:
-        if count > self._end - self.at:
-            raise self._damage(f"it {self._problem}")
 
 
 # ------------------------------------------------------------------------------------------------- a model

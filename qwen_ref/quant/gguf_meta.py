@@ -160,7 +160,7 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count_kv": f.integer("num_key_value_heads", heads),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": f.positive("rms_norm_eps"),
+        "attention.layer_norm_rms_epsilon": f.positive("rms_norm_eps", 1e-6),
         "rope.freq_base": rope.theta,
         **_write_rope_scaling(f, rope),
         **(_write_experts(f, arch) if arch.endswith("moe") else {}),
@@ -213,9 +213,10 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
     Padding of the vocabulary ([PAD151669], ...) is left out: no text becomes it. Raises: TokenizerError.
     """
     pre = metadata.get("tokenizer.ggml.pre", "qwen2")  # absent in the first files
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in _CLASSES:
-        what = f"{quote(metadata.get('tokenizer.ggml.model'))} with the pattern {quote(pre)}"
-        raise TokenizerError(f"{where}: its tokenizer is {what}, not gpt2 with one of {', '.join(_CLASSES)}")
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        raise TokenizerError(f"{where}: tokenizer.ggml.model is {quote(metadata.get('tokenizer.ggml.model'))}, not 'gpt2'")
+    if not isinstance(pre, str) or pre not in _CLASSES:
+        raise TokenizerError(f"{where}: tokenizer.ggml.pre is {quote(pre)}, not one of {', '.join(_CLASSES)}")
     tokens = _tokens(metadata, where)
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if isinstance(types, str | bytes) or not isinstance(types, Sequence) or len(types) != len(tokens):
@@ -261,7 +262,7 @@ def _merges(metadata: Mapping[str, Any], where: str) -> Iterator[str]:
     if not isinstance(merges, list):
         raise TokenizerError(f"{where}: tokenizer.ggml.merges is missing or not a list of texts")
     for merge in merges:
-        if len(merge.split(" ")) != 2 or len(merge.split()) != 2:
+        if len(parts := merge.split(" ")) != 2 or merge.split() != parts:
             raise TokenizerError(f"{where}: tokenizer.ggml.merges holds {quote(merge)}, not two tokens and a space")
         yield merge
 
