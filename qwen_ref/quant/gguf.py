@@ -432,10 +432,11 @@ _CODES_AND_SCALE = {"Q8_0": _of_q8_0, "Q5_0": _of_q5_0, "Q4_0": _of_nibbles, "IQ
 
 
 def _neighbours(q: Tensor) -> Tensor:
-    """`pack4(nibbles(q))`, (..., G, n) -> (..., G * n), on pairs of bytes: their codes lie eight bits apart."""
+    """`pack4(nibbles(q))`, (..., G, n) -> (..., G * n), on pairs of bytes, whose codes lie eight bits apart."""
     pairs = q.contiguous().view(torch.int16)  # (..., G, n / 2)
-    lanes = (pairs & 0x0F0F, pairs >> 4 & 0x0F0F)
-    return torch.stack([(lane | lane >> 4).to(torch.uint8) for lane in lanes], dim=-2).flatten(-3)
+    lanes = [(lane | lane >> 4).to(torch.uint8) for lane in (pairs & 0x0F0F, pairs >> 4 & 0x0F0F)]
+    word = torch.int64 if q.shape[-1] == 16 else torch.int32  # a lane of n / 2 bytes is put in its place at once
+    return torch.cat([lane.view(word) for lane in lanes], dim=-1).view(torch.uint8).flatten(-2)
 
 
 def _half_scale(b: Tensor) -> Tensor:
