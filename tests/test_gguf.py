@@ -294,6 +294,11 @@ def test_bundled_tokenizer_round_trip(tmp_path):
     assert generation == {key: value for key, value in official.items() if key != "transformers_version"}
     reloaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
     assert reloaded.encode(TEXTS[0]) == ours.encode(TEXTS[0])
+    # Its folder again as a source: from vocab.json and merges.txt
+    files = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    for copy, content in {"a": tokenizer_files(), "b": files}.items():
+        write_gguf(tmp_path / copy, config_of("qwen3"), content, [])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -303,10 +308,37 @@ def test_official_tokenizer_round_trip(tmp_path, data, name):
     write_gguf(tmp_path / "m.gguf", config, tokenizer_files(folder), [])
     official = Tokenizer.load(folder)
     compare_tokenizers(tokenizer_of(tmp_path / "m.gguf", tmp_path / "t"), official)
-    # Its folder again as a source: from vocab.json and merges.txt
-    files = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
-    write_gguf(tmp_path / "again.gguf", config, files, [])
-    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("name,content,match", [
+    ("tokenizer.json", b"{}", "tokenizer.json"),
+    ("tokenizer.json", b"[]", "not an object"),
+    ("tokenizer.json", None, "has no tokenizer.json"),
+    ("tokenizer_config.json", None, "tokenizer_config.json is missing"),
+    ("tokenizer.json", (ASSETS / "tiny" / "tokenizer.json").read_bytes().replace(b"\\p{N}| ?", b"\\p{N}{1,3}| ?"), "not Qwen's"),
+])  # fmt: skip
+def test_damaged_tokenizer_files_are_not_written(tmp_path, name, content, match):
+    files = {key: value for key, value in {**tokenizer_files(), name: content}.items() if value is not None}
+    with pytest.raises(TokenizerError, match=match):
+        write_gguf(tmp_path / "m.gguf", config_of("qwen3"), files, [])
+    with pytest.raises(TokenizerError, match="4096 ids, the model embeds 4000"):
+        write_gguf(tmp_path / "m.gguf", config_of("qwen3", vocab_size=4000), tokenizer_files(), [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_llama_cpp_computes_the_same(tmp_path):
+    """Logits of fp32 weights; llama.cpp keeps keys and values in fp16."""
+    reason = "llama-cpp-python is not installed: it is built from source and no dependency of the tests"
+    llama_cpp = pytest.importorskip("llama_cpp", reason=reason)
+    for model_type in TINY:
+        path = tmp_path / f"{model_type}.gguf"
+        model, _ = write(path, model_type, "f32", rope_scaling=YARN)
+        theirs = llama_cpp.Llama(str(path), logits_all=True, n_ctx=64, n_threads=1, verbose=False)
+        assert theirs.tokenize(TEXTS[0].encode(), add_bos=False) == Tokenizer.load(ASSETS / "tiny").encode(TEXTS[0])
+        ids = list(range(100, 130))
+        theirs.eval(ids)
+        expected, ours = torch.tensor(theirs.scores[: len(ids)]), model(torch.tensor([ids]))[0]
+        assert (ours - expected).norm() < 2e-3 * expected.norm(), model_type
 
 
 def test_tokens_as_llama_cpp_types_them(tmp_path):
