@@ -247,8 +247,6 @@ class _Header:
 
     def _array(self, kind: int, count: int) -> list[str] | array[Any]:
         if kind == STRING:
-            if 8 * count > self._end - self.at:
-                raise self._damage(self._problem)
             return [self.string() for _ in range(count)]
         if kind not in SCALARS:
             raise self._damage("a metadata array holds arrays" if kind == ARRAY else f"an array is of the unknown type {kind}")
