@@ -57,7 +57,9 @@ def test_leading_axes_and_slices(kind):
 
 
 @pytest.mark.parametrize("kind", BLOCK)
-def test_repacking_loses_nothing(kind):
+@pytest.mark.parametrize("chunk", [1, 400, 1 << 18])
+def test_repacking_loses_nothing(monkeypatch, kind, chunk):
+    monkeypatch.setattr("qwen_ref.quant.gguf._CHUNK_BYTES", chunk)
     elements = BLOCK[kind][0]
     blocks = random_blocks(kind, (2, 5, 3 * elements), finite=True)
     packed = repack(kind, blocks)

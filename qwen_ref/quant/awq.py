@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Fields
 from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, patterns
-from .packed import Int4, pack4
+from .packed import Int4
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -41,8 +42,8 @@ class AWQ(Scheme):
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         check_scales(tensors["scales"], "AWQ's scales")
-        codes, zeros = (_nibbles(tensors[name]).T.contiguous() for name in ("qweight", "qzeros"))  # (N, K), (N, G)
-        return Matrix(Int4(pack4(codes), tensors["scales"].T.contiguous(), zeros, self.group or columns))
+        zeros = unpack(tensors["qzeros"]).T.to(torch.uint8, memory_format=torch.contiguous_format)  # (N, G)
+        return Matrix(Int4(_transposed(tensors["qweight"]), tensors["scales"].T.contiguous(), zeros, self.group or columns))
 
 
 def unpack(words: Tensor) -> Tensor:
@@ -51,12 +52,22 @@ def unpack(words: Tensor) -> Tensor:
     return (words[..., None] >> shifts & 15).flatten(-2)
 
 
-def _nibbles(words: Tensor) -> Tensor:
-    """`unpack` byte by byte, in a quarter of its memory: (R, N / 8) int32 -> (R, N) uint8."""
-    four = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))  # the low nibbles of an int32's bytes: 0, 4, 1, 5
-    low, high = (four & 15)[..., [0, 2, 1, 3]], (four >> 4)[..., [0, 2, 1, 3]]  # outputs 0, 1, 4, 5 and 2, 3, 6, 7
-    pairs = torch.stack((low.unflatten(-1, (2, 2)), high.unflatten(-1, (2, 2))), dim=-2)  # (R, N / 8, 2, 2, 2)
-    return pairs.flatten(-4)
+def _transposed(words: Tensor) -> Tensor:
+    """pack4(unpack(words).T) without unpacking: (K, N / 8) int32 -> (N, ceil(K / 2)) uint8.
+
+    Eight neighbouring inputs of a word are 8 x 8 nibbles; they are transposed by exchanging halves of the words, then
+    quarters, then nibbles (Warren, Hacker's Delight, section 7-3).
+    """
+    columns, count = words.shape
+    whole = words if columns % 8 == 0 else F.pad(words, (0, 0, 0, -columns % 8))
+    planes = whole.unflatten(0, (-1, 8)).permute(1, 2, 0).contiguous()  # (8, N / 8, K / 8)
+    for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        first, second = planes.unflatten(0, (-1, 2, half)).unbind(1)  # what stands `half` words apart
+        exchanged = (first >> 4 * half ^ second) & mask
+        second ^= exchanged
+        first ^= exchanged << 4 * half
+    ordered = planes[list(NIBBLE_OF_OUTPUT)].transpose(0, 1)  # (N / 8, 8, K / 8)
+    return ordered.reshape(8 * count, -1).view(torch.uint8)[:, : -(-columns // 2)]
 
 
 def from_json(fields: Fields) -> Format:

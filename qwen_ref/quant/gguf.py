@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import pairwise
@@ -28,9 +28,9 @@ from torch import Tensor
 from ..checkpoint import SafetensorsFile, TensorInfo, quote
 from ..errors import CheckpointError
 from ..limits import LIMITS
-from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, half, nibbles
+from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half
 from .gguf_meta import read_config, read_tokenizer
-from .packed import Code4, Gguf, Int4, Int8, Packed, pack4
+from .packed import Code4, Gguf, Int4, Int8, Packed
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # as in `struct`
@@ -203,10 +203,12 @@ class _Header:
         self.at = 0
         self._file, self._damage = file, damage
         self._end = min(size, LIMITS.gguf_header_bytes)
-        self._problem = "ends inside its header: truncated?" if size == self._end else f"header exceeds {self._end:,} bytes"
+        whole = size == self._end
+        self._problem = "it ends inside its header: truncated?" if whole else f"its header exceeds {self._end:,} bytes"
 
     def take(self, count: int) -> bytes:
-        self._need(count)
+        if count > self._end - self.at:
+            raise self._damage(self._problem)
         raw = self._file.read(count)
         if len(raw) < count:
             raise self._damage("it ends inside its header: has it shrunk?")
@@ -225,7 +227,7 @@ class _Header:
         return value
 
     def string(self) -> str:
-        raw = self.take(self.number("Q"))
+        raw = self.take(int.from_bytes(self.take(8), "little"))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as problem:
@@ -245,7 +247,6 @@ class _Header:
 
     def _array(self, kind: int, count: int) -> list[str] | array[Any]:
         if kind == STRING:
-            self._need(8 * count)
             return [self.string() for _ in range(count)]
         if kind not in SCALARS:
             raise self._damage("a metadata array holds arrays" if kind == ARRAY else f"an array is of the unknown type {kind}")
@@ -260,10 +261,6 @@ class _Header:
         if raw.strip(b"\0\1"):
             raise self._damage("a truth value is neither 0 nor 1")
         return raw
-
-    def _need(self, count: int) -> None:
-        if count > self._end - self.at:
-            raise self._damage(f"it {self._problem}")
 
 
 # ------------------------------------------------------------------------------------------------- a model
@@ -370,6 +367,7 @@ _SCALES_AT = {  # the bytes at which a kind that stays in blocks has its fp16 sc
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
     "IQ4_XS": (0,),
 }  # fmt: skip
+_CHUNK_BYTES = 1 << 18  # of blocks at a time: what is made of them stays in the processor's cache
 
 
 def repack(kind: str, blocks: Tensor) -> Packed:
@@ -381,39 +379,68 @@ def repack(kind: str, blocks: Tensor) -> Packed:
     elements, size = BLOCK[kind]
     b = blocks.unflatten(-1, (-1, size))  # (..., N, G, bytes)
     if kind in _SCALES_AT:
-        for at in _SCALES_AT[kind]:
-            _finite(half(b, at), kind)
+        _check_finite(kind, *(half(b, at) for at in _SCALES_AT[kind]))
         return Gguf(blocks, kind)
-    if kind == "MXFP4":
-        scale = b[..., 0].contiguous().view(torch.float8_e8m0fnu)
-        return Code4(_column_order(b[..., 1:]), _finite(scale, kind), _table(E2M1_VALUES, b), elements)
-    if kind == "NVFP4":
-        scale = (b[..., :4] & 127).view(torch.float8_e4m3fn).flatten(-2)
-        return Code4(_column_order(b[..., 4:].unflatten(-1, (4, 8)).flatten(-3, -2)), _finite(scale, kind),
-                     _table(E2M1_VALUES, b), 16)  # fmt: skip
-    scale = _finite(half(b, 0)[..., 0].half(), kind)  # (..., N, G)
-    if kind == "Q8_0":
-        return Int8(b[..., 2:].view(torch.int8).flatten(-2), scale, None, elements)
-    if kind == "Q5_0":
-        high = (b[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8, device=b.device) & 1).flatten(-2)
-        codes = (nibbles(b[..., 6:]) | high << 4).view(torch.int8) - 16
-        return Int8(codes.flatten(-2), scale, None, elements)
-    codes = _column_order(b[..., 2:])
+    codes, scale = _by_rows(_CODES_AND_SCALE[kind], b)
+    _check_finite(kind, scale)
+    if kind in ("Q8_0", "Q5_0"):
+        return Int8(codes, scale, None, elements)
     if kind == "Q4_0":
         return Int4(codes, scale, None, elements)
-    return Code4(codes, scale, _table(IQ4_VALUES, b), elements)
+    table = torch.tensor(IQ4_VALUES if kind == "IQ4_NL" else E2M1_VALUES, dtype=torch.float32, device=b.device)
+    return Code4(codes, scale, table, 16 if kind == "NVFP4" else elements)
 
 
-def _column_order(q: Tensor) -> Tensor:
-    """(..., G, n) nibbles, low ones before high ones, -> (..., G * n) with neighbours in one byte."""
-    return pack4(nibbles(q)).flatten(-2)
+def _by_rows(unpack: Callable[[Tensor], tuple[Tensor, Tensor]], b: Tensor) -> list[Tensor]:
+    """`unpack` of (rows, G, bytes) to two (rows, ...), a chunk of rows at a time: (..., N, G, bytes) -> (..., N, *) each."""
+    rows = b.flatten(0, -3)
+    step = max(1, _CHUNK_BYTES // rows[0].numel()) if b.device.type == "cpu" else len(rows)
+    outs: list[Tensor] = []
+    for first in range(0, len(rows), step):
+        parts = unpack(rows[first : first + step])
+        outs = outs or [part.new_empty(len(rows), part.shape[-1]) for part in parts]
+        for out, part in zip(outs, parts, strict=True):
+            out[first : first + step] = part
+    return [out.view(*b.shape[:-2], -1) for out in outs]
 
 
-def _table(values: tuple[float, ...], b: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=b.device)
+def _of_q8_0(b: Tensor) -> tuple[Tensor, Tensor]:
+    return b[..., 2:].view(torch.int8).flatten(-2), _half_scale(b)
 
 
-def _finite(scale: Tensor, kind: str) -> Tensor:
-    if not scale.float().isfinite().all():
+def _of_q5_0(b: Tensor) -> tuple[Tensor, Tensor]:
+    return (five_bits(b[..., 2:6], b[..., 6:]).view(torch.int8) - 16).flatten(-2), _half_scale(b)
+
+
+def _of_nibbles(b: Tensor) -> tuple[Tensor, Tensor]:  # Q4_0, IQ4_NL
+    return _neighbours(b[..., 2:]), _half_scale(b)
+
+
+def _of_mxfp4(b: Tensor) -> tuple[Tensor, Tensor]:
+    return _neighbours(b[..., 1:]), b[..., 0].contiguous().view(torch.float8_e8m0fnu)
+
+
+def _of_nvfp4(b: Tensor) -> tuple[Tensor, Tensor]:
+    codes = _neighbours(b[..., 4:].unflatten(-1, (4, 8)).flatten(-3, -2))
+    return codes, (b[..., :4] & 127).view(torch.float8_e4m3fn).flatten(-2)
+
+
+_CODES_AND_SCALE = {"Q8_0": _of_q8_0, "Q5_0": _of_q5_0, "Q4_0": _of_nibbles, "IQ4_NL": _of_nibbles,
+                    "MXFP4": _of_mxfp4, "NVFP4": _of_nvfp4}  # fmt: skip
+
+
+def _neighbours(q: Tensor) -> Tensor:
+    """`pack4(nibbles(q))`, (..., G, n) -> (..., G * n), on pairs of bytes, whose codes lie eight bits apart."""
+    pairs = q.contiguous().view(torch.int16)  # (..., G, n / 2)
+    lanes = [(lane | lane >> 4).to(torch.uint8) for lane in (pairs & 0x0F0F, pairs >> 4 & 0x0F0F)]
+    word = torch.int64 if q.shape[-1] == 16 else torch.int32  # a lane of n / 2 bytes is put in its place at once
+    return torch.cat([lane.view(word) for lane in lanes], dim=-1).view(torch.uint8).flatten(-2)
+
+
+def _half_scale(b: Tensor) -> Tensor:
+    return b[..., :2].clone(memory_format=torch.contiguous_format).view(torch.float16)[..., 0]
+
+
+def _check_finite(kind: str, *scales: Tensor) -> None:
+    if not all(scale.float().isfinite().all() for scale in scales):
         raise CheckpointError(f"a {kind} block has a scale that is NaN or infinite")
-    return scale

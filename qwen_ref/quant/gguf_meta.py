@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..checkpoint import parse_json, quote
 from ..config import Fields, Rope
 from ..errors import TokenizerError
 from ..limits import LIMITS
-from ..tokenizer import PATTERN_QWEN, PATTERN_QWEN3_5
+from ..tokenizer import PATTERN_QWEN, PATTERN_QWEN3_5, Tokenizer
 
 ARCHITECTURES = {  # general.architecture -> model_type, architectures of config.json
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -31,6 +33,7 @@ _CLASSES = {"qwen2": "Qwen2Tokenizer", "deepseek-r1-qwen": "Qwen2Tokenizer", "qw
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 # llama.cpp's converter makes every <|...|> a control token. These are ordinary added tokens in all official tokenizers.
 _NOT_SPECIAL = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 _END_OF_TEXT = "<|endoftext|>"  # ends a text of any Qwen model; llama.cpp stops at it too
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "penalty_repeat": "repetition_penalty"}  # fmt: skip
@@ -160,7 +163,7 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count_kv": f.integer("num_key_value_heads", heads),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": f.positive("rms_norm_eps"),
+        "attention.layer_norm_rms_epsilon": f.positive("rms_norm_eps", 1e-6),
         "rope.freq_base": rope.theta,
         **_write_rope_scaling(f, rope),
         **(_write_experts(f, arch) if arch.endswith("moe") else {}),
@@ -213,9 +216,10 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
     Padding of the vocabulary ([PAD151669], ...) is left out: no text becomes it. Raises: TokenizerError.
     """
     pre = metadata.get("tokenizer.ggml.pre", "qwen2")  # absent in the first files
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in _CLASSES:
-        what = f"{quote(metadata.get('tokenizer.ggml.model'))} with the pattern {quote(pre)}"
-        raise TokenizerError(f"{where}: its tokenizer is {what}, not gpt2 with one of {', '.join(_CLASSES)}")
+    if metadata.get("tokenizer.ggml.model") != "gpt2":
+        raise TokenizerError(f"{where}: tokenizer.ggml.model is {quote(metadata.get('tokenizer.ggml.model'))}, not 'gpt2'")
+    if not isinstance(pre, str) or pre not in _CLASSES:
+        raise TokenizerError(f"{where}: tokenizer.ggml.pre is {quote(pre)}, not one of {', '.join(_CLASSES)}")
     tokens = _tokens(metadata, where)
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if isinstance(types, str | bytes) or not isinstance(types, Sequence) or len(types) != len(tokens):
@@ -261,7 +265,7 @@ def _merges(metadata: Mapping[str, Any], where: str) -> Iterator[str]:
     if not isinstance(merges, list):
         raise TokenizerError(f"{where}: tokenizer.ggml.merges is missing or not a list of texts")
     for merge in merges:
-        if len(merge.split(" ")) != 2 or len(merge.split()) != 2:
+        if len(parts := merge.split(" ")) != 2 or merge.split() != parts:
             raise TokenizerError(f"{where}: tokenizer.ggml.merges holds {quote(merge)}, not two tokens and a space")
         yield merge
 
@@ -314,70 +318,71 @@ def _json(value: Any) -> bytes:
 def write_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> dict[str, Any]:
     """The metadata of a folder's tokenizer files, padded to the model's `vocab_size` as llama.cpp's converter does it.
 
-    Raises: TokenizerError if they are not those of a Qwen tokenizer from Qwen1.5 on.
+    Raises: TokenizerError if they are damaged, or not those of a Qwen tokenizer from Qwen1.5 on.
     """
+    with TemporaryDirectory() as folder:  # whatever is wrong with the files is found here
+        for name in _FILES:
+            if name in files:
+                (Path(folder) / name).write_bytes(files[name])
+        tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(f"the tokenizer has {tokenizer.vocab_size} ids, the model embeds {vocab_size}")
     config = _object(files, "tokenizer_config.json")
-    vocab, merges, pre, added = _vocabulary(files, config)
-    entries = config.get("added_tokens_decoder") or {str(entry["id"]): entry for entry in added}
-    texts = {int(id): entry["content"] for id, entry in entries.items()}
-    special = {int(id) for id, entry in entries.items() if entry.get("special")}
-    by_id = {id: token for token, id in vocab.items()} | texts
-    if max(by_id) >= vocab_size:
-        raise TokenizerError(f"the tokenizer has ids up to {max(by_id)}, the model embeds {vocab_size}")
-    ids = {token: id for id, token in by_id.items()}
-    tokens = [by_id.get(id, f"[PAD{id}]") for id in range(vocab_size)]
-    kinds = [_kind(id, by_id, texts, special) for id in range(vocab_size)]
+    vocab, merges, pre = _vocabulary(files, config)
+    by_id = {id: token for token, id in (vocab | tokenizer.added_tokens).items()}
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.tokens": [by_id.get(id, f"[PAD{id}]") for id in range(vocab_size)],
+        "tokenizer.ggml.token_type": [_token_type(by_id.get(id), id, tokenizer) for id in range(vocab_size)],
         "tokenizer.ggml.merges": merges,
     }
-    for key, name in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if key == "bos" and token is None:  # llama.cpp's default would be token 11
-            token = _END_OF_TEXT
-        if token in ids:
-            metadata[f"tokenizer.ggml.{key}_token_id"] = ids[token]
-    metadata["tokenizer.ggml.add_bos_token"] = bool(config.get("add_bos_token", False))
-    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
-    if isinstance(template, str):
-        metadata["tokenizer.chat_template"] = template
-    generation = _object(files, "generation_config.json") if "generation_config.json" in files else {}
-    for key, name in _SAMPLING.items():
-        if type(generation.get(name)) in (int, float):
-            number = int if key == "top_k" else float
-            metadata[f"general.sampling.{key}"] = number(generation[name])
-    return metadata
+    bos = config.get("bos_token") or _END_OF_TEXT  # llama.cpp's default would be token 11
+    bos_id = tokenizer.id_of(bos["content"] if isinstance(bos, dict) else bos)
+    for key, id in (("bos", bos_id), ("eos", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if id is not None:
+            metadata[f"tokenizer.ggml.{key}_token_id"] = id
+    metadata["tokenizer.ggml.add_bos_token"] = config.get("add_bos_token") is True
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    return metadata | _write_sampling(files)
 
 
-def _kind(id: int, by_id: Mapping[int, str], texts: Mapping[int, str], special: set[int]) -> int:
-    if id not in by_id:
+def _token_type(token: str | None, id: int, tokenizer: Tokenizer) -> int:
+    if token is None:
         return _UNUSED
-    if id not in texts:
+    if token not in tokenizer.added_tokens:
         return _NORMAL
     # llama.cpp finds user-defined tokens in any text, so what looks like control must be control, as its converter has it.
-    return _CONTROL if id in special or (texts[id].startswith("<|") and texts[id].endswith("|>")) else _USER_DEFINED
+    control = id in tokenizer.special_ids or (token.startswith("<|") and token.endswith("|>"))
+    return _CONTROL if control else _USER_DEFINED
 
 
-def _vocabulary(
-    files: Mapping[str, bytes], config: dict[str, Any]
-) -> tuple[dict[str, int], list[str], str, list[dict[str, Any]]]:
-    """Vocabulary, merges, the name of the pattern and the added tokens: of tokenizer.json, else vocab.json, merges.txt."""
+def _vocabulary(files: Mapping[str, bytes], config: dict[str, Any]) -> tuple[dict[str, int], list[str], str]:
+    """Vocabulary, merges and the name of the pattern, of files that `Tokenizer.load` has accepted."""
     if "tokenizer.json" not in files:
         pre = "qwen35" if config.get("tokenizer_class") == _CLASSES["qwen35"] else "qwen2"
-        lines = files.get("merges.txt", b"").decode().split("\n")
-        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        return _object(files, "vocab.json"), merges, pre, []
+        lines = files["merges.txt"].decode().splitlines()
+        return _object(files, "vocab.json"), [line for line in lines[lines[0].startswith("#version") :] if line.strip()], pre
     spec = _object(files, "tokenizer.json")
-    patterns = [part.get("pattern", {}).get("Regex") for part in spec["pre_tokenizer"].get("pretokenizers", [])]
-    pre = next((name for name, pattern in _PATTERNS.items() if pattern in patterns), "")
+    pre = next((name for name, pattern in _PATTERNS.items() if pattern in _patterns(spec["pre_tokenizer"])), "")
     if not pre:
         raise TokenizerError("tokenizer.json cuts words by a pattern that is not Qwen's; llama.cpp has no name for it")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    return spec["model"]["vocab"], merges, pre, spec.get("added_tokens", [])
+    return spec["model"]["vocab"], merges, pre
+
+
+def _patterns(stage: dict[str, Any]) -> list[str]:
+    """The regular expressions of a pre-tokenizer and, for a sequence, of its members."""
+    own = [stage["pattern"]["Regex"]] if isinstance(stage.get("pattern"), dict) and "Regex" in stage["pattern"] else []
+    return own + [pattern for member in stage.get("pretokenizers", []) for pattern in _patterns(member)]
+
+
+def _write_sampling(files: Mapping[str, bytes]) -> dict[str, Any]:
+    generation = _object(files, "generation_config.json") if "generation_config.json" in files else {}
+    values = {key: generation[name] for key, name in _SAMPLING.items() if type(generation.get(name)) in (int, float)}
+    return {f"general.sampling.{key}": int(value) if key == "top_k" else float(value) for key, value in values.items()
+            if 0 <= value < 1 << 31}  # fmt: skip
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
