@@ -112,7 +112,7 @@ def _linear_cases(styles: dict[str, Make], k: int, odd: int, s: Sizes, draw: Dra
         for style, make in styles.items():
             yield _case(f"{count} rows, {style}", draw, make, (count, k), 37, bias=True)
             yield _case(f"{count} rows, {style}, odd sizes", draw, make, (count, odd), 21)
-        yield _case(f"{count} rows, one column", draw, first, (count, k), 1, bias=True)
+        yield _case(f"{count + 3} rows, one column", draw, first, (count + 3, k), 1, bias=True)
         yield _case(f"{count} rows, long sums", draw, first, (count, 16 * k), 20)
         yield _case(f"{count} rows, large", draw, first, (count, k), n, scale=draw.large)
         yield _case(f"{count} rows, zeros", draw, first, (count, k), n, scale=0.0)
