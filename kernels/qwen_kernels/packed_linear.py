@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_ref.errors import RequestError
-from qwen_ref.quant.packed import Packed, rows
+from qwen_ref.quant.gguf_blocks import BLOCK
+from qwen_ref.quant.packed import Fp8, Gguf, Int8, Packed, rows
 
 from .launch import ANY, on, require, tuned
 from .linear import _add_splits
@@ -56,12 +57,7 @@ TUNED: Table = {
 def linear(operation: str, table: Table, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """x (..., K), any strides; weight (N, K), rows any distance apart; bias (N,) or None. Returns (..., N), contiguous."""
     columns, inner = weight[0].shape[-2], x.shape[-1]
-    check(operation, x, weight, inner)
-    if bias is not None:
-        require(operation, x, bias)
-        if bias.shape != (columns,) or bias.dtype != x.dtype:
-            got = f"{tuple(bias.shape)} {bias.dtype}"
-            raise RequestError(f"the triton {operation} needs a bias ({columns},) {x.dtype}, got {got}")
+    check(operation, x, weight, inner, bias)
     count, found = math.prod(x.shape[:-1]), operands(weight, inner)
     if count == 0 or columns == 0 or found is None:
         return F.linear(x, weight.dequantize(x.dtype, inner), bias)
@@ -74,12 +70,18 @@ def linear(operation: str, table: Table, x: Tensor, weight: Packed, bias: Tensor
     return out
 
 
-def check(operation: str, x: Tensor, weight: Packed, inner: int) -> None:
+def check(operation: str, x: Tensor, weight: Packed, inner: int, bias: Tensor | None = None) -> None:
     """Refuse what the kernels would compute wrongly in silence. Raises RequestError."""
-    require(operation, x, *(t for t in weight if isinstance(t, Tensor)))
-    width = {"Int8": inner, "Fp8": inner, "Gguf": None}.get(type(weight).__name__, -(-inner // 2))
-    if width is not None and weight[0].shape[-1] != width:
-        raise RequestError(f"the triton {operation} got x with {inner} columns and codes of {tuple(weight[0].shape)}")
+    require(operation, x, *(t for t in (*weight, bias) if isinstance(t, Tensor)))
+    codes, bytes_of_row = weight[0], {Int8: inner, Fp8: inner, Gguf: -1}.get(type(weight), -(-inner // 2))
+    if isinstance(weight, Gguf):
+        elements, size = BLOCK.get(weight.kind, (1, 1))
+        bytes_of_row = inner // elements * size if weight.kind in BLOCK and inner % elements == 0 else codes.shape[-1]
+    if codes.shape[-1] != bytes_of_row:
+        raise RequestError(f"the triton {operation} got x with {inner} columns and codes of {tuple(codes.shape)}")
+    if bias is not None and (bias.shape != codes.shape[-2:-1] or bias.dtype != x.dtype):
+        got = f"{tuple(bias.shape)} {bias.dtype}"
+        raise RequestError(f"the triton {operation} needs a bias ({codes.shape[-2]},) {x.dtype}, got {got}")
 
 
 def even(x: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def _by_vectors(table: Table, x: Tensor, w: Operands, bias: Tensor | None, out: 
     padded, constants = triton.next_power_of_2(count), w.constants(32 if w.nibbles else 16)
     launch = {**tuned(table, x.device, (padded, "narrow" if columns <= 2048 else "wide"))}
     launch["BLOCK_N"] = max(1, launch["BLOCK_N"] * 2 // x.element_size())  # as many bytes of x in fp32
-    width, wide = _width(w, inner), constants["WIDE"]
+    width, wide = w.width(inner), constants["WIDE"]
     launch["CHUNKS"] = chunks = min(launch["CHUNKS"], triton.next_power_of_2(triton.cdiv(width, wide)))
     _few_rows[(triton.cdiv(columns, launch["BLOCK_N"]),)](
         x, w.codes, w.scale, w.extra, bias, out, count, columns, width, x.stride(0), *w.strides(), _step(bias),
@@ -108,7 +110,7 @@ def _by_tiles(table: Table, x: Tensor, w: Operands, bias: Tensor | None, out: Te
     padded = max(16, triton.next_power_of_2(count))
     launch = {**tuned(table, x.device, (padded, "narrow" if columns <= 2048 else "wide"))}
     block = launch.pop("BLOCK_K") // (1 if x.element_size() == 2 else 4)
-    constants, width = w.constants(block), _width(w, inner)
+    constants, width = w.constants(block), w.width(inner)
     launch["CHUNKS"] = max(1, block // constants["SPAN"])
     step = launch["CHUNKS"] * constants["WIDE"]  # bytes of a row
     tiles = triton.cdiv(columns, launch["BLOCK_N"])
@@ -144,7 +146,7 @@ def dense(table: Table, weight: Packed, inner: int, like: Tensor) -> Tensor:
     w = operands(weight, inner)
     if w is None:
         return weight.dequantize(like.dtype, inner)
-    columns, width = w.codes.shape[-2], _width(w, inner)
+    columns, width = w.codes.shape[-2], w.width(inner)
     launch = {**tuned(table, like.device, "dense")}
     block = launch.pop("BLOCK_K")
     constants = w.constants(32)
@@ -154,10 +156,6 @@ def dense(table: Table, weight: Packed, inner: int, like: Tensor) -> Tensor:
     whole = width % (chunks * constants["WIDE"]) == 0 and inner % 2 == 0
     _dequantize[grid](out, w.codes, w.scale, w.extra, columns, inner, width, *w.strides(), **constants, EVEN=whole, **launch)
     return out
-
-
-def _width(w: Operands, inner: int) -> int:
-    return -(-inner // 2) if w.nibbles else inner
 
 
 def _step(bias: Tensor | None) -> int:
@@ -175,34 +173,49 @@ def _few_rows(
 ):  # fmt: skip
     row = tl.arange(0, ROWS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Five axes from the pointers on, (ROWS, BLOCK_N, words, bytes, CHUNKS). With the chunks last neighbouring threads get
-    # neighbouring chunks, each a whole one, of whatever is loaded: nothing moves between threads until the end.
     line = tl.minimum(n, columns - 1).to(tl.int64)[None, :, None, None, None]
-    c = tl.arange(0, CHUNKS)[None, None, None, None, :]
-    w = tl.arange(0, WIDE // BYTES)[None, None, :, None, None]
-    j = tl.arange(0, BYTES)[None, None, None, :, None]
     x += tl.minimum(row, count - 1).to(tl.int64)[:, None, None, None, None] * x0
     total = tl.zeros((ROWS, BLOCK_N, CHUNKS), tl.float32)
-    shape: tl.constexpr = (ROWS, BLOCK_N, WIDE, CHUNKS)
     for first in range(0, tl.cdiv(width, WIDE), CHUNKS):
-        at = (first + c) * WIDE + w * BYTES + j
-        if NIBBLES:
-            even, odd = halves(fetch(pairs(x) + at, at < width, EVEN), x.dtype.element_ty)
-        else:
-            even = fetch(x + at, at < width, EVEN)
-        left, right, s = DECODE(
-            codes, scale, extra, line, first + c, w, j, width, c1, s1, e1,
-            GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN,
+        total = add_chunks(
+            total, x, codes, scale, extra, line, first, width, c1, s1, e1,
+            DECODE, NIBBLES, SECOND, GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN,
         )  # fmt: skip
-        part = tl.sum(tl.reshape(left * even.to(tl.float32), shape), axis=2)
-        if NIBBLES:
-            part += tl.sum(tl.reshape(right * (odd.to(tl.float32) * SECOND), shape), axis=2)
-        total += part * tl.sum(tl.sum(s, axis=2), axis=2)
     result = tl.sum(total, axis=2)  # (ROWS, BLOCK_N)
     if bias is not None:
         result += tl.load(bias + n * b0, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     inside = (row < count)[:, None] & (n < columns)[None, :]
     tl.store(out + row[:, None] * columns + n[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_chunks(
+    total, x, codes, scale, extra, line, first, width, c1, s1, e1,
+    DECODE: tl.constexpr, NIBBLES: tl.constexpr, SECOND: tl.constexpr,
+    GROUP: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
+    SPAN: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """total (M, N, C) plus the products of C chunks, from the chunk `first` on, of rows `line` of the weight and of x.
+
+    Five axes from the pointers on, (M, N, words, bytes, C). With the chunks last neighbouring threads get neighbouring
+    chunks, each a whole one, of whatever is loaded: nothing moves between threads until the end.
+    """
+    shape: tl.constexpr = (total.shape[0], total.shape[1], WIDE, total.shape[2])
+    c = first + tl.arange(0, total.shape[2])[None, None, None, None, :]
+    w = tl.arange(0, WIDE // BYTES)[None, None, :, None, None]
+    j = tl.arange(0, BYTES)[None, None, None, :, None]
+    at = c * WIDE + w * BYTES + j
+    if NIBBLES:
+        even, odd = halves(fetch(pairs(x) + at, at < width, EVEN), x.dtype.element_ty)
+    else:
+        even = fetch(x + at, at < width, EVEN)
+    left, right, s = DECODE(
+        codes, scale, extra, line, c, w, j, width, c1, s1, e1, GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN
+    )
+    part = tl.sum(tl.reshape(left * even.to(tl.float32), shape), axis=2)
+    if NIBBLES:
+        part += tl.sum(tl.reshape(right * (odd.to(tl.float32) * SECOND), shape), axis=2)
+    return total + part * tl.sum(tl.sum(s, axis=2), axis=2)
 
 
 @triton.jit

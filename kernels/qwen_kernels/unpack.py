@@ -54,6 +54,10 @@ class Operands(NamedTuple):
             "SPAN": span, "WIDE": wide, "BYTES": min(4, wide), "WORDS": self.aligned and wide % 4 == 0,
         }  # fmt: skip
 
+    def width(self, inner: int) -> int:
+        """Bytes of a row, or its columns where a block has a scale of its own: what the chunks are counted by."""
+        return -(-inner // 2) if self.nibbles else inner
+
     @property
     def aligned(self) -> bool:
         """Whether every row, and what is left of it at its end, is made of whole words."""

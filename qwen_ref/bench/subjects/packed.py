@@ -207,7 +207,7 @@ Styles = dict[str, Make]
 
 
 def _subjects(
-    layout: str, awkward: Styles, real: Styles, k: int = 96, odd: int = 131, experts: Styles | None = None
+    layout: str, awkward: Styles, real: Styles, k: int = 96, odd: int = 67, experts: Styles | None = None
 ) -> tuple[Subject, Subject]:
     """linear_<layout> and moe_<layout>. Of `awkward` and `real`, the first is what is tried most; `experts`: more styles."""
     linear, moe = (getattr(packed, f"{what}_{layout}") for what in ("linear", "moe"))
@@ -228,7 +228,7 @@ _BLOCKS: Styles = {
 }
 _DYNAMIC = Subject(
     packed.linear_fp8_dynamic,
-    partial(_linear_cases, _BLOCKS, 96, 131),
+    partial(_linear_cases, _BLOCKS, 96, 67),
     partial(_linear_real, {"128 x 128": fp8}),
     _linear_flops,
 )
