@@ -12,7 +12,7 @@ import qwen_ref
 from qwen_ref.models import qwen2, qwen3
 
 PACKAGE = Path(qwen_ref.__file__).parent
-SUBJECTS = ("norms", "rotary", "attention", "moe", "linear", "tokens")  # the operations' families in the kernel bench
+SUBJECTS = ("norms", "rotary", "attention", "moe", "linear", "tokens", "packed")  # the operations' families in the kernel bench
 # What a module of the package may import from it, downward only.
 ALLOWED = {
     "errors": set(),
@@ -81,6 +81,7 @@ ALLOWED = {
     "bench.subjects": {"errors", *(f"bench.subjects.{name}" for name in SUBJECTS), "bench.subjects.common"},
     "bench.subjects.common": {"bench.shapes"},
     **{f"bench.subjects.{name}": {"ops", "errors", "bench.shapes", "bench.subjects.common"} for name in SUBJECTS},
+    "bench.subjects.packed": {"quant", "quant.gguf_blocks", "quant.packed", "bench.shapes", "bench.subjects.common"},
     "bench.check": {"backend", "errors", "bench.subjects", "bench.shapes"},
     "bench.measure": {"backend", "errors", "plot", "bench.check", "bench.subjects", "bench.shapes"},
     "bench.compile": {"backend", "errors", "bench.subjects", "bench.shapes"},

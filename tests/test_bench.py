@@ -17,6 +17,8 @@ from qwen_ref.bench.cli import add_commands
 from qwen_ref.bench.shapes import MODELS, sizes
 from qwen_ref.bench.subjects import SUBJECTS, Draw, subject
 from qwen_ref.errors import RequestError
+from qwen_ref.quant import packed
+from qwen_ref.quant.packed import Int4
 
 
 @pytest.fixture
@@ -216,6 +218,41 @@ def test_poisoned_memory_keeps_strides_and_shows_every_change():
     assert made.houses[0].spilled()
 
 
+PACKED = [name for name in SUBJECTS if name.partition("_")[2] in ("int4", "int8", "fp8", "fp8_dynamic", "code4", "gguf")]
+
+
+def test_packed_arguments_are_poisoned_inside_and_their_codes_read_exactly(planted):
+    """A NamedTuple's tensors are housed one by one, and fp64 judges the values that the codes stand for."""
+
+    def spoils(x, weight, bias=None):
+        y = packed.linear_fp8(x, weight, bias)
+        weight.scale.mul_(2)
+        return y
+
+    planted("linear_fp8", spoils)
+    assert "1 rows: changes an input" in faults_of("linear_fp8")
+    planted("linear_int4", lambda x, w, bias=None: packed.linear_int4(x, w._replace(codes=w.codes >> 4 | w.codes << 4), bias))
+    assert "6 rows, no zeros: is off by" in faults_of("linear_int4")
+    planted("linear_int8", lambda x, w, bias=None: packed.linear_int8(x, w._replace(zero=None), bias))
+    assert "1 rows, groups: is off by" in faults_of("linear_int8")
+    for kind in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
+        codes = torch.arange(127, dtype=torch.uint8).view(kind)
+        house = House.of(codes)
+        assert not house.changed() and house.buffer.float().isnan().sum() == 2 * GUARD
+        assert torch.equal(codes.double(), codes.float().double())
+
+
+def test_packed_inputs_are_about_as_large_as_real_ones():
+    """x is normal and weights are K^-0.5 large: so is the result, and no error is hidden by one large term."""
+    for name in PACKED:
+        for case, args in subject(name).real(sizes("tiny" if "gguf" not in name else "Qwen/Qwen3-30B-A3B"), 3,
+                                             Draw(1, torch.float32, torch.device("cpu"))):  # fmt: skip
+            if name.startswith("linear"):
+                assert 0.4 < float(subject(name).formula(*args).std()) < 2.5, case
+            if "gguf" in name:
+                break  # these sizes are a real model's
+
+
 def test_distance_is_the_textbooks():
     error = distance(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0], dtype=torch.float64))
     assert error.l2 == pytest.approx(0.5 / 5) and error.max == pytest.approx(0.5 / 4)
@@ -253,6 +290,13 @@ def test_costs_by_hand():
     one = cost("moe_experts", "Qwen/Qwen3-30B-A3B", 1)[0]  # eight experts' weights, the token in and out, the choice
     assert one.bytes == 2 * 8 * 3 * 2048 * 768 + 2 * 2 * 2048 + 8 * (2 + 8)
     assert one.flops == 2 * 8 * 3 * 2048 * 768
+    group = cost("linear_int4", "Qwen/Qwen3-8B", 7)[0]  # q: codes, fp16 scales, zeros of a byte, x and the result
+    assert group.bytes == 4096 * (2048 + 32 * (2 + 1)) + 2 * 7 * 4096 * 2 and group.flops == 2 * 7 * 4096 * 4096
+    assert cost("linear_fp8", "Qwen/Qwen3-8B", 7)[0].bytes == 4096 * 4096 + 32 * 32 * 4 + 2 * 7 * 4096 * 2
+    assert cost("linear_gguf", "Qwen/Qwen3-8B", 7)[0].bytes == 4096 * 16 * 144 + 2 * 7 * 4096 * 2
+    one = cost("moe_int4", "Qwen/Qwen3-30B-A3B", 1)[0]
+    codes = 8 * 3 * 2048 * 768
+    assert one.bytes == codes // 2 + codes // 128 * 3 + 2 * 2 * 2048 + 8 * (2 + 8) and one.flops == 2 * codes
     pairs = int(ops.causal_mask(64, 64, torch.device("cpu")).sum())
     assert cost("attention", "Qwen/Qwen3-8B", 64)[0].flops == 2 * 2 * 128 * 32 * pairs
     assert cost("attention", "Qwen/Qwen3-8B", 1)[0].bytes == 2 * (2 * 32 * 128 + 2 * 4096 * 8 * 128)
@@ -328,6 +372,9 @@ def test_rotatingcopies_of_differ_in_address_and_keep_strides():
     from qwen_ref.bench.measure import MOST_COPIES, copies_of
 
     x = torch.randn(8, 4, 6).transpose(0, 1)
+    pair = Int4(torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3, 1), None, 4)
+    for args in copies_of((x, pair))[0]:
+        assert type(args[1]) is Int4 and args[1].codes.data_ptr() != pair.codes.data_ptr() and args[1].group == 4
     copies, cold = copies_of((x, 1e-6))
     assert len({args[0].data_ptr() for args in copies}) == len(copies) == MOST_COPIES and not cold
     assert all(torch.equal(args[0], x) and args[0].stride() == x.stride() and args[1] == 1e-6 for args in copies)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import backend
 from ..errors import RequestError
@@ -158,10 +159,11 @@ class Finding:
 
 def examine(what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deterministic: bool = True) -> Finding:
     """Call an implementation twice on inputs inside poison, and look at everything it returned and touched."""
-    wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    # Arguments may be NamedTuples of tensors, such as a packed matrix: the maps go down to their tensors.
+    wide = tree_map(lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a, args)
     eager, truth = (what.call(what.formula, _fresh(what, values)) for values in (args, wide))
-    housed = [House.of(a) if isinstance(a, Tensor) else a for a in args]
-    inputs = tuple(h.tensor if isinstance(h, House) else h for h in housed)
+    housed = [tree_map(lambda a: House.of(a) if isinstance(a, Tensor) else a, arg) for arg in args]
+    inputs = tuple(tree_map(lambda h: h.tensor if isinstance(h, House) else h, arg) for arg in housed)
     try:
         with Poisoned() as made:
             ours = _fresh_results(what, what.call(run, inputs))
@@ -171,7 +173,8 @@ def examine(what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deter
     except Exception as error:
         return Finding((f"raises {type(error).__name__}: {_first_line(error)}",))
     faults = _form_faults(ours, eager)
-    if any(h.changed(outside=i in what.writes) for i, h in enumerate(housed) if isinstance(h, House)):
+    houses = [(i in what.writes, h) for i, arg in enumerate(housed) for h in tree_leaves(arg) if isinstance(h, House)]
+    if any(h.changed(outside=filled) for filled, h in houses):
         faults.append("changes an input, or memory beside it")
     if any(h.spilled() for h in made.houses):
         faults.append("writes outside its output")
@@ -338,7 +341,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _wait(tensors: tuple[Any, ...]) -> None:
-    if any(isinstance(t, Tensor) and t.is_cuda for t in tensors):
+    if any(isinstance(t, Tensor) and t.is_cuda for t in tree_leaves(tensors)):
         torch.cuda.synchronize()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 16, 1024, 4096)  # a token, a batch of decoding, a chunk, a prompt: kernels choose tiles by it
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-         torch.uint8: "u8"}  # fmt: skip
+         torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
 GPUS = {"sm_80": ("A100", "A800"), "sm_90": ("H100", "H200", "H800", "H20"), "gfx942": ("MI300", "MI325")}  # named so
 
 
@@ -52,7 +53,8 @@ class Launch:
 
     @property
     def text(self) -> str:
-        shown = [f"{name}={value}" for name, value in (*self.constants, *self.options) if name.isupper() or "num" in name]
+        named = [(name, getattr(value, "__name__", value)) for name, value in (*self.constants, *self.options)]
+        shown = [f"{name}={value}" for name, value in named if name.isupper() or "num" in name]
         return " ".join([self.signature[0][1].lstrip("*"), *shown])
 
 
@@ -120,7 +122,7 @@ def launches(operation: str, models: Sequence[str] = tuple(MODELS)) -> list[Laun
     combinations = product(tuned_devices(module), [s for s in known if s.experts or not what.moe], DTYPES, TOKENS)
     for device, s, dtype, tokens in combinations:
         for _, args in what.real(s, tokens, Draw(0, dtype, torch.device("meta"))):
-            with _recording(module, found, device), torch.no_grad():
+            with _recording(found, device), torch.no_grad():
                 module.run(*args)
     return list(found.values())
 
@@ -145,21 +147,23 @@ def tuned_devices(module: Any) -> list[str]:
 
 
 @contextmanager
-def _recording(module: Any, found: Found, device: str) -> Iterator[None]:
-    """While active, the module's kernels note their launches, and its tuned table is read as on `device`."""
+def _recording(found: Found, device: str) -> Iterator[None]:
+    """While active, all kernels note their launches, and tuned tables are read as on `device`."""
     from triton.runtime import JITFunction
 
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction) and name[0] == "_"}
+    modules = [module for name, module in sys.modules.items() if name.startswith("qwen_kernels.")]  # some share kernels
+    kernels = [(module, name, value) for module in modules for name, value in vars(module).items()
+               if isinstance(value, JITFunction) and name[0] == "_"]  # fmt: skip
     shared: Any = import_module("qwen_kernels.launch")
     name_of = shared._name
     try:
         shared._name = lambda *_: device
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, _Recorder(kernel, found, device))
         yield
     finally:
         shared._name = name_of
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
 
 

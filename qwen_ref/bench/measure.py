@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import backend
 from ..errors import RequestError
@@ -214,11 +215,11 @@ def _timing(
 
 def copies_of(args: tuple[Any, ...]) -> tuple[list[tuple[Any, ...]], bool]:
     """The same inputs at several addresses, together at least three caches large if that is affordable."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
+    tensors = [a for a in tree_leaves(args) if isinstance(a, Tensor)]
     size = max(1, sum(t.numel() * t.element_size() for t in tensors))
     needed = 3 * cache_bytes(tensors[0].device)
     count = max(1, min(-(-needed // size) + 1, MOST_COPIES, MOST_BYTES // size))
-    copies = [tuple(_copy(a) if isinstance(a, Tensor) else a for a in args) for _ in range(count)]
+    copies = [tree_map(lambda a: _copy(a) if isinstance(a, Tensor) else a, args) for _ in range(count)]
     return copies, count * size >= needed
 
 
@@ -315,4 +316,4 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _on_gpu(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.is_cuda for a in args)
+    return any(isinstance(a, Tensor) and a.is_cuda for a in tree_leaves(args))

@@ -6,7 +6,7 @@ All tensors of a case are drawn from a seed. Bytes count what must be read once 
 from __future__ import annotations
 
 from ...errors import RequestError
-from . import attention, linear, moe, norms, rotary, tokens
+from . import attention, linear, moe, norms, packed, rotary, tokens
 from .common import Case, Cost, Draw, Subject, as_tuple
 
 __all__ = ["SUBJECTS", "Case", "Cost", "Draw", "Subject", "as_tuple", "subject"]
@@ -28,6 +28,7 @@ SUBJECTS = {
         moe.MOE_EXPERTS,
         tokens.SAMPLE,
         tokens.CROSS_ENTROPY,
+        *packed.SUBJECTS,
     )
 }
 

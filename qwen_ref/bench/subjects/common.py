@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..shapes import Sizes
 
@@ -44,6 +45,17 @@ class Draw:
         order = torch.rand(rows, columns, generator=self._generator).argsort(-1)
         return ((order - columns // 2) * step).to(self.device, self.dtype)
 
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """Whole numbers, low <= n < high."""
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.randint(low, high, shape, generator=self._generator).to(self.device, dtype)
+
+    def uniform(self, low: float, high: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return (torch.rand(shape, generator=self._generator) * (high - low) + low).to(self.device, dtype)
+
     def choices(self, rows: int, of: int, k: int) -> Tensor:
         """(rows, k) int64: k different numbers below `of` in each row."""
         if self.device.type == "meta":
@@ -77,7 +89,7 @@ class Subject:
         """Bytes and FLOPs of a call. Runs the formula on tensors without storage to know its outputs."""
         if self.bytes is not None:
             return Cost(self.bytes(*args), self.flops(*args))
-        shapes = [torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a for a in args]
+        shapes = tree_map(lambda a: torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a, args)
         return Cost(bytes_of(*args, *as_tuple(self.formula(*shapes))), self.flops(*args))
 
 
@@ -86,5 +98,5 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
 
 
 def bytes_of(*values: Any) -> int:
-    """Bytes of all tensors among these."""
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    """Bytes of all tensors among these, or inside NamedTuples among them."""
+    return sum(v.numel() * v.element_size() for v in tree_leaves(values) if isinstance(v, Tensor))

@@ -1,0 +1,27 @@
+"""moe_gguf in Triton: stacks of experts, rows of ggml blocks as in the file, Q4_K and Q6_K; other kinds are left to the
+formula.
+
+The algorithm is in `packed_moe`, the layout is that of `linear_gguf`. Bytes: H I 144 / 256 bytes a matrix, or 210 /
+256, for the experts chosen. FLOPs: 6 M k H I.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qwen_ref.quant import packed
+from qwen_ref.quant.packed import Gguf
+
+from . import packed_moe
+from .launch import supports
+
+__all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
+
+ORACLE = packed.moe_gguf
+TOLERANCE = 3.0  # fp32 sums in another order: twice is a matter of luck where they are of few numbers
+TUNED = {**packed_moe.TUNED}
+
+
+def run(x: Tensor, gate_up: Gguf, down: Gguf, weights: Tensor, experts: Tensor) -> Tensor:
+    """x (M, H), any strides; gate_up E x (2I, H), down E x (H, I); weights, experts (M, k). Returns (M, H)."""
+    return packed_moe.experts(ORACLE, TUNED, x, gate_up, down, weights, experts)

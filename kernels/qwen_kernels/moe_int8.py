@@ -1,0 +1,27 @@
+"""moe_int8 in Triton: stacks of experts, 8-bit codes, a scale and perhaps a zero for every row or group (GPTQ,
+bitsandbytes, Q8_0).
+
+The algorithm is in `packed_moe`, the layout is that of `linear_int8`. Bytes: H I bytes of codes a matrix, for the
+experts chosen. FLOPs: 6 M k H I.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qwen_ref.quant import packed
+from qwen_ref.quant.packed import Int8
+
+from . import packed_moe
+from .launch import supports
+
+__all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
+
+ORACLE = packed.moe_int8
+TOLERANCE = 3.0  # fp32 sums in another order: twice is a matter of luck where they are of few numbers
+TUNED = {**packed_moe.TUNED}
+
+
+def run(x: Tensor, gate_up: Int8, down: Int8, weights: Tensor, experts: Tensor) -> Tensor:
+    """x (M, H), any strides; gate_up E x (2I, H), down E x (H, I); weights, experts (M, k). Returns (M, H)."""
+    return packed_moe.experts(ORACLE, TUNED, x, gate_up, down, weights, experts)
