@@ -80,15 +80,25 @@ void widen_row(const uint8_t* codes, int64_t columns, const int16_t* zeros, int6
 
 // `count` numbers in 16 bits, in the order of `widen`. Returns their scale.
 float round(const void* x, int64_t first, int type, int64_t count, int bits, int16_t* out) {
-    float values[BLOCK], most = 0;
+    float values[BLOCK] = {};
+    int32_t word, most = 0;
     for (int64_t k = 0; k < count; k++) values[k] = get(x, first + k, type);
-    for (int64_t k = 0; k < count; k++) most = std::max(most, std::fabs(values[k]));
-    float inverse = most > 0 ? 32767 / most : 0;
-    for (int64_t k = 0; k < count; k++) {
-        int64_t place = bits == 4 ? (k & ~31) | (k & 1) << 4 | (k & 31) >> 1 : k;
-        out[place] = int16_t(_mm_cvtss_si32(_mm_set_ss(values[k] * inverse)));
+    for (int64_t k = 0; k < BLOCK; k++) {
+        std::memcpy(&word, &values[k], 4);
+        most = std::max(most, word & 0x7fffffff);  // magnitudes order as their bits do; a NaN is the largest
     }
-    return most / 32767;
+    float largest;
+    std::memcpy(&largest, &most, 4);
+    float inverse = most ? 32767 / largest : 0;
+    int16_t codes[BLOCK];
+    for (int64_t k = 0; k < BLOCK; k++) {
+        float shifted = values[k] * inverse + 12582912.f;  // 1.5 * 2^23: the nearest integer is in the lowest bits
+        std::memcpy(&word, &shifted, 4);
+        codes[k] = int16_t(word);
+    }
+    for (int64_t k = 0; k < BLOCK; k += STEP)
+        for (int64_t i = 0; i < STEP; i++) out[k + i] = codes[bits == 4 ? k + i % 16 * 2 + i / 16 : k + i];
+    return largest / 32767;
 }
 
 // R rows times T tokens into out (R, CHUNK). Every `span` columns of a row have one scale and one zero.
@@ -130,7 +140,7 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
              int64_t group, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
     int64_t blocks = (columns + BLOCK - 1) / BLOCK, stride = blocks * BLOCK, width = (columns * BITS + 7) / 8;
     int64_t span = std::min(group, BLOCK), spans = stride / span, groups = (columns + group - 1) / group;
-    bool direct = tokens == 1 && columns % STEP == 0 && columns % span == 0;
+    bool direct = tokens == 1 && columns % span == 0 && rows % PANEL == 0;
     std::vector<int16_t> x_codes(std::min(tokens, CHUNK) * stride);
     std::vector<float> x_scale(CHUNK * blocks);
     for (int64_t start = 0; start < tokens; start += CHUNK) {
@@ -142,7 +152,7 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
                 int64_t t = i / blocks, k = i % blocks * BLOCK;
                 x_scale[k / BLOCK * CHUNK + t] = round(x, (start + t) * columns + k, type, std::min(BLOCK, columns - k), BITS, &x_codes[i * BLOCK]);
             }
-            std::vector<int16_t> memory(PANEL * stride + 16), zeros(PANEL * spans);
+            std::vector<int16_t> memory(direct ? 0 : PANEL * stride + 16), zeros(PANEL * spans);
             std::vector<float> scales(PANEL * spans), sums(PANEL * CHUNK);
             int16_t* wide = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 31) / 2;
 #pragma omp for schedule(dynamic, 4)
@@ -153,7 +163,7 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
                         int64_t g = row * groups + std::min(s * span / group, groups - 1);
                         scales[i] = get(scale, g, scale_type), zeros[i] = zero ? zero[g] : BITS == 4 ? 8 : 0;
                     }
-                if (direct && last == first + PANEL) {
+                if (direct) {
                     for (int64_t r = 0; r < PANEL; r += 4)
                         multiply<BITS, 4, 1>(codes + (first + r) * width, width, &scales[r * spans], &zeros[r * spans], spans, span, x_codes.data(), stride, x_scale.data(), &sums[r * CHUNK]);
                 } else {
