@@ -450,6 +450,10 @@ class Checkpoint:
         names = {name for file in self._files for name in file.tensors}
         return "lm_head.weight" in names or not any(name.startswith("embed_tokens.") for name in names)
 
+    def tensors(self, model: CheckpointModule) -> dict[str, TensorInfo]:
+        """dtype and shape of everything in the files, by the model's names."""
+        return {model.canonical_name(name): info for file in self._files for name, info in file.tensors.items()}
+
     def check(self, model: CheckpointModule) -> None:
         """Decide where each tensor goes. The model needs names, shapes and dtypes, but no memory yet (meta device).
 

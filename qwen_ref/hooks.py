@@ -390,7 +390,7 @@ class _Session:
 
     def _heads_output(self, point: Point, o_proj: Any, z: Tensor) -> Tensor | None:
         """What each head adds to the residual stream: z_n W_n^T, with W_n the head's columns of o_proj's weight."""
-        weight = o_proj.weight.unflatten(1, (-1, self.head_dim))  # (H, N, D)
+        weight = o_proj.weight.to(z.dtype).unflatten(1, (-1, self.head_dim))  # (H, N, D); a packed one comes in fp32
         result = torch.einsum("btnd,hnd->btnh", z.unflatten(-1, (-1, self.head_dim)), weight)  # (B, T, N, H)
         edited = self.passes(point, result)
         if edited is result:

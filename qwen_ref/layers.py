@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -55,13 +57,19 @@ class Experts(nn.Module):
 
     def named_parts(self) -> list[tuple[str, Tensor]]:
         """(official name, view) of every matrix: on disk each expert's three projections are tensors of their own."""
-        half = self.gate_up_proj.shape[1] // 2
-        parts = []
-        for e in range(self.gate_up_proj.shape[0]):
-            parts.append((f"{e}.gate_proj.weight", self.gate_up_proj[e, :half]))
-            parts.append((f"{e}.up_proj.weight", self.gate_up_proj[e, half:]))
-            parts.append((f"{e}.down_proj.weight", self.down_proj[e]))
-        return parts
+        stacks = (("gate_up_proj", self.gate_up_proj.data), ("down_proj", self.down_proj.data))
+        return [part for name, stack in stacks for part in expert_parts(name, stack)]
+
+
+def expert_parts(name: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A stack (E, ...) of `Experts` as (official name, view) of each expert's matrices."""
+    half = stack.shape[1] // 2
+    for e in range(stack.shape[0]):
+        if name == "down_proj":
+            yield f"{e}.down_proj.weight", stack[e]
+        else:
+            yield f"{e}.gate_proj.weight", stack[e, :half]
+            yield f"{e}.up_proj.weight", stack[e, half:]
 
 
 class Rotary(nn.Module):

@@ -18,6 +18,8 @@ from .errors import CheckpointError, ConfigError
 from .hub import find
 from .models import module_for
 from .models.common import LanguageModel
+from .quant.convert import expand, install, pack, read_format
+from .quant.format import Format
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -66,9 +68,12 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     mapped: bool = True,
+    dequantize: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
     """The model of a folder, without its tokenizer; `load_report` says what was found.
+
+    `dequantize`: a quantised checkpoint becomes a plain model, by the definition of its format.
 
     A mapped file must stay as it is while the model is in use: cut in place it ends the process (SIGBUS), rewritten in
     place it changes the weights, as under every reader that maps. Replaced by rename, as the hub's cache does it, it
@@ -76,14 +81,33 @@ def load_model(
     """
     raw = read_config(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = pick_dtype(dtype, raw)
+    dtype, format = pick_dtype(dtype, raw), read_format(raw)
+    first = device if format is None else torch.device("cpu")  # what is stored is repacked before it moves
     with Checkpoint(folder) as checkpoint:
         network = build(raw, head=checkpoint.has_language_head()).to(dtype)
+        notes = prepare(network, format, checkpoint)
         checkpoint.check(network)
-        materialize(network, device, dtype, checkpoint.views() if mapped and device.type == "cpu" else {})
+        materialize(network, first, checkpoint.views() if mapped and first.type == "cpu" else {})
         network.load_report = checkpoint.read(network, progress=progress)
-    _note_dtypes(network.load_report, raw)
+    if format is None:
+        _note_dtypes(network.load_report, raw)
+    else:
+        if dequantize:
+            expand(network, dtype)
+        else:
+            pack(network)
+        network.to(device)
+    network.load_report.notes += notes
     return network.eval()
+
+
+def prepare(network: LanguageModel, format: Format | None, checkpoint: Checkpoint) -> list[str]:
+    """Give a model on the meta device the quantised modules of its files; returns what a reader should know."""
+    if format is None:
+        return []
+    plain = install(network, format, checkpoint.tensors(network))
+    more = f" and {len(plain) - 3} more" if len(plain) > 3 else ""
+    return [f"left in full precision by the file: {', '.join(plain[:3])}{more}"] if plain else []
 
 
 def locate(model: str | Path, *, revision: str | None = None, offline: bool | None = None,
@@ -124,13 +148,11 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def materialize(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, views: Mapping[str, Tensor] | None = None
-) -> None:
+def materialize(model: nn.Module, device: torch.device, views: Mapping[str, Tensor] | None = None) -> None:
     """Give every parameter its memory, once, so that tied ones stay one tensor: its view if there is one, else a new one."""
     views = views or {}
     made = {
-        old: nn.Parameter(views[name] if name in views else _empty(old.shape, dtype, device), requires_grad=False)
+        old: nn.Parameter(views[name] if name in views else _empty(old.shape, old.dtype, device), requires_grad=False)
         for name, old in model.named_parameters()
     }
     for module in model.modules():
@@ -152,9 +174,6 @@ def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
     """The dtype asked for, else the one config.json names, else float32."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
-        raise ConfigError(f"config.json: quantization_config ({method}) is not implemented; load the unquantised model")
     if isinstance(dtype, torch.dtype):
         return dtype
     name = str(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")

@@ -38,7 +38,7 @@ IDS = torch.randint(0, 211, (2, 9), generator=torch.Generator().manual_seed(5))
 def read_back(folder: Path, dtype=torch.float32):
     """A folder's model without its tokenizer, and the report."""
     model = build(read_config(folder))
-    materialize(model, torch.device("cpu"), dtype)
+    materialize(model.to(dtype), torch.device("cpu"))
     for p in model.parameters():
         p.fill_(torch.nan)  # poisoned: what loading forgets would show
     return model, load_weights(model, folder, progress=False)
@@ -142,7 +142,7 @@ def test_dtypes_are_converted(disk, memory, tmp_path):
 def test_peak_memory_is_the_model_and_one_block(tmp_path):
     """fp32 on disk, bf16 in memory: 516 MB on disk, 258 MB of model; a second copy of the largest tensor would be 105 MB."""
     model = build({**TINY["qwen3"][1], "hidden_size": 1024, "vocab_size": 25600, "intermediate_size": 8192})
-    materialize(model, torch.device("cpu"), torch.float32)
+    materialize(model, torch.device("cpu"))
     for p in model.parameters():
         p.fill_(0.5)
     model.save(tmp_path / "m")
@@ -151,7 +151,7 @@ def test_peak_memory_is_the_model_and_one_block(tmp_path):
         "from qwen_ref.checkpoint import load_weights\n"
         "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) * 1024\n"
         "folder = Path(sys.argv[1]); m = build(read_config(folder)); before = peak()\n"
-        "materialize(m, torch.device('cpu'), torch.bfloat16); load_weights(m, folder, progress=False)\n"
+        "materialize(m.bfloat16(), torch.device('cpu')); load_weights(m, folder, progress=False)\n"
         "print(peak() - before, sum(p.nbytes for p in m.parameters()))"
     )
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, check=True)

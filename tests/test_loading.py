@@ -219,7 +219,7 @@ def test_a_file_that_shrinks_while_it_is_loaded(moment, how, tmp_path):
 def test_mapping_takes_no_memory_of_its_own(tmp_path):
     """A model of 110 MB: its pages are the file's, and nothing is allocated beside them."""
     model = build({**TINY["qwen3"][1], "hidden_size": 512, "vocab_size": 25600, "intermediate_size": 2048})
-    materialize(model, torch.device("cpu"), torch.float32)
+    materialize(model, torch.device("cpu"))
     for p in model.parameters():
         p.fill_(0.5)
     model.save(tmp_path / "m")

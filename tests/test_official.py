@@ -24,7 +24,7 @@ def test_qwen3_06b(data, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     theirs.save_pretrained(tmp_path)
     ours = build(read_config(tmp_path))
-    materialize(ours, torch.device("cpu"), torch.float32)
+    materialize(ours, torch.device("cpu"))
     report = load_weights(ours, tmp_path, progress=False)
     assert report.problems() == "" and ours.num_parameters() == 596_049_920
     with backend.use("eager"):

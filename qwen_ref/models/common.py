@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ..cache import Cache
 from ..checkpoint import LoadReport
-from ..layers import Experts
+from ..layers import Experts, expert_parts
+from ..quant.layers import Holder, PackedExperts, PackedSeparately
 
 
 class LanguageModel(nn.Module):
@@ -42,7 +44,8 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """Of the activations: a norm's, whatever the matrices are stored in."""
+        return self.model.norm.weight.dtype
 
     @property
     def tied(self) -> dict[str, str]:
@@ -50,16 +53,36 @@ class LanguageModel(nn.Module):
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Official name -> the parameter, or the view of it, that holds this tensor."""
-        experts = {name: module for name, module in self.named_modules() if isinstance(module, Experts)}
+        """Official name -> the parameter, or the view of it, that holds this tensor. What is packed is dequantised anew."""
+        kinds = (Experts, PackedExperts, PackedSeparately)
+        experts = {f"{name}." for name, module in self.named_modules() if isinstance(module, kinds)}
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():  # a tied head appears once, as the embedding
-            owner = name.rpartition(".")[0]
-            if owner not in experts:
-                tensors[name] = parameter.data
-        for owner, module in experts.items():
-            tensors.update({f"{owner}.{part}": view.data for part, view in module.named_parts()})
+        for name, tensor in self.named_weights():  # a tied head appears once, as the embedding
+            owner, _, part = name.rpartition(".")
+            if f"{owner}." in experts:
+                tensors.update({f"{owner}.{matrix}": view for matrix, view in expert_parts(part, tensor)})
+            else:
+                tensors[name] = tensor
         return tensors
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every weight as in an unquantised model: parameters, and packed matrices dequantised.
+
+        Packed ones are made anew, one at a time, in the model's dtype.
+        """
+        for name, parameter in self.named_parameters():
+            yield name, parameter.data
+        for owner, module in self.packed_modules():
+            for name, tensor in module.plain(self.dtype):
+                yield f"{owner}.{name}", tensor
+
+    def packed_modules(self) -> Iterator[tuple[str, Holder]]:
+        """(name, module) of what holds matrices of few bits, experts as a whole; of a tied pair, the embedding."""
+        seen: set[int] = set()
+        for name, module in self.named_modules():
+            if isinstance(module, Holder) and not module.identity & seen:
+                seen |= module.identity
+                yield name, module
 
     def canonical_name(self, name: str) -> str:
         """The name this model knows a checkpoint tensor by. Embedding checkpoints leave out the `model.` prefix."""
@@ -70,7 +93,13 @@ class LanguageModel(nn.Module):
         return name.removeprefix("model.") if self.lm_head is None else name
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """Of the unquantised model; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters()) + sum(m.count for _, m in self.packed_modules())
+
+    def weight_bytes(self) -> int:
+        """Bytes of memory that the weights take, mapped or not, as they are held."""
+        return sum(p.nbytes for p in self.parameters()) + sum(
+            t.nbytes for _, m in self.packed_modules() for t in m.packed_tensors)  # fmt: skip
 
     def run_with_cache(self, input_ids: Tensor, names_filter: Any = None, **options: Any) -> tuple[Tensor, Any]:
         """(logits, activations by name): see `hooks.run_with_cache` for the options."""
@@ -99,6 +128,7 @@ class LanguageModel(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write config.json, the weights and the tokenizer files to a new folder that transformers loads.
 
+        A quantised model is written dequantised, in its activations' dtype: `quantize` writes quantised files.
         CheckpointError if the folder exists and is not empty; a failure leaves nothing behind.
         """
         from ..checkpoint import save_model

@@ -80,10 +80,8 @@ class Code4(NamedTuple):
         columns = columns or 2 * self.codes.shape[-1]
         index = unpack4(self.codes)[..., :columns].long()
         table = self.table.to(_wide(dtype))
-        if table.dim() > 1:
-            values = table.gather(-1, index.flatten(-2)).view(index.shape)
-        else:
-            values = table[index]
+        own = table.dim() > 1
+        values = table.gather(-1, index.flatten(-2)).view(index.shape) if own else table[index]
         return (values * spread(self.scale.to(values.dtype), self.group, columns)).to(dtype)
 
 

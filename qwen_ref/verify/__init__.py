@@ -39,6 +39,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, RequestError
 from ..loading import build, load_model, locate, pick_dtype, read_config
 from ..models.common import LanguageModel
+from ..quant.convert import read_format
 from ..tokenizer import Tokenizer
 from . import bundle, levels, memory, operations, oracle, streaming
 from .levels import HALF, Comparison, Live, Logits, Oracle, Tolerances
@@ -216,9 +217,19 @@ class _Source:
         return load_model(self.folder, device=self.device, dtype=self.dtype, progress=False)
 
     def oracles(self, ours: LanguageModel) -> tuple[nn.Module, nn.Module]:
-        """transformers' model in the dtype, and in fp32; one and the same but in half precision."""
-        theirs = oracle.build(self.folder or ours, ours, self.dtype, self.device)
-        return theirs, oracle.build(self.folder or ours, ours, torch.float32, self.device) if self.dtype in HALF else theirs
+        """transformers' model in the dtype, and in fp32; one and the same but in half precision.
+
+        Of a quantised checkpoint, with the weights dequantised by the format's definition, rounded to the dtype.
+        """
+        weights: LanguageModel | Path = self.folder or ours
+        if self.folder is not None and self.quantised:
+            weights = load_model(self.folder, device=self.device, dtype=self.dtype, dequantize=True, progress=False)
+        theirs = oracle.build(weights, ours, self.dtype, self.device)
+        return theirs, oracle.build(weights, ours, torch.float32, self.device) if self.dtype in HALF else theirs
+
+    @property
+    def quantised(self) -> bool:
+        return read_format(self.raw) is not None
 
     def oracle_skeleton(self) -> nn.Module:
         return oracle.skeleton(self._on_disk, self.skeleton, self.dtype, self.device)
@@ -245,6 +256,8 @@ class _Source:
 
     @property
     def _on_disk(self) -> Path:
+        if self.quantised:
+            raise RequestError(f"{self.name} is quantised: it is compared whole, not streamed; use a machine with more memory")
         if self.folder is None:
             raise RequestError(f"{self.name} is in memory already: only a folder can be streamed")
         return self.folder
@@ -318,7 +331,7 @@ def _levels(levels: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _choice(backend: Mapping[str, str] | str | None) -> dict[str, str]:
     """Every operation's implementation: as named, and "eager" where nothing is."""
-    known = {name: backends.OPERATIONS[name].implementations for name in operations.ARGUMENTS}
+    known = {name: backends.OPERATIONS[name].implementations for name in (*operations.ARGUMENTS, *sorted(operations.PACKED))}
     if isinstance(backend, str):
         backend = {name: backend for name, those in known.items() if backend in those} or {"": backend}
     choice = {**dict.fromkeys(backends.OPERATIONS, "eager"), **(backend or {})}
@@ -393,7 +406,7 @@ class _Run:
             other = Live(theirs, exact, prompts, new_tokens)
             if "L0" in wanted:
                 self.add_all(levels.structure(ours, theirs))
-        self.operations()
+        self.operations(ours)
         if file is not None and not file.greedy.tokens:
             self.skip("L4", "the bundle has no greedy tokens: it was written block by block")
         if ours.lm_head is None:
@@ -433,11 +446,11 @@ class _Run:
         if self.runs("L3"):
             self.add_all(logits.checks())
 
-    def operations(self) -> None:
+    def operations(self, ours: LanguageModel | None = None) -> None:
         if "L1" not in self.wanted:
             return
         with backends.use(self.choice, strict=True):
-            found = operations.check(self.source.config, self.source.dtype, self.source.device, self.seed)
+            found = operations.check(self.source.config, self.source.dtype, self.source.device, self.seed, ours)
             self.add_all(self.bar(found, desc="L1 operations"))
 
     def activations(self, ours: LanguageModel, other: Oracle, prompts: list[Tensor]) -> None:

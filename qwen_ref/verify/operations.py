@@ -12,12 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend, ops
+from ..models.common import LanguageModel
+from ..quant import packed
+from ..quant.layers import LINEAR, MOE, PackedExperts, PackedLinear
+from ..quant.packed import rows
 from .report import Check
 
 SEEDS = 5
@@ -40,15 +45,21 @@ ULPS = {
     "router_topk": 4,  # exp, sum, two quotients
     "moe_experts": 6,  # two matrix products, swiglu, weight, and the sum over experts
 }
+PACKED = {op.name for op in (*LINEAR.values(), *MOE.values())}
+ULPS |= dict.fromkeys((op.name for op in LINEAR.values()), 3)  # one more, of the weight
+ULPS |= dict.fromkeys((op.name for op in MOE.values()), 8)
 
 
-def check(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Check]:
+def check(config: Any, dtype: torch.dtype, device: torch.device, seed: int,
+          model: LanguageModel | None = None) -> Iterator[Check]:  # fmt: skip
     """One check per operation and kind of argument, over all `TOKENS` and `SEEDS`. The active backend choice is what runs.
+
+    Of a quantised `model`, also the products with the layouts it has, on its own first matrix of each.
 
     The formula itself is held, at its worst, to what its roundings explain. Another implementation may lose twice what
     the formula loses in the same dtype; both as root mean square, since single errors of few numbers scatter.
     """
-    for name, kinds in ARGUMENTS.items():
+    for name, kinds in {**ARGUMENTS, **(_packed_arguments(model) if model is not None else {})}.items():
         chosen = backend.OPERATIONS[name].resolve(device, dtype).name
         for label, make in kinds.items():
             if not _applies(name, label, config):
@@ -85,7 +96,7 @@ def _judge(what: str, eager: bool, found: list[_Measured], cases: list[tuple[int
 
 
 def _measure(name: str, args: tuple[Any, ...]) -> _Measured:
-    formula = getattr(ops, name)
+    formula = getattr(packed if name in PACKED else ops, name)
     wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     exact, eps = formula(*wide), torch.finfo(args[0].dtype).eps
     own, roundings = _relative(name, formula(*args), exact, wide), ULPS[name] * eps + _growing_error(name, wide, eps)
@@ -105,7 +116,7 @@ def _growing_error(name: str, wide: tuple[Any, ...], eps: float) -> float:
     """What grows with the arguments. A probability's relative error is its score's absolute one, |score| eps, where the
     scores are rounded; the rounding of a sum of n terms of either sign grows as sqrt(n) in the dtype that accumulates."""
     wider = min(eps, torch.finfo(torch.float32).eps)  # half precision accumulates in fp32
-    if name in ("linear", "moe_experts"):
+    if name in ("linear", "moe_experts") or name in PACKED:
         return wider * math.sqrt(wide[0].shape[-1]) / 4
     if name == "attention":
         q, k, _, mask = wide
@@ -208,6 +219,27 @@ def _experts_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
     gate_up, down = rand(experts, 2 * inner, hidden, scale=hidden**-0.5), rand(experts, hidden, inner, scale=inner**-0.5)
     weights, chosen = ops.router_topk(rand(t, experts, scale=1.0), min(c.num_experts_per_tok, experts), c.norm_topk_prob)
     return x, gate_up, down, weights, chosen
+
+
+def _packed_arguments(model: LanguageModel) -> dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]]:
+    """Operation -> how to make its arguments, for each layout that the model has: the first matrix, or stack, in it."""
+    found: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {}
+    for _, module in model.packed_modules():
+        if isinstance(module, PackedLinear):
+            found.setdefault(LINEAR[type(module.packed)].name, {"": partial(_packed_linear_arguments, module)})
+        elif isinstance(module, PackedExperts):
+            found.setdefault(MOE[type(module.gate_up)].name, {"": partial(_packed_experts_arguments, module)})
+    return found
+
+
+def _packed_linear_arguments(module: PackedLinear, c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    columns = min(module.out_features, _COLUMNS)
+    return rand(1, t, module.in_features), rows(module.packed, 0, columns), rand(columns)
+
+
+def _packed_experts_arguments(module: PackedExperts, c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    weights, chosen = ops.router_topk(rand(t, module.experts, scale=1.0), c.num_experts_per_tok, c.norm_topk_prob)
+    return rand(t, module.hidden), module.gate_up, module.down, weights, chosen
 
 
 ARGUMENTS: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {  # operation -> kind -> how to make them

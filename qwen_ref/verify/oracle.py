@@ -62,7 +62,7 @@ def build(
     auto, options = require().AutoModelForCausalLM, {**_EAGER, "dtype": dtype}
     if isinstance(source, LanguageModel):
         model = auto.from_config(config_of(source.config.to_json()), **options)
-        weights = dict(source.named_parameters())
+        weights = dict(source.named_weights())
         for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.data.copy_(weights[name])

@@ -192,7 +192,7 @@ class _Side:
         parts = {path: self.model.get_submodule(path) for path in paths}
         try:
             for path, part in parts.items():
-                materialize(part, self.device, self.dtype)
+                materialize(part.to(self.dtype), self.device)
                 self.fill(path, part)
             yield
         finally:

@@ -1,0 +1,196 @@
+"""compressed-tensors, the format of llm-compressor and vLLM (github.com/vllm-project/compressed-tensors).
+
+A config has groups of modules with a scheme each, and names to ignore. Of weights, these encodings:
+
+    pack-quantized    4 or 8 bits in int32 words along the inputs, the first in the lowest bits, stored + 2^(bits - 1)
+    int-quantized     int8
+    float-quantized   float8_e4m3fn
+    nvfp4-pack-quantized, mxfp4-pack-quantized   see `fp4`
+
+each with scales per matrix, per output, per group of inputs or per block. w = (q - zero) * scale. Schemes that also
+quantise activations are run with the activations as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Fields
+from ..errors import CheckpointError
+from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, matches, ordered, patterns
+from .fp4 import MXFP4, NVFP4
+from .fp8 import FP8
+from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
+
+
+@dataclass(frozen=True)
+class Integers(Scheme):
+    """Integers of 4 or 8 bits, packed into words or (8 bits only) as they are."""
+
+    bits: int
+    strategy: str  # "tensor", "channel" or "group"
+    group: int | None
+    packed: bool
+
+    @property
+    def marker(self) -> str:  # type: ignore[override]
+        return "weight_packed" if self.packed else "weight"
+
+    def stores(self, found: Mapping[str, Any]) -> bool:
+        if self.packed:
+            return super().stores(found)
+        return "weight" not in found or found["weight"].dtype == torch.int8
+
+    def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
+        count = groups(columns, self.group) if self.group else 1
+        scale = {"tensor": (1,), "channel": (rows, 1), "group": (rows, count)}[self.strategy]
+        if self.packed:
+            slots = {
+                "weight_packed": Slot((rows, _words(columns, self.bits)), (torch.int32,)),
+                "weight_shape": Slot((2,), (torch.int64, torch.int32)),
+                "weight_scale": Slot(scale, FLOATS),
+            }
+            zero = Slot((_words(rows, self.bits), scale[-1]), (torch.int32,))
+        else:
+            slots = {"weight": Slot((rows, columns), (torch.int8,)), "weight_scale": Slot(scale, FLOATS)}
+            zero = Slot(scale, (torch.int8,))
+        optional = {"weight_zero_point": zero, "weight_g_idx": Slot((columns,), (torch.int32, torch.int64))}
+        return slots | {name: slot for name, slot in optional.items() if name in found} | _of_inputs(found)
+
+    def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        _check_shape(tensors, rows, columns)
+        scale = tensors["weight_scale"].float().view(-1, tensors["weight_scale"].shape[-1])  # (N or 1, G)
+        zero = tensors.get("weight_zero_point")
+        if self.packed:
+            codes = _integers(tensors["weight_packed"], self.bits, columns)
+            zero = _integers(zero.T, self.bits, rows).T if zero is not None else None  # packed along the outputs
+        else:
+            codes = tensors["weight"].int()
+        group = self._group_of(tensors, columns)  # (K,)
+        zeros = zero.int()[..., group] if zero is not None else 0
+        return (codes - zeros) * scale[:, group]
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        _check_shape(tensors, rows, columns)
+        check_scales(tensors["weight_scale"], "weight_scale")
+        group = self.group or columns
+        scale = tensors["weight_scale"].view(-1, tensors["weight_scale"].shape[-1]).expand(rows, -1).contiguous()
+        order, regular = ordered(self._group_of(tensors, columns), group)
+        if not regular:
+            raise CheckpointError("weight_g_idx makes groups of different sizes")
+        zero = tensors.get("weight_zero_point")
+        if not self.packed:
+            codes = tensors["weight"] if order is None else tensors["weight"][:, order]
+            return Matrix(Int8(codes, scale, zero.expand(rows, -1).contiguous() if zero is not None else None, group), order)
+        bytes_ = tensors["weight_packed"].contiguous().view(torch.uint8)
+        zeros = zero.T.contiguous().view(torch.uint8) if zero is not None else None  # (G, bytes of N)
+        if self.bits == 4:
+            codes = bytes_[:, : -(-columns // 2)] if order is None else pack4(unpack4(bytes_)[:, :columns][:, order])
+            zeros = unpack4(zeros)[:, :rows].T.contiguous() if zeros is not None else None
+            plain = zeros is None or bool((zeros == NIBBLE_ZERO).all())
+            return Matrix(Int4(codes, scale, None if plain else zeros, group), order)
+        codes = (bytes_[:, :columns] ^ 128).view(torch.int8)
+        codes = codes if order is None else codes[:, order]
+        zeros = (zeros[:, :rows].T.contiguous() ^ 128).view(torch.int8) if zeros is not None else None
+        plain = zeros is None or bool((zeros == 0).all())
+        return Matrix(Int8(codes, scale, None if plain else zeros, group), order)
+
+    def _group_of(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
+        """(K,) int64: the group of every input."""
+        if "weight_g_idx" not in tensors:
+            return torch.arange(columns) // (self.group or columns)
+        group_of, count = tensors["weight_g_idx"].long(), tensors["weight_scale"].shape[-1]
+        if group_of.numel() and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
+            raise CheckpointError(f"weight_g_idx names a group outside the {count} there are")
+        return group_of
+
+
+@dataclass(frozen=True)
+class Groups(Format):
+    """Modules by the group of the config that targets them."""
+
+    schemes: tuple[tuple[tuple[str, ...], Scheme], ...] = ()  # (targets, scheme)
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        if matches(name, self.skipped):
+            return None
+        for targets, scheme in self.schemes:
+            if "Linear" in targets or matches(name, targets):
+                return scheme
+        return None
+
+
+def from_json(fields: Fields) -> Format:
+    """The format of a config's `quantization_config`. ConfigError on encodings that are not implemented."""
+    if fields.data.get("sparsity_config"):
+        sparsity = fields.object("sparsity_config")
+        sparsity.choice("format", ("dense",), "dense")
+    schemes = []
+    config_groups = fields.object("config_groups")
+    for name in config_groups.data:
+        group = config_groups.object(name)
+        if group.data.get("weights") is None:
+            raise group.error("weights", "is missing: only weights can be loaded quantised")
+        encoding = group.data.get("format") or fields.data.get("format")
+        schemes.append((patterns(group, "targets"), _scheme(group.object("weights"), encoding, fields)))
+    if not schemes:
+        raise fields.error("config_groups", "is empty")
+    schemes.sort(key=lambda item: "Linear" in item[0])  # a name is more specific than a class
+    return Groups(schemes[0][1], patterns(fields, "ignore"), tuple(schemes))
+
+
+def _scheme(weights: Fields, encoding: Any, fields: Fields) -> Scheme:
+    known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+             "mxfp4-pack-quantized")  # fmt: skip
+    if encoding not in known:
+        raise fields.error("format", f"is {encoding!r}; implemented: {', '.join(known)}")
+    if encoding == "nvfp4-pack-quantized":
+        return NVFP4()
+    if encoding == "mxfp4-pack-quantized":
+        return MXFP4()
+    bits = weights.integer("num_bits", 8)
+    strategy = weights.choice("strategy", ("tensor", "channel", "group", "block"), "group" if _grouped(weights) else "tensor")
+    if weights.choice("type", ("int", "float"), "int") == "float":
+        if bits != 8 or strategy == "group":
+            raise weights.error("num_bits", f"is {bits} in {strategy} strategy; floats of 8 bits are implemented, not grouped")
+        block = weights.array("block_structure", []) if strategy == "block" else None
+        if block is not None and (len(block) != 2 or any(type(n) is not int or n < 1 for n in block)):
+            raise weights.error("block_structure", f"is {block!r}, not two positive integers")
+        return FP8(tuple(block) if block else None, "weight_scale", "input_scale")
+    if bits not in (4, 8) or (bits == 4 and encoding != "pack-quantized"):
+        raise weights.error("num_bits", f"is {bits} in {encoding}; 4 and 8 packed, and 8 unpacked, are implemented")
+    if strategy == "block":
+        raise weights.error("strategy", "is 'block', which is implemented for floats only")
+    group = group_size(weights, "group_size", 128) if strategy == "group" else None
+    return Integers(bits, strategy if group or strategy != "group" else "channel", group, encoding == "pack-quantized")
+
+
+def _grouped(weights: Fields) -> bool:
+    size = weights.data.get("group_size")
+    return type(size) is int and size > 0
+
+
+def _of_inputs(found: Mapping[str, Any]) -> dict[str, Slot]:
+    """Scales of activations: read, not used."""
+    return {name: Slot(tuple(found[name].shape)[:1], (*FLOATS, torch.int8)) for name in ("input_scale", "input_zero_point")
+            if name in found}  # fmt: skip
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _integers(words: Tensor, bits: int, columns: int) -> Tensor:
+    """(R, W) int32 -> (R, columns) int32, signed."""
+    shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
+    return (words[..., None] >> shifts & (1 << bits) - 1).flatten(-2)[:, :columns] - (1 << bits - 1)
+
+
+def _check_shape(tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+    if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [rows, columns]:
+        raise CheckpointError(f"weight_shape is {tensors['weight_shape'].tolist()}, the config wants {[rows, columns]}")

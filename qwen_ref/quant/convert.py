@@ -1,0 +1,208 @@
+"""From a model's plain modules to quantised ones: before its files are read, and once they have been."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Fields
+from ..errors import CheckpointError, ConfigError, QwenRefError
+from ..layers import Experts, Linear
+from . import awq, bitsandbytes, compressed_tensors, fp4, fp8, gptq
+from .format import Format, Scheme
+from .layers import PackedExperts, PackedLinear, PackedSeparately, QuantExpert, QuantExperts, QuantLinear, joined, stacked
+
+METHODS = {  # quant_method -> how its config is read
+    "awq": awq.from_json,
+    "gptq": gptq.from_json,
+    "fp8": fp8.from_json,
+    "compressed-tensors": compressed_tensors.from_json,
+    "bitsandbytes": bitsandbytes.from_json,
+    "modelopt": fp4.from_modelopt,
+}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def read_format(raw: Mapping[str, Any]) -> Format | None:
+    """The format that a config.json's `quantization_config` names; None without one. ConfigError on unknown methods."""
+    given = raw.get("quantization_config")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ConfigError(f"config.json: quantization_config is {given!r:.80}, not an object")
+    fields = Fields(given, "config.json, quantization_config")
+    method = given.get("quant_method")
+    if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
+        method = "bitsandbytes"  # older files leave it out
+    if method not in METHODS:
+        raise fields.error("quant_method", f"is {method!r}, which is not implemented; there are {', '.join(METHODS)}")
+    return METHODS[method](fields)
+
+
+def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[str]:
+    """Exchange, on the meta device, each matrix that is quantised for a `QuantLinear` with the tensors it is stored in.
+
+    `disk`: what the files hold, by official name, as `checkpoint.TensorInfo`. A matrix that the format quantises and
+    the files have in full precision stays plain; those are returned by name. CheckpointError, ConfigError.
+    """
+    wanted = _matrices(model)
+    found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    for tensor, info in disk.items():
+        owner = tensor
+        while owner and owner not in found:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            found[owner][tensor[len(owner) + 1 :]] = info
+    plain = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and name in wanted and (scheme := format.scheme_of(name)):
+            if scheme.stores(found[name]):
+                _replace(model, name, _quantised(name, scheme, wanted[name], found[name], module.bias))
+            else:
+                plain.append(name)
+        elif isinstance(module, Experts):
+            experts = _experts(name, module, format, found)
+            if experts is None:
+                plain.append(name)
+            else:
+                _replace(model, name, experts)
+    return plain
+
+
+def pack(model: nn.Module) -> None:
+    """Exchange every `QuantLinear` for what runs: `PackedLinear`, `PackedExperts`. Each file's tensors are let go at once."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantExperts):
+            _replace(model, name, _packed_experts(name, module))
+        elif isinstance(module, QuantLinear) and _held(model, name):
+            _replace(model, name, _packed(name, module))
+
+
+def expand(model: nn.Module, dtype: torch.dtype) -> None:
+    """Exchange every `QuantLinear` for a plain layer with the matrix it stands for, by the format's definition."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantExperts):
+            experts = Experts(0, 0, 0)
+            for part, stack in module.plain(dtype):
+                setattr(experts, part, _fixed(stack))
+            _replace(model, name, experts)
+        elif isinstance(module, QuantLinear) and _held(model, name):
+            plain = Linear(0, 0, bias=False, device="meta")
+            plain.out_features, plain.in_features = module.out_features, module.in_features
+            plain.weight = _fixed(module.dequantize().to(dtype))
+            plain.register_parameter("bias", module.bias)
+            _replace(model, name, plain)
+
+
+def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> (N, K) of every linear layer, an expert's included. A head that is the embedding is none of its own."""
+    embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and id(module.weight) not in embedding:
+            shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Experts):
+            for part, view in module.named_parts():
+                shapes[f"{name}.{part.removesuffix('.weight')}"] = (view.shape[0], view.shape[1])
+    return shapes
+
+
+def _experts(name: str, module: Experts, format: Format, found: Mapping[str, Mapping[str, Any]]) -> QuantExperts | None:
+    """The experts as they are stored; None if all are in full precision."""
+    stored = {part.removesuffix(".weight"): (view.shape[0], view.shape[1]) for part, view in module.named_parts()}
+    schemes = {part: format.scheme_of(f"{name}.{part}") for part in stored}
+    kept = [part for part, scheme in schemes.items() if scheme is None or not scheme.stores(found[f"{name}.{part}"])]
+    if len(kept) == len(stored):
+        return None
+    if kept:
+        raise CheckpointError(f"{name}: some experts are quantised and others, such as {kept[0]}, are not")
+    experts = QuantExperts()
+    for e in range(module.gate_up_proj.shape[0]):
+        expert = QuantExpert()
+        for projection in PROJECTIONS:
+            part = f"{e}.{projection}"
+            scheme: Any = schemes[part]
+            setattr(expert, projection, _quantised(f"{name}.{part}", scheme, stored[part], found[f"{name}.{part}"]))
+        experts.append(expert)
+    return experts
+
+
+def _quantised(name: str, scheme: Scheme, shape: tuple[int, int], found: Mapping[str, Any],
+               bias: nn.Parameter | None = None) -> QuantLinear:  # fmt: skip
+    with _named(name):
+        slots = scheme.slots(*shape, found)
+    dtypes = {key: found[key].dtype if key in found and found[key].dtype in slot.dtypes else slot.dtypes[0]
+              for key, slot in slots.items()}  # fmt: skip
+    extra = bias is None and "bias" in found  # GPTQ's first writers gave every matrix one, of zeros
+    if extra:
+        bias = nn.Parameter(torch.empty(shape[0], dtype=found["bias"].dtype, device="meta"), requires_grad=False)
+    module = QuantLinear(scheme, *shape, slots, dtypes, bias)
+    module.must_be_zero = extra
+    return module
+
+
+def _packed(name: str, module: QuantLinear) -> PackedLinear:
+    bias = module.bias
+    if module.must_be_zero and bias is not None:
+        if bool(bias.any()):
+            raise CheckpointError(f"{name}.bias is not zero, but the config says that there is no bias")
+        bias = None
+    with _named(name):
+        matrix = module.pack()
+    return PackedLinear(matrix, (module.out_features, module.in_features), bias)
+
+
+def _packed_experts(name: str, module: QuantExperts) -> nn.Module:
+    """One stack for all experts; where inputs are reordered, or matrices differ in form, each is packed by itself."""
+    separate = PackedSeparately(module)
+    for e, expert in enumerate(module):
+        for projection in PROJECTIONS:
+            setattr(expert, projection, _packed(f"{name}.{e}.{projection}", getattr(expert, projection)))
+    matrices = [module.matrices(e) for e in range(len(module))]
+    if any(m.order is not None for three in matrices for m in three):
+        return separate
+    gate_up = [joined(gate.packed, up.packed) for gate, up, _ in matrices]
+    if any(both is None for both in gate_up):
+        return separate
+    upper, down = stacked([both for both in gate_up if both is not None]), stacked([last.packed for *_, last in matrices])
+    if upper is None or down is None or type(upper) is not type(down):
+        return separate
+    gate = matrices[0][0]
+    return PackedExperts(upper, down, (len(module), gate.in_features, gate.out_features))
+
+
+class _named:
+    """Puts the matrix's name before an error that a scheme raises."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, QwenRefError):
+            raise type(error)(f"{self.name}: {error}") from error
+
+
+def _held(model: nn.Module, name: str) -> bool:
+    """Whether a module is still where it was: experts are exchanged as a whole."""
+    try:
+        return isinstance(model.get_submodule(name), QuantLinear)
+    except AttributeError:
+        return False
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+__all__ = ["METHODS", "expand", "install", "pack", "read_format"]

@@ -1,0 +1,138 @@
+"""What a format is: which matrices of a checkpoint are quantised, by which tensors, and what those stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import Fields
+from ..errors import CheckpointError
+from .packed import Packed
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# A config may hold regular expressions, which are matched against short names. A quantifier of a group, or many of them,
+# would let a hostile one run for ever.
+MOST_PATTERN = 200
+MOST_QUANTIFIERS = 6
+_GROUP_QUANTIFIER = re.compile(r"\)[*+?{]")
+
+
+class Stored(NamedTuple):
+    """dtype and shape of a tensor in a file; `checkpoint.TensorInfo` begins with the same two."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Slot(NamedTuple):
+    """One tensor of a quantised matrix: the shape it must have and the dtypes it may have."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Matrix(NamedTuple):
+    """What a scheme makes of its tensors to run them."""
+
+    weight: Packed
+    order: Tensor | None = None  # (K,) int64: the input columns in the order in which `weight` has them
+
+
+class Scheme:
+    """How one matrix (N outputs, K inputs) is stored. `tensors` are named by what follows the module's own name."""
+
+    marker: ClassVar[str]  # the tensor that shows that a matrix is stored in this way
+
+    def stores(self, found: Mapping[str, Any]) -> bool:
+        """Whether a matrix with these tensors in its file is quantised, and not left in full precision."""
+        return self.marker in found or "weight" not in found
+
+    def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
+        """All tensors of a matrix; `found` are those of the file, for what is optional."""
+        raise NotImplementedError
+
+    def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        """The matrix, (N, K) fp32, as the format's definition has it."""
+        raise NotImplementedError
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        """The same matrix in one of the layouts of `packed`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint's `quantization_config`: which scheme each matrix has. Subclasses read it with `from_json`."""
+
+    scheme: Scheme
+    skipped: tuple[str, ...] = ()  # patterns of module names that stay in full precision
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of the module with this official name; None = full precision."""
+        return None if matches(name, self.skipped) else self.scheme
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module is meant by one of these: a part of its path ("mlp.gate", "lm_head"), or a "re:" expression."""
+    dotted = f".{name}."
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], name):
+                return True
+        elif f".{pattern}." in dotted:
+            return True
+    return False
+
+
+def patterns(fields: Fields, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
+    """A config's list of module names. ConfigError on anything but text, and on expressions that do not compile."""
+    found = fields.array(key, list(default))
+    for pattern in found:
+        if not isinstance(pattern, str) or len(pattern) > MOST_PATTERN:
+            raise fields.error(key, f"holds {str(pattern)[:80]!r}, not the name of a module")
+        if pattern.startswith("re:"):
+            if _GROUP_QUANTIFIER.search(pattern) or sum(map(pattern.count, "*+{")) > MOST_QUANTIFIERS:
+                raise fields.error(key, f"holds {pattern!r}, an expression too complex to be trusted")
+            try:
+                re.compile(pattern[3:])
+            except re.error as problem:
+                raise fields.error(key, f"holds {pattern!r}, which is no regular expression: {problem}") from problem
+    return tuple(found)
+
+
+def group_size(fields: Fields, key: str, default: int) -> int | None:
+    """Columns that share a scale; None (-1 in the file) = a whole row."""
+    value = fields.integer(key, default, low=-1)
+    if value == 0:
+        raise fields.error(key, "is 0; it must be positive, or -1 for whole rows")
+    return None if value == -1 else value
+
+
+def groups(columns: int, group: int, *, partial: bool = False) -> int:
+    """How many groups a row has. CheckpointError where the group size does not divide it and the format wants that."""
+    if columns % group and not partial:
+        raise CheckpointError(f"the group size {group} does not divide the {columns} columns of a quantised matrix")
+    return -(-columns // group)
+
+
+def ordered(group_of: Tensor, group: int) -> tuple[Tensor | None, bool]:
+    """The order of inputs in which groups of `group` follow each other (None = as they stand), and whether there is one.
+
+    `group_of` (K,) int64: the group of every input. There is none if the groups differ in size.
+    """
+    regular = torch.arange(group_of.numel()) // group
+    if torch.equal(group_of, regular):
+        return None, True
+    order = group_of.argsort(stable=True)
+    return order, torch.equal(group_of[order], regular)
+
+
+def check_scales(scale: Tensor, what: str) -> None:
+    """Raises CheckpointError if a scale is NaN or infinite: whatever it scales would be too."""
+    if not bool(torch.isfinite(scale.float()).all()):
+        raise CheckpointError(f"{what} holds NaN or infinity")

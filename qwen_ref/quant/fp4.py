@@ -1,0 +1,103 @@
+"""Four-bit floats, E2M1: MXFP4 (OCP Microscaling Formats 1.0, section 5.2) and NVIDIA's NVFP4.
+
+A code has a sign (bit 3), two bits of exponent and one of mantissa; two codes share a byte, the even input in the low
+four bits. MXFP4 scales 32 inputs by a power of two (E8M0); NVFP4 16 inputs by a float8_e4m3fn and the whole matrix by an
+fp32 number, by which ModelOpt multiplies (`weight_scale_2`) and compressed-tensors divides (`weight_global_scale`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Fields
+from .format import Format, Matrix, Scheme, Slot, check_scales, groups, patterns
+from .fp8 import FP8
+from .packed import Code4
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+
+
+@dataclass(frozen=True)
+class MXFP4(Scheme):
+    marker = "weight_packed"
+    weight_name: str = "weight_packed"
+
+    def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
+        return {
+            self.weight_name: Slot((rows, groups(columns, 2)), (torch.uint8,)),
+            "weight_scale": Slot((rows, groups(columns, 32)), (torch.uint8, E8M0)),
+        }
+
+    def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        exponent = tensors["weight_scale"].view(torch.uint8).int() - 127
+        return torch.ldexp(values(tensors[self.weight_name]), exponent.repeat_interleave(32, 1))
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        scale = tensors["weight_scale"].view(E8M0)
+        check_scales(scale, "weight_scale")
+        return Matrix(Code4(tensors[self.weight_name], scale, torch.tensor(E2M1), 32))
+
+
+@dataclass(frozen=True)
+class NVFP4(Scheme):
+    marker = "weight_packed"
+    weight_name: str = "weight_packed"
+    global_name: str = "weight_global_scale"
+    divides: bool = True
+
+    def stores(self, found: Mapping[str, Any]) -> bool:
+        plain = "weight" in found and found["weight"].dtype != torch.uint8
+        return not plain or (self.weight_name != "weight" and self.weight_name in found)
+
+    def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
+        whole = tuple(found[self.global_name].shape) if self.global_name in found else ()
+        slots = {
+            self.weight_name: Slot((rows, groups(columns, 2)), (torch.uint8,)),
+            "weight_scale": Slot((rows, groups(columns, 16)), (E4M3,)),
+            self.global_name: Slot((1,) if whole == (1,) else (), (torch.float32,)),
+        }
+        for name in ("input_scale", "input_global_scale"):  # of activation quantisation: read, not used
+            if name in found:
+                slots[name] = Slot((1,) if tuple(found[name].shape) == (1,) else (), (torch.float32,))
+        return slots
+
+    def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        scale, whole = tensors["weight_scale"].float(), tensors[self.global_name].reshape(())
+        scale = scale / whole if self.divides else scale * whole
+        return values(tensors[self.weight_name]) * scale.repeat_interleave(16, 1)
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        whole = tensors[self.global_name].reshape(())
+        check_scales(tensors["weight_scale"], "weight_scale")
+        whole = 1 / whole if self.divides else whole
+        check_scales(whole, self.global_name)
+        # The matrix's own scale goes into the table: 16 products instead of one for every weight.
+        return Matrix(Code4(tensors[self.weight_name], tensors["weight_scale"], torch.tensor(E2M1) * whole, 16))
+
+
+def values(codes: Tensor) -> Tensor:
+    """(N, K / 2) uint8 -> (N, K) fp32, the numbers the codes stand for."""
+    both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return torch.tensor(E2M1)[both.long()]
+
+
+def from_modelopt(fields: Fields) -> Format:
+    """NVFP4 or FP8 as NVIDIA ModelOpt writes them (`quant_method: modelopt`). ConfigError on its other algorithms."""
+    algorithm = fields.choice("quant_algo", ("NVFP4", "FP8"))
+    named = ("lm_head", *patterns(fields, "ignore"), *patterns(fields, "exclude_modules"))
+    skipped = tuple(map(_expression, named))
+    if algorithm == "FP8":
+        return Format(FP8(None, "weight_scale", "input_scale"), skipped)
+    return Format(NVFP4("weight", "weight_scale_2", divides=False), skipped)
+
+
+def _expression(pattern: str) -> str:
+    """ModelOpt writes shell patterns ("model.layers.*.mlp.gate"): as a "re:" expression with the same meaning."""
+    return "re:" + ".*".join(map(re.escape, pattern.split("*"))) + "$" if "*" in pattern else pattern

@@ -1,0 +1,72 @@
+"""FP8 (float8_e4m3fn), one scale for every block of 128 x 128 weights, or one for the whole matrix.
+
+DeepSeek-V3 Technical Report, section 3.3 (arXiv 2412.19437); what Qwen publishes as -FP8. In spite of its name
+`weight_scale_inv` multiplies: w = weight * scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Fields
+from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, groups, patterns
+from .packed import Fp8
+
+E8M0 = torch.float8_e8m0fnu
+
+
+@dataclass(frozen=True)
+class FP8(Scheme):
+    marker = "weight"
+    block: tuple[int, int] | None  # None = one scale for the matrix
+    scale_name: str = "weight_scale_inv"
+    input_scale_name: str = "activation_scale"  # of static activation quantisation: read, not used
+
+    def stores(self, found: Mapping[str, Any]) -> bool:
+        return "weight" not in found or found["weight"].dtype == torch.float8_e4m3fn
+
+    def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
+        scale: tuple[int, ...] = ()
+        if self.block is not None:
+            scale = groups(rows, self.block[0], partial=True), groups(columns, self.block[1], partial=True)
+        elif self.scale_name in found and found[self.scale_name].shape in ((1,), (rows, 1), (rows,)):
+            scale = tuple(found[self.scale_name].shape)  # the same in one element, or one for every output
+        slots = {
+            "weight": Slot((rows, columns), (torch.float8_e4m3fn,)),
+            self.scale_name: Slot(scale, (*FLOATS, E8M0) if self.block else FLOATS),
+        }
+        if self.input_scale_name in found:
+            shape = found[self.input_scale_name].shape
+            slots[self.input_scale_name] = Slot(() if shape != (1,) else (1,), FLOATS)
+        return slots
+
+    def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        weight, scale = tensors["weight"].float(), tensors[self.scale_name].float()
+        if self.block is None:
+            return weight * (scale.view(-1, 1) if scale.dim() else scale)
+        high, wide = self.block
+        return weight * scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        scale, block = tensors[self.scale_name], self.block
+        check_scales(scale, self.scale_name)
+        if block is None:
+            scale = scale.reshape(-1, 1)
+            block = (rows if scale.shape[0] == 1 else 1, columns)
+        return Matrix(Fp8(tensors["weight"], scale, block))
+
+
+def from_json(fields: Fields) -> Format:
+    """The format of a config's `quantization_config`. ConfigError on what is not implemented."""
+    fields.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
+    fields.choice("activation_scheme", ("dynamic", "static"), "dynamic")
+    block = fields.array("weight_block_size", []) or None
+    if block is not None and (len(block) != 2 or any(type(n) is not int or n < 1 for n in block)):
+        raise fields.error("weight_block_size", f"is {block!r}, not two positive integers")
+    skipped = patterns(fields, "modules_to_not_convert") + patterns(fields, "ignored_layers")
+    return Format(FP8(tuple(block) if block else None), ("lm_head", *skipped))

@@ -1,0 +1,98 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323; github.com/ModelCloud/GPTQModel): 4 or 8 bits, stored transposed.
+
+w[k, n] = scale[g, n] * (q[k, n] - zero[g, n]) with g = g_idx[k]. An int32 of `qweight` holds 32 / bits neighbouring
+inputs, one of `qzeros` as many neighbouring outputs, the first in the lowest bits. The first version of the format
+stores zero - 1, modulo 2^bits; the second ("gptq_v2") the zero itself. With `desc_act` the groups are of inputs that
+were quantised together, wherever they stand; the rows of the file are in the order of the inputs all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Fields
+from ..errors import CheckpointError
+from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, ordered, patterns
+from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
+
+MIDDLE = 128  # what a symmetric 8-bit code calls zero
+
+
+@dataclass(frozen=True)
+class GPTQ(Scheme):
+    marker = "qweight"
+    bits: int
+    group: int | None
+    zero_offset: int  # what is added to a stored zero: 1 in the first version
+
+    def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
+        per_word = 32 // self.bits
+        count = groups(columns, self.group or columns, partial=True)
+        slots = {
+            "qweight": Slot((groups(columns, per_word), rows), (torch.int32,)),
+            "qzeros": Slot((count, groups(rows, per_word)), (torch.int32,)),
+            "scales": Slot((count, rows), FLOATS),
+        }
+        return slots | ({"g_idx": Slot((columns,), (torch.int32,))} if "g_idx" in found else {})
+
+    def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        shifts = self.bits * torch.arange(32 // self.bits, dtype=torch.int32)
+        most = (1 << self.bits) - 1
+        codes = (tensors["qweight"][:, None, :] >> shifts[:, None] & most).flatten(0, 1)  # (K, N)
+        stored = (tensors["qzeros"][:, :, None] >> shifts & most).flatten(1)  # (G, N)
+        zeros = stored + self.zero_offset & most
+        group = self._group_of(tensors, columns)  # (K,)
+        return (tensors["scales"].float()[group] * (codes - zeros[group])).T
+
+    def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
+        check_scales(tensors["scales"], "GPTQ's scales")
+        group, group_of = self.group or columns, self._group_of(tensors, columns)
+        order, regular = ordered(group_of, group)
+        # Transposed, the inputs of a word lie where the layout has them: in its bytes, the first in the lowest.
+        codes = tensors["qweight"].T.contiguous().view(torch.uint8)  # (N, K / 2) of 4 bits, (N, K) of 8
+        zeros = tensors["qzeros"].contiguous().view(torch.uint8)
+        zeros = ((unpack4(zeros) if self.bits == 4 else zeros) + self.zero_offset).T.contiguous()  # wraps at 256
+        scale = tensors["scales"].T.contiguous()
+        if not regular:  # no order makes groups of one size: every input has its own
+            order, group, scale, zeros = None, 1, scale[:, group_of], zeros[:, group_of]
+        if self.bits == 4:
+            zeros = zeros & 15
+            codes = codes if order is None else pack4(unpack4(codes)[:, order])
+            plain = bool((zeros == NIBBLE_ZERO).all())
+            return Matrix(Int4(codes, scale, None if plain else zeros, group), order)
+        codes = codes if order is None else codes[:, order]
+        plain = bool((zeros == MIDDLE).all())
+        return Matrix(Int8(_signed(codes), scale, None if plain else _signed(zeros), group), order)
+
+    def _group_of(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
+        """(K,) int64: the group of every input."""
+        if "g_idx" not in tensors:
+            return torch.arange(columns) // (self.group or columns)
+        group_of, count = tensors["g_idx"].long(), tensors["scales"].shape[0]
+        if group_of.numel() and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
+            raise CheckpointError(f"g_idx names a group outside the {count} there are")
+        return group_of
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """uint8 around 128 -> int8 around 0."""
+    return (codes ^ MIDDLE).view(torch.int8)
+
+
+def from_json(fields: Fields) -> Format:
+    """The format of a config's `quantization_config`. ConfigError on bits and versions that are not implemented."""
+    bits = fields.integer("bits")
+    if bits not in (4, 8):
+        raise fields.error("bits", f"is {bits}; GPTQ is implemented for 4 and 8")
+    fields.flag("desc_act", False)
+    version = fields.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    skipped = ("lm_head",) if not fields.flag("lm_head", False) else ()
+    if fields.data.get("dynamic"):
+        raise fields.error("dynamic", "is set (different bits for different modules), which is not implemented")
+    scheme = GPTQ(bits, group_size(fields, "group_size", 128), zero_offset=1 if version == "gptq" else 0)
+    return Format(scheme, (*skipped, *patterns(fields, "modules_to_not_convert")))
