@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from . import packed
 from .packed import Int4, Int8, Packed
 
@@ -30,7 +32,7 @@ COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
-COLUMNS = 256  # what cpu.cpp calls BLOCK
+COLUMNS, STEP = 256, 32  # what cpu.cpp calls BLOCK and STEP
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER)
@@ -63,8 +65,20 @@ def linear_blocked(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Ten
 
 
 def moe_blocked(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
-    """`ops.moe_experts` over packed stacks of any layout, one expert at a time through `linear_blocked`."""
-    return packed.moe(linear_blocked, x, gate_up, down, weights, experts)
+    """`packed.moe_packed`, every matrix through `linear_blocked`."""
+    return _moe(linear_blocked, x, gate_up, down, weights, experts)
+
+
+def _moe(
+    linear: Callable[[Tensor, Any], Tensor], x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor
+) -> Tensor:
+    out = torch.zeros_like(x)  # (M, H)
+    for e in experts.unique().tolist():
+        token, slot = torch.where(experts == e)
+        gate, up = linear(x[token], packed.expert(gate_up, e)).chunk(2, dim=-1)  # (m, I) each
+        y = linear(ops.swiglu(gate, up), packed.expert(down, e)) * weights[token, slot, None]
+        out = out.index_add(0, token, y.to(out.dtype))
+    return out
 
 
 @cache
@@ -91,30 +105,30 @@ def supports_compiled(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def linear_int4(x: Tensor, weight: Int4, bias: Tensor | None = None) -> Tensor:
     """`packed.linear_int4` with x rounded to 16 bits for every 256 columns and everything else exact."""
-    return _linear(x, weight, bias, bits=4)
+    return _linear(x, weight, bias)
 
 
 def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
     """`packed.linear_int8` with x rounded to 16 bits for every 256 columns and everything else exact."""
-    return _linear(x, weight, bias, bits=8)
+    return _linear(x, weight, bias)
 
 
-def moe_int4(x: Tensor, gate_up: Int4, down: Int4, weights: Tensor, experts: Tensor) -> Tensor:
-    """`packed.moe_int4` through `linear_int4`."""
-    return packed.moe(linear_int4, x, gate_up, down, weights, experts)
+def moe_compiled(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`packed.moe_packed`, the matrices of 4- and 8-bit codes through `linear_int4` and `linear_int8`."""
+    return _moe(_linear_any, x, gate_up, down, weights, experts)
 
 
-def moe_int8(x: Tensor, gate_up: Int8, down: Int8, weights: Tensor, experts: Tensor) -> Tensor:
-    """`packed.moe_int8` through `linear_int8`."""
-    return packed.moe(linear_int8, x, gate_up, down, weights, experts)
+def _linear_any(x: Tensor, weight: Packed) -> Tensor:
+    return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_blocked(x, weight)
 
 
-def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None, bits: int) -> Tensor:
+def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
+    bits = 4 if isinstance(weight, Int4) else 8
     columns = x.shape[-1]
     count = x.numel() // columns
     group = weight.group if weight.group < columns else max(COLUMNS, columns)
     if (
-        not (COLUMNS % group == 0 and group % 32 == 0 or group % COLUMNS == 0 or group >= columns)
+        not ((COLUMNS % group == 0 and group % STEP == 0) or group % COLUMNS == 0 or group >= columns)
         or (x.requires_grad and torch.is_grad_enabled())
         or (count > COMPILED_ROWS and _native(torch.bfloat16))
     ):
@@ -136,8 +150,7 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None, bits: int) -> T
 def _library() -> ctypes.CDLL | str:
     """cpu.cpp compiled, or the reason why it cannot be."""
     named = os.environ.get("CXX", "").split()
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    compiler = named or ([found] if found else [])
+    compiler = named or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
     if not compiler:
         return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
     try:

@@ -9,8 +9,7 @@ Letters: N rows (outputs), K columns (inputs), G = ceil(K / group) groups of a r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -199,37 +198,36 @@ def quantize_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def moe_int4(x: Tensor, gate_up: Int4, down: Int4, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Int4` stacks."""
-    return moe(linear_int4, x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_int8(x: Tensor, gate_up: Int8, down: Int8, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Int8` stacks."""
-    return moe(linear_int8, x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_fp8(x: Tensor, gate_up: Fp8, down: Fp8, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Fp8` stacks."""
-    return moe(linear_fp8, x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_code4(x: Tensor, gate_up: Code4, down: Code4, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Code4` stacks."""
-    return moe(linear_code4, x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
 def moe_gguf(x: Tensor, gate_up: Gguf, down: Gguf, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts` over `Gguf` stacks."""
-    return moe(linear_gguf, x, gate_up, down, weights, experts)
+    return moe_packed(x, gate_up, down, weights, experts)
 
 
-def moe(
-    linear: Callable[[Tensor, Any], Tensor], x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor
-) -> Tensor:
-    """`ops.moe_experts`, one expert at a time through `linear`."""
+def moe_packed(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`ops.moe_experts`, one dequantised expert at a time; the two stacks may be of different layouts."""
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
         token, slot = torch.where(experts == e)
-        gate, up = linear(x[token], expert(gate_up, e)).chunk(2, dim=-1)  # (m, I) each
-        y = linear(ops.swiglu(gate, up), expert(down, e)) * weights[token, slot, None]
+        gate, up = F.linear(x[token], expert(gate_up, e).dequantize(x.dtype, x.shape[-1])).chunk(2, dim=-1)
+        hidden = ops.swiglu(gate, up)  # (m, I)
+        y = F.linear(hidden, expert(down, e).dequantize(x.dtype, hidden.shape[-1])) * weights[token, slot, None]
         out = out.index_add(0, token, y.to(out.dtype))
     return out
