@@ -66,7 +66,7 @@ void widen(const uint8_t* codes, __m256i zero, __m256i& a, __m256i& b) {
 
 template <int BITS>
 void widen_row(const uint8_t* codes, int64_t columns, const int16_t* zeros, int64_t span, int16_t* out) {
-    __m256i zero, a, b;
+    __m256i zero = _mm256_setzero_si256(), a, b;
     for (int64_t k = 0, next = 0; k < columns; k += STEP) {
         if (k == next) zero = _mm256_set1_epi16(*zeros++), next += span;
         uint8_t tail[STEP] = {};  // so that nothing behind the row is read
@@ -145,17 +145,17 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
     std::vector<float> x_scale(CHUNK * blocks);
     for (int64_t start = 0; start < tokens; start += CHUNK) {
         int64_t count = std::min(tokens - start, CHUNK);
+#pragma omp parallel for if (count > 8)
+        for (int64_t i = 0; i < count * blocks; i++) {
+            int64_t t = i / blocks, k = i % blocks * BLOCK;
+            x_scale[k / BLOCK * CHUNK + t] = round(x, (start + t) * columns + k, type, std::min(BLOCK, columns - k), BITS, &x_codes[i * BLOCK]);
+        }
 #pragma omp parallel
         {
-#pragma omp for
-            for (int64_t i = 0; i < count * blocks; i++) {
-                int64_t t = i / blocks, k = i % blocks * BLOCK;
-                x_scale[k / BLOCK * CHUNK + t] = round(x, (start + t) * columns + k, type, std::min(BLOCK, columns - k), BITS, &x_codes[i * BLOCK]);
-            }
             std::vector<int16_t> memory(direct ? 0 : PANEL * stride + 16), zeros(PANEL * spans);
             std::vector<float> scales(PANEL * spans), sums(PANEL * CHUNK);
             int16_t* wide = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 31) / 2;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
             for (int64_t first = 0; first < rows; first += PANEL) {
                 int64_t last = std::min(first + PANEL, rows);
                 for (int64_t row = first, i = 0; row < last; row++)

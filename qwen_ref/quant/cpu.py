@@ -125,7 +125,7 @@ def _linear_any(x: Tensor, weight: Packed) -> Tensor:
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     bits = 4 if isinstance(weight, Int4) else 8
     columns = x.shape[-1]
-    count = x.numel() // columns
+    count = x.shape[:-1].numel()
     group = weight.group if weight.group < columns else max(COLUMNS, columns)
     if (
         not ((COLUMNS % group == 0 and group % STEP == 0) or group % COLUMNS == 0 or group >= columns)
@@ -149,19 +149,23 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
 @cache
 def _library() -> ctypes.CDLL | str:
     """cpu.cpp compiled, or the reason why it cannot be."""
-    named = os.environ.get("CXX", "").split()
-    compiler = named or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+    compiler = _compiler()
     if not compiler:
         return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
     try:
-        path = _compile(compiler)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_compile(compiler)))
     except subprocess.CalledProcessError as error:
         return f"{compiler[0]} failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"compiling failed: {error}"
     library.linear.argtypes, library.linear.restype = _ARGUMENTS, None
     return library
+
+
+def _compiler() -> list[str]:
+    """The command that CXX names, or the first compiler found; empty if there is none."""
+    named = os.environ.get("CXX", "").split()
+    return named or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
 
 
 def _compile(compiler: list[str]) -> Path:
