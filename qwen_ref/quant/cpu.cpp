@@ -18,6 +18,7 @@ constexpr int64_t BLOCK = 256;  // columns under one scale of x; their largest s
 constexpr int64_t STEP = 32;    // columns read at once; groups are whole multiples of it
 constexpr int64_t PANEL = 8;    // rows that one thread takes at a time
 constexpr int64_t CHUNK = 256;  // tokens rounded together
+constexpr int64_t AHEAD = 2048; // bytes of codes asked for before they are read
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -113,7 +114,11 @@ void multiply(const uint8_t* w, int64_t width, const float* scale, const int16_t
         for (int i = 0; i < R * T; i++) part[i / T][i % T] = _mm256_setzero_si256();
         for (int64_t k = s * span; k < (s + 1) * span; k += STEP) {
             __m256i row[R][2];
-            for (int r = 0; r < R; r++) widen<BITS>(w + r * width + k * BITS / 8, zeros[r], row[r][0], row[r][1]);
+            for (int r = 0; r < R; r++) {
+                const uint8_t* from = w + r * width + k * BITS / 8;
+                if (BITS < 16) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
+                widen<BITS>(from, zeros[r], row[r][0], row[r][1]);
+            }
             for (int half = 0; half < 2; half++)
                 for (int t = 0; t < T; t++) {
                     __m256i token = load(x + t * stride + k + 16 * half);
@@ -140,7 +145,9 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
              int64_t group, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
     int64_t blocks = (columns + BLOCK - 1) / BLOCK, stride = blocks * BLOCK, width = (columns * BITS + 7) / 8;
     int64_t span = std::min(group, BLOCK), spans = stride / span, groups = (columns + group - 1) / group;
-    bool direct = tokens == 1 && columns % span == 0 && rows % PANEL == 0;
+    bool direct = tokens == 1 && columns % span == 0;
+    std::vector<int64_t> group_of(spans);
+    for (int64_t s = 0; s < spans; s++) group_of[s] = std::min(s * span / group, groups - 1);
     std::vector<int16_t> x_codes(std::min(tokens, CHUNK) * stride);
     std::vector<float> x_scale(CHUNK * blocks);
     for (int64_t start = 0; start < tokens; start += CHUNK) {
@@ -160,12 +167,12 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
                 int64_t last = std::min(first + PANEL, rows);
                 for (int64_t row = first, i = 0; row < last; row++)
                     for (int64_t s = 0; s < spans; s++, i++) {
-                        int64_t g = row * groups + std::min(s * span / group, groups - 1);
+                        int64_t g = row * groups + group_of[s];
                         scales[i] = get(scale, g, scale_type), zeros[i] = zero ? zero[g] : BITS == 4 ? 8 : 0;
                     }
                 if (direct) {
-                    for (int64_t r = 0; r < PANEL; r += 4)
-                        multiply<BITS, 4, 1>(codes + (first + r) * width, width, &scales[r * spans], &zeros[r * spans], spans, span, x_codes.data(), stride, x_scale.data(), &sums[r * CHUNK]);
+                    for (int64_t r = 0; r < last - first; r++)
+                        multiply<BITS, 1, 1>(codes + (first + r) * width, width, &scales[r * spans], &zeros[r * spans], spans, span, x_codes.data(), stride, x_scale.data(), &sums[r * CHUNK]);
                 } else {
                     for (int64_t row = first; row < last; row++)
                         widen_row<BITS>(codes + row * width, columns, &zeros[(row - first) * spans], span, wide + (row - first) * stride);
