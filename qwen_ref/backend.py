@@ -259,3 +259,5 @@ OPERATIONS: dict[str, Operation] = {
     )
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
+register("rms_norm", "cpp", supports=cpu.supports_compiled)(cpu.rms_norm)
+register("rope", "cpp", supports=cpu.supports_compiled)(cpu.rope)

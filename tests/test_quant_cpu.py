@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen_ref import backend
+from qwen_ref import backend, ops
 from qwen_ref.quant import cpu, packed
 from qwen_ref.quant.packed import Code4, Fp8, Gguf, Int4, Int8
 
@@ -134,6 +134,21 @@ def test_gradients_pass():
     x = torch.randn(3, 64, requires_grad=True)
     backend.linear_int4(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, values.sum(0).float().expand(3, -1), rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_and_rotation_round_where_the_formulas_do(dtype):
+    x = torch.randn(2, 7, 3, 20).transpose(1, 2).to(dtype)  # (B, N, T, D), only the last axis contiguous
+    weight = torch.randn(20).to(dtype)
+    ours, formula = cpu.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)
+    eps = torch.finfo(dtype).eps
+    assert ((ours.double() - formula.double()).abs() <= 2 * eps * formula.double().abs()).all()  # the sum's order alone
+    assert (ours == formula).float().mean() > (0.5 if dtype == torch.float32 else 0.98)
+    for tables in (1, 2):
+        angles = torch.randn(tables, 7, 20)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        assert torch.equal(cpu.rope(x, cos, sin), ops.rope(x, cos, sin))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -118,7 +118,10 @@ def measure(width: str, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     imported = peak()
+    from qwen_ref import backend
+
     torch.set_num_threads(args.threads)
+    backend.use({"rms_norm": "cpp", "rope": "cpp"})
     with torch.inference_mode():
         model = random_model(width, args.layers)
         packed = sum(t.nbytes for t in model.tensors)
@@ -171,6 +174,7 @@ def random_model(width: str, layers: int) -> Any:
 
     from qwen_ref import layers as plain
     from qwen_ref.models import qwen3
+    from qwen_ref.quant.format import Matrix
     from qwen_ref.quant.layers import PackedEmbedding, PackedLinear
     from qwen_ref.quant.packed import Int4, Int8, Packed
 
@@ -198,11 +202,11 @@ def random_model(width: str, layers: int) -> Any:
         for name, child in list(parent.named_children()):
             if isinstance(child, plain.Linear):
                 rows, columns = child.weight.shape
-                setattr(parent, name, PackedLinear((matrix(rows, columns), None), (rows, columns)))
+                setattr(parent, name, PackedLinear(Matrix(matrix(rows, columns)), (rows, columns)))
     shape = (QWEN3_06B["vocab_size"], QWEN3_06B["hidden_size"])
     head = matrix(*shape)
     model.model.embed_tokens = PackedEmbedding(head, shape, torch.bfloat16)
-    model.lm_head = PackedLinear((head, None), shape)
+    model.lm_head = PackedLinear(Matrix(head), shape)
     for module in model.modules():
         if isinstance(module, plain.RMSNorm):
             module.weight = torch.nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16), requires_grad=False)

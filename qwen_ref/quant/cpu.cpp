@@ -197,3 +197,42 @@ extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, 
                        int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
     (bits == 4 ? product<4> : product<8>)(codes, scale, scale_type, zero, rows, columns, group, x, type, tokens, bias, bias_type, out);
 }
+
+// `ops.rms_norm` over rows of x: rounded to x's type before the weight, as there.
+extern "C" void rms_norm(const void* x, const void* weight, int type, float eps, int64_t rows, int64_t columns, void* out) {
+    for (int64_t row = 0; row < rows; row++) {
+        float squares[8] = {};
+        for (int64_t k = 0; k < columns; k++) {
+            float value = get(x, row * columns + k, type);
+            squares[k % 8] += value * value;
+        }
+        float total = 0;
+        for (float square : squares) total += square;
+        float scale = 1 / std::sqrt(total / float(columns) + eps);
+        for (int64_t k = 0; k < columns; k++) {
+            put(out, row * columns + k, type, get(x, row * columns + k, type) * scale);
+            put(out, row * columns + k, type, get(out, row * columns + k, type) * get(weight, k, type));
+        }
+    }
+}
+
+// `ops.rope` of x (batch, heads, tokens, dim), of which only the last axis need be contiguous; every product is rounded.
+extern "C" void rope(const void* x, const void* cos, const void* sin, int type, int64_t batch, int64_t heads, int64_t tokens, int64_t dim,
+                     int64_t x0, int64_t x1, int64_t x2, int64_t table0, void* out) {
+    int64_t half = dim / 2;
+    float product[2];
+    auto rounded = [type](float value) {
+        uint32_t held = 0;
+        put(&held, 0, type, value);
+        return get(&held, 0, type);
+    };
+    for (int64_t i = 0; i < batch * heads * tokens; i++) {
+        int64_t b = i / tokens / heads, n = i / tokens % heads, t = i % tokens, from = b * x0 + n * x1 + t * x2, table = b * table0 + t * dim;
+        for (int64_t k = 0; k < dim; k++) {
+            float turned = k < half ? -get(x, from + k + half, type) : get(x, from + k - half, type);
+            product[0] = rounded(get(x, from + k, type) * get(cos, table + k, type));
+            product[1] = rounded(turned * get(sin, table + k, type));
+            put(out, i * dim + k, type, product[0] + product[1]);
+        }
+    }
+}

@@ -30,12 +30,16 @@ BLOCK_BYTES = 2 << 20  # of dequantised rows: they stay in the second- or third-
 COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-ffp-contract=off", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
 COLUMNS, STEP = 256, 32  # what cpu.cpp calls BLOCK and STEP
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_ARGUMENTS = (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER)
+_ARGUMENTS = {
+    "linear": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER),
+    "rms_norm": (_POINTER, _POINTER, _INT, ctypes.c_float, _LONG, _LONG, _POINTER),
+    "rope": (_POINTER, _POINTER, _POINTER, _INT, *8 * (_LONG,), _POINTER),
+}
 
 
 # ------------------------------------------------------------------------------------------------- a block at a time
@@ -118,6 +122,36 @@ def moe_compiled(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, expe
     return _moe(_linear_any, x, gate_up, down, weights, experts)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm` in one call: what it costs with one token is calls, not arithmetic."""
+    if x.dtype != weight.dtype or _learns(x) or _learns(weight):
+        return ops.rms_norm(x, weight, eps)
+    x, library = x.contiguous(), _functions()
+    out = torch.empty_like(x)
+    columns = x.shape[-1]
+    library.rms_norm(
+        x.data_ptr(), weight.contiguous().data_ptr(), TYPES[x.dtype], eps, x.shape[:-1].numel(), columns, out.data_ptr()
+    )
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ops.rope` in one call."""
+    if x.stride(-1) != 1 or x.dtype != cos.dtype or _learns(x):
+        return ops.rope(x, cos, sin)
+    batch, heads, tokens, dim = x.shape
+    out = x.new_empty(x.shape)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    table = tokens * dim if cos.shape[0] > 1 else 0
+    _functions().rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[x.dtype], batch, heads, tokens, dim,
+                      x.stride(0), x.stride(1), x.stride(2), table, out.data_ptr())  # fmt: skip
+    return out
+
+
+def _learns(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def _linear_any(x: Tensor, weight: Packed) -> Tensor:
     return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_blocked(x, weight)
 
@@ -129,7 +163,7 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     group = weight.group if weight.group < columns else max(COLUMNS, columns)
     if (
         not ((COLUMNS % group == 0 and group % STEP == 0) or group % COLUMNS == 0 or group >= columns)
-        or (x.requires_grad and torch.is_grad_enabled())
+        or _learns(x)
         or (count > COMPILED_ROWS and _native(torch.bfloat16))
     ):
         return linear_blocked(x, weight, bias)
@@ -137,8 +171,7 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     zero = None if zero is None else zero.contiguous()
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], codes.shape[0])
-    library: Any = _library()
-    library.linear(
+    _functions().linear(
         codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), codes.shape[0],
         columns, group, bits, x.data_ptr(), TYPES[x.dtype], count, None if bias is None else bias.data_ptr(),
         0 if bias is None else TYPES[bias.dtype], out.data_ptr(),
@@ -158,8 +191,15 @@ def _library() -> ctypes.CDLL | str:
         return f"{compiler[0]} failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"compiling failed: {error}"
-    library.linear.argtypes, library.linear.restype = _ARGUMENTS, None
+    for name, types in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
     return library
+
+
+def _functions() -> Any:
+    """The library, for callers whom `supports_compiled` has let through."""
+    return _library()
 
 
 def _compiler() -> list[str]:
