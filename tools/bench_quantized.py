@@ -173,6 +173,7 @@ def random_model(width: str, layers: int) -> Any:
     import torch
 
     from qwen_ref import layers as plain
+    from qwen_ref.loading import _NoInitialValues
     from qwen_ref.models import qwen3
     from qwen_ref.quant.format import Matrix
     from qwen_ref.quant.layers import PackedEmbedding, PackedLinear
@@ -196,7 +197,7 @@ def random_model(width: str, layers: int) -> Any:
             found = [t for m in self.modules() if isinstance(m, PackedLinear | PackedEmbedding) for t in m.packed_tensors]
             return list({t.data_ptr(): t for t in found}.values())
 
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         model = Random(qwen3.Config.from_json({**QWEN3_06B, "num_hidden_layers": layers}))
     for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
