@@ -122,7 +122,8 @@ void multiply(const uint8_t* w, int64_t width, const float* scale, const int16_t
             for (int half = 0; half < 2; half++)
                 for (int t = 0; t < T; t++) {
                     __m256i token = load(x + t * stride + k + 16 * half);
-                    for (int r = 0; r < R; r++) part[r][t] = _mm256_add_epi32(part[r][t], _mm256_madd_epi16(row[r][half], token));
+                    for (int r = 0; r < R; r++) part[r][t] = _mm256_add_epi32(part[r][t], _mm256_madd_epi16(row[r][half],
+                        token));
                 }
         }
         for (int r = 0; r < R; r++)
@@ -155,7 +156,8 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
 #pragma omp parallel for if (count > 8)
         for (int64_t i = 0; i < count * blocks; i++) {
             int64_t t = i / blocks, k = i % blocks * BLOCK;
-            x_scale[k / BLOCK * CHUNK + t] = round(x, (start + t) * columns + k, type, std::min(BLOCK, columns - k), BITS, &x_codes[i * BLOCK]);
+            x_scale[k / BLOCK * CHUNK + t] = round(x, (start + t) * columns + k, type, std::min(BLOCK, columns - k),
+                BITS, &x_codes[i * BLOCK]);
         }
 #pragma omp parallel
         {
@@ -172,20 +174,26 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
                     }
                 if (direct) {
                     for (int64_t r = 0; r < last - first; r++)
-                        multiply<BITS, 1, 1>(codes + (first + r) * width, width, &scales[r * spans], &zeros[r * spans], spans, span, x_codes.data(), stride, x_scale.data(), &sums[r * CHUNK]);
+                        multiply<BITS, 1, 1>(codes + (first + r) * width, width, &scales[r * spans], &zeros[r * spans],
+                            spans, span, x_codes.data(), stride, x_scale.data(), &sums[r * CHUNK]);
                 } else {
                     for (int64_t row = first; row < last; row++)
-                        widen_row<BITS>(codes + row * width, columns, &zeros[(row - first) * spans], span, wide + (row - first) * stride);
+                        widen_row<BITS>(codes + row * width, columns, &zeros[(row - first) * spans], span,
+                            wide + (row - first) * stride);
                     for (int64_t t = 0; t < count;) {
                         bool four = t + 4 <= count;
                         for (int64_t r = 0; r < PANEL; r += 2)
-                            (four ? multiply<16, 2, 4> : multiply<16, 2, 1>)(reinterpret_cast<uint8_t*>(wide + r * stride), stride * 2, &scales[r * spans], &zeros[r * spans], spans, span, &x_codes[t * stride], stride, &x_scale[t], &sums[r * CHUNK + t]);
+                            (four ? multiply<16, 2, 4> : multiply<16, 2,
+                                1>)(reinterpret_cast<uint8_t*>(wide + r * stride), stride * 2, &scales[r * spans],
+                                &zeros[r * spans], spans, span, &x_codes[t * stride], stride, &x_scale[t],
+                                &sums[r * CHUNK + t]);
                         t += four ? 4 : 1;
                     }
                 }
                 for (int64_t t = 0; t < count; t++)
                     for (int64_t row = first; row < last; row++)
-                        put(out, (start + t) * rows + row, type, sums[(row - first) * CHUNK + t] + (bias ? get(bias, row, bias_type) : 0));
+                        put(out, (start + t) * rows + row, type, sums[(row - first) * CHUNK + t] + (bias ? get(bias, row,
+                            bias_type) : 0));
             }
         }
     }
@@ -193,9 +201,12 @@ void product(const uint8_t* codes, const void* scale, int scale_type, const int8
 
 }  // namespace
 
-extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows, int64_t columns,
-                       int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
-    (bits == 4 ? product<4> : product<8>)(codes, scale, scale_type, zero, rows, columns, group, x, type, tokens, bias, bias_type, out);
+extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows,
+    int64_t columns,
+                       int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias, int bias_type,
+                           void* out) {
+    (bits == 4 ? product<4> : product<8>)(codes, scale, scale_type, zero, rows, columns, group, x, type, tokens, bias,
+        bias_type, out);
 }
 
 // `ops.rms_norm` over rows of x: rounded to x's type before the weight, as there.
@@ -217,7 +228,8 @@ extern "C" void rms_norm(const void* x, const void* weight, int type, float eps,
 }
 
 // `ops.rope` of x (batch, heads, tokens, dim), of which only the last axis need be contiguous; every product is rounded.
-extern "C" void rope(const void* x, const void* cos, const void* sin, int type, int64_t batch, int64_t heads, int64_t tokens, int64_t dim,
+extern "C" void rope(const void* x, const void* cos, const void* sin, int type, int64_t batch, int64_t heads,
+    int64_t tokens, int64_t dim,
                      int64_t x0, int64_t x1, int64_t x2, int64_t table0, void* out) {
     int64_t half = dim / 2;
     float product[2];
@@ -227,7 +239,8 @@ extern "C" void rope(const void* x, const void* cos, const void* sin, int type, 
         return get(&held, 0, type);
     };
     for (int64_t i = 0; i < batch * heads * tokens; i++) {
-        int64_t b = i / tokens / heads, n = i / tokens % heads, t = i % tokens, from = b * x0 + n * x1 + t * x2, table = b * table0 + t * dim;
+        int64_t b = i / tokens / heads, n = i / tokens % heads, t = i % tokens, from = b * x0 + n * x1 + t * x2,
+            table = b * table0 + t * dim;
         for (int64_t k = 0; k < dim; k++) {
             float turned = k < half ? -get(x, from + k + half, type) : get(x, from + k - half, type);
             product[0] = rounded(get(x, from + k, type) * get(cos, table + k, type));
