@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import ops, torch_ops
 from .errors import RequestError
-from .quant import packed
+from .quant import cpu, packed
 
 Supports = Callable[[torch.device, torch.dtype], "str | None"]  # None = yes, otherwise the reason it cannot run
 
@@ -173,6 +173,18 @@ def _operation_of(
     return _with_kernel(operation)
 
 
+def _operation_of_packed(
+    formula: Callable[..., Any], *, blocked: Callable[..., Any], compiled: Callable[..., Any] | None = None
+) -> Operation:
+    """A formula over packed matrices and what a CPU prefers to it: a compiled kernel, then one block at a time."""
+    operation = _operation_of(formula)
+    mine = [Implementation("torch", _given(blocked), cpu.supports_blocked)]
+    if compiled is not None:
+        mine.insert(0, Implementation("cpp", _given(compiled), cpu.supports_compiled))
+    operation.implementations = {i.name: i for i in (*mine, *operation.implementations.values())}
+    return operation
+
+
 def _given(run: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
     return lambda: run
 
@@ -225,17 +237,17 @@ router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
 sample = _operation_of(ops.sample)
 cross_entropy = _operation_of(ops.cross_entropy, also=torch_ops.cross_entropy)
-linear_int4 = _operation_of(packed.linear_int4)
-linear_int8 = _operation_of(packed.linear_int8)
-linear_fp8 = _operation_of(packed.linear_fp8)
+linear_int4 = _operation_of_packed(packed.linear_int4, blocked=cpu.linear_blocked, compiled=cpu.linear_int4)
+linear_int8 = _operation_of_packed(packed.linear_int8, blocked=cpu.linear_blocked, compiled=cpu.linear_int8)
+linear_fp8 = _operation_of_packed(packed.linear_fp8, blocked=cpu.linear_blocked)
 linear_fp8_dynamic = _operation_of(packed.linear_fp8_dynamic)
-linear_code4 = _operation_of(packed.linear_code4)
-linear_gguf = _operation_of(packed.linear_gguf)
-moe_int4 = _operation_of(packed.moe_int4)
-moe_int8 = _operation_of(packed.moe_int8)
-moe_fp8 = _operation_of(packed.moe_fp8)
-moe_code4 = _operation_of(packed.moe_code4)
-moe_gguf = _operation_of(packed.moe_gguf)
+linear_code4 = _operation_of_packed(packed.linear_code4, blocked=cpu.linear_blocked)
+linear_gguf = _operation_of_packed(packed.linear_gguf, blocked=cpu.linear_blocked)
+moe_int4 = _operation_of_packed(packed.moe_int4, blocked=cpu.moe_blocked, compiled=cpu.moe_compiled)
+moe_int8 = _operation_of_packed(packed.moe_int8, blocked=cpu.moe_blocked, compiled=cpu.moe_compiled)
+moe_fp8 = _operation_of_packed(packed.moe_fp8, blocked=cpu.moe_blocked)
+moe_code4 = _operation_of_packed(packed.moe_code4, blocked=cpu.moe_blocked)
+moe_gguf = _operation_of_packed(packed.moe_gguf, blocked=cpu.moe_blocked)
 
 OPERATIONS: dict[str, Operation] = {
     op.name: op
@@ -247,3 +259,5 @@ OPERATIONS: dict[str, Operation] = {
     )
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
+register("rms_norm", "cpp", supports=cpu.supports_compiled)(cpu.rms_norm)
+register("rope", "cpp", supports=cpu.supports_compiled)(cpu.rope)

@@ -23,6 +23,7 @@ ALLOWED = {
     "quant": set(),
     "quant.gguf_blocks": set(),
     "quant.packed": {"ops", "quant.gguf_blocks"},
+    "quant.cpu": {"ops", "quant", "quant.packed"},
     "quant.format": {"config", "errors", "quant.packed"},
     **{f"quant.{name}": {"config", "errors", "quant.format", "quant.packed"}
        for name in ("awq", "gptq", "fp8", "bitsandbytes")},
@@ -36,7 +37,7 @@ ALLOWED = {
     "quant.gguf_meta": {"checkpoint", "config", "errors", "limits", "tokenizer"},
     "quant.gguf_quantize": {"errors", "quant.gguf_blocks"},
     "quant.gguf_write": {"checkpoint", "errors", "quant.gguf", "quant.gguf_blocks", "quant.gguf_meta", "quant.gguf_quantize"},
-    "backend": {"ops", "torch_ops", "quant", "quant.packed", "errors"},
+    "backend": {"ops", "torch_ops", "quant", "quant.cpu", "quant.packed", "errors"},
     "config": {"ops", "errors", "limits"},
     "layers": {"backend", "ops", "cache", "config"},
     "checkpoint": {"errors", "limits"},

@@ -1,0 +1,234 @@
+"""Products with packed matrices on a CPU, in place of the formulas in `packed`, which dequantise the whole matrix first.
+
+`linear_int4` and `linear_int8` are compiled from `cpu.cpp` when they are first chosen, if there is a C++ compiler and
+the CPU has AVX2: the library is kept in the user's cache folder, and loading it again takes no time. `linear_blocked`
+needs nothing and takes every layout: a few rows are dequantised and multiplied at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from . import packed
+from .packed import Int4, Int8, Packed
+
+BLOCK_BYTES = 2 << 20  # of dequantised rows: they stay in the second- or third-level cache until they are multiplied
+COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-O3", "-ffp-contract=off", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
+COMPILE_SECONDS = 120
+COLUMNS, STEP = 256, 32  # what cpu.cpp calls BLOCK and STEP
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_ARGUMENTS = {
+    "linear": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER),
+    "rms_norm": (_POINTER, _POINTER, _INT, ctypes.c_float, _LONG, _LONG, _POINTER),
+    "rope": (_POINTER, _POINTER, _POINTER, _INT, *8 * (_LONG,), _POINTER),
+}
+
+
+# ------------------------------------------------------------------------------------------------- a block at a time
+
+
+def supports_blocked(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cpu" else "made for CPUs"
+
+
+def linear_blocked(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias of any layout, holding BLOCK_BYTES of dequantised rows instead of a whole matrix.
+
+    x (..., K), weight (N, K), bias (N,) -> (..., N) in x's dtype. Products are summed in at least fp32; without native
+    bf16 the factors are not rounded below fp32 either.
+    """
+    rows, columns = weight[0].shape[-2], x.shape[-1]
+    high = weight.block[0] if isinstance(weight, packed.Fp8) else 1
+    dtype = x.dtype if _native(x.dtype) else torch.promote_types(x.dtype, torch.float32)
+    step = max(BLOCK_BYTES // (columns * dtype.itemsize) // high, 1) * high
+    wide = x.to(dtype)
+    blocks = []
+    for first in range(0, rows, step):
+        block = packed.rows(weight, first, min(first + step, rows)).dequantize(dtype, columns)  # (n, K)
+        blocks.append(F.linear(wide, block).to(x.dtype if bias is None else dtype))
+    y = torch.cat(blocks, dim=-1)  # (..., N)
+    return y if bias is None else (y + bias).to(x.dtype)
+
+
+def moe_blocked(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`packed.moe_packed`, every matrix through `linear_blocked`."""
+    return _moe(linear_blocked, x, gate_up, down, weights, experts)
+
+
+def _moe(
+    linear: Callable[[Tensor, Any], Tensor], x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor
+) -> Tensor:
+    out = torch.zeros_like(x)  # (M, H)
+    for e in experts.unique().tolist():
+        token, slot = torch.where(experts == e)
+        gate, up = linear(x[token], packed.expert(gate_up, e)).chunk(2, dim=-1)  # (m, I) each
+        y = linear(ops.swiglu(gate, up), packed.expert(down, e)) * weights[token, slot, None]
+        out = out.index_add(0, token, y.to(out.dtype))
+    return out
+
+
+@cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies this type as fast as fp32 or faster."""
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # PyTorch 2.9 has none
+    bf16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype.itemsize >= 4 or (dtype is torch.bfloat16 and bf16)
+
+
+# ------------------------------------------------------------------------------------------------- compiled
+
+
+def supports_compiled(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "made for CPUs"
+    if dtype not in TYPES:
+        return f"has no {dtype}"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs AVX2"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def linear_int4(x: Tensor, weight: Int4, bias: Tensor | None = None) -> Tensor:
+    """`packed.linear_int4` with x rounded to 16 bits for every 256 columns and everything else exact."""
+    return _linear(x, weight, bias)
+
+
+def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
+    """`packed.linear_int8` with x rounded to 16 bits for every 256 columns and everything else exact."""
+    return _linear(x, weight, bias)
+
+
+def moe_compiled(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`packed.moe_packed`, the matrices of 4- and 8-bit codes through `linear_int4` and `linear_int8`."""
+    return _moe(_linear_any, x, gate_up, down, weights, experts)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm` in one call: what it costs with one token is calls, not arithmetic."""
+    if x.dtype != weight.dtype or _learns(x) or _learns(weight):
+        return ops.rms_norm(x, weight, eps)
+    x, library = x.contiguous(), _functions()
+    out = torch.empty_like(x)
+    columns = x.shape[-1]
+    library.rms_norm(
+        x.data_ptr(), weight.contiguous().data_ptr(), TYPES[x.dtype], eps, x.shape[:-1].numel(), columns, out.data_ptr()
+    )
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ops.rope` in one call."""
+    if x.stride(-1) != 1 or x.dtype != cos.dtype or _learns(x):
+        return ops.rope(x, cos, sin)
+    batch, heads, tokens, dim = x.shape
+    out = x.new_empty(x.shape)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    table = tokens * dim if cos.shape[0] > 1 else 0
+    _functions().rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[x.dtype], batch, heads, tokens, dim,
+                      x.stride(0), x.stride(1), x.stride(2), table, out.data_ptr())  # fmt: skip
+    return out
+
+
+def _learns(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _linear_any(x: Tensor, weight: Packed) -> Tensor:
+    return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_blocked(x, weight)
+
+
+def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
+    bits = 4 if isinstance(weight, Int4) else 8
+    columns = x.shape[-1]
+    count = x.shape[:-1].numel()
+    group = weight.group if weight.group < columns else max(COLUMNS, columns)
+    if (
+        not ((COLUMNS % group == 0 and group % STEP == 0) or group % COLUMNS == 0 or group >= columns)
+        or _learns(x)
+        or (count > COMPILED_ROWS and _native(torch.bfloat16))
+    ):
+        return linear_blocked(x, weight, bias)
+    codes, scale, zero = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero
+    zero = None if zero is None else zero.contiguous()
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], codes.shape[0])
+    _functions().linear(
+        codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), codes.shape[0],
+        columns, group, bits, x.data_ptr(), TYPES[x.dtype], count, None if bias is None else bias.data_ptr(),
+        0 if bias is None else TYPES[bias.dtype], out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """cpu.cpp compiled, or the reason why it cannot be."""
+    compiler = _compiler()
+    if not compiler:
+        return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
+    try:
+        library = ctypes.CDLL(str(_compile(compiler)))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler[0]} failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"compiling failed: {error}"
+    for name, types in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def _functions() -> Any:
+    """The library, for callers whom `supports_compiled` has let through."""
+    return _library()
+
+
+def _compiler() -> list[str]:
+    """The command that CXX names, or the first compiler found; empty if there is none."""
+    named = os.environ.get("CXX", "").split()
+    return named or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+
+
+def _compile(compiler: list[str]) -> Path:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=COMPILE_SECONDS).stdout
+    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), " ".join((*compiler, *FLAGS)).encode(), version))).hexdigest()
+    path = _folder() / f"cpu-{key[:24]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # complete before it has its name
+            made = Path(folder) / path.name
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
+            made.replace(path)
+    return path
+
+
+def _folder() -> Path:
+    """The user's cache folder for what was compiled; one that others may write to is not trusted."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-ref"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if os.access(folder, os.W_OK) and not (state.st_mode & 0o022) and state.st_uid == os.getuid():
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="qwen-ref-"))

@@ -1,0 +1,301 @@
+"""The CPU implementations of the packed products: against fp64, at odd sizes, and what happens where they cannot run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen_ref import backend, ops
+from qwen_ref.quant import cpu, packed
+from qwen_ref.quant.packed import Code4, Fp8, Gguf, Int4, Int8
+
+COMPILED = cpu.supports_compiled(torch.device("cpu"), torch.float32)
+needs_compiler = pytest.mark.skipif(COMPILED is not None, reason=f"no compiled kernel: {COMPILED}")
+
+
+def random_int(bits, rows, columns, group, zero=True, scale=torch.float32, seed=0):
+    """(layout, its values in fp64), the values made here and not by the layout."""
+    g = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group)
+    low, high = (0, 16) if bits == 4 else (-128, 128)
+    codes = torch.randint(low, high, (rows, columns), generator=g)
+    scales = (torch.rand(rows, groups, generator=g) + 0.1).to(scale)
+    zeros = torch.randint(low, high, (rows, groups), generator=g) if zero else None
+    index = torch.arange(columns) // group
+    offset = zeros[:, index] if zero else (8 if bits == 4 else 0)
+    values = (codes - offset).double() * scales.double()[:, index]
+    if bits == 8:
+        return Int8(codes.to(torch.int8), scales, zeros.to(torch.int8) if zero else None, group), values
+    if columns % 2:
+        codes = torch.cat((codes, torch.full((rows, 1), 5)), dim=1)  # what stands in the odd half byte must not matter
+    pairs = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    return Int4(pairs, scales, zeros.to(torch.uint8) if zero else None, group), values
+
+
+def off(y, x, values, bias=None):
+    """The largest error against fp64, relative to the sum of magnitudes: |x| |w|^T."""
+    exact = x.double() @ values.T + (0 if bias is None else bias.double())
+    bound = x.double().abs() @ values.abs().T + (0 if bias is None else bias.double().abs())
+    return ((y.double() - exact).abs() / bound).max().item()
+
+
+SHAPES = [  # tokens, rows, columns, group
+    (1, 8, 256, 32), (1, 24, 1024, 128), (1, 16, 512, 512), (1, 37, 352, 32), (1, 9, 1000, 1000), (2, 40, 256, 64),
+    (3, 5, 17, 17), (5, 7, 33, 33), (4, 21, 768, 256), (7, 13, 1536, 512), (6, 11, 320, 64), (263, 19, 384, 128), (1, 1, 1, 1),
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compiled_against_fp64(bits, shape):
+    tokens, rows, columns, group = shape
+    linear = cpu.linear_int4 if bits == 4 else cpu.linear_int8
+    for zero in (False, True):
+        weight, values = random_int(bits, rows, columns, group, zero)
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)) * 3
+        bias = torch.randn(rows)
+        # x is rounded to 2^-16 of the largest of 256 columns; the sums of fp32 add less than that.
+        assert off(linear(x, weight), x, values) < 2e-4
+        assert off(linear(x, weight, bias), x, values, bias) < 2e-4
+
+
+@needs_compiler
+def test_only_x_is_rounded():
+    """With x of few whole numbers nothing is lost: the codes, zeros and sums are exact, also at their largest."""
+    for bits, worst in ((4, (15, 0)), (8, (-128, 127))):
+        weight, _ = random_int(bits, 16, 512, 256, zero=True)
+        code, zero = worst
+        codes = torch.full((16, 512), code)
+        filled = codes.to(torch.int8) if bits == 8 else torch.full((16, 256), code * 17, dtype=torch.uint8)
+        weight = weight._replace(codes=filled, zero=torch.full_like(weight.zero, zero), scale=torch.ones(16, 2))
+        for tokens in (1, 6):
+            x = torch.full((tokens, 512), -1.0)
+            y = (cpu.linear_int4 if bits == 4 else cpu.linear_int8)(x, weight)
+            torch.testing.assert_close(y, torch.full((tokens, 16), -512.0 * (code - zero)), rtol=1e-6, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_compiled_in_half_precision_is_at_least_as_close_as_the_formula(dtype, scale, tokens):
+    for bits, linear, formula in ((4, cpu.linear_int4, packed.linear_int4), (8, cpu.linear_int8, packed.linear_int8)):
+        weight, values = random_int(bits, 48, 512, 64, scale=scale)
+        x, bias = torch.randn(2, tokens, 512).to(dtype), torch.randn(48).to(dtype)
+        y = linear(x, weight, bias)
+        assert y.dtype == dtype and y.shape == (2, tokens, 48)
+        exact = x.double() @ values.T + bias.double()
+        assert (y.double() - exact).norm() <= 1.05 * (formula(x, weight, bias).double() - exact).norm()
+
+
+@needs_compiler
+def test_strided_empty_and_outlying_inputs():
+    weight, values = random_int(8, 24, 256, 64)
+    x = torch.randn(256, 6).T  # not contiguous
+    assert off(cpu.linear_int8(x, weight), x, values) < 2e-4
+    assert cpu.linear_int8(torch.empty(0, 256), weight).shape == (0, 24)
+    big = torch.randn(3, 256)
+    big[1, 7] = 5e4  # a massive activation costs the columns beside it precision, no other token
+    y = cpu.linear_int8(big, weight)
+    assert off(y[[0, 2]], big[[0, 2]], values) < 2e-4
+    rounding = 0.5 * 5e4 / 32767 * values.abs().sum(1)  # half a step of x, in every column
+    assert ((y[1].double() - big[1].double() @ values.T).abs() <= 1.01 * rounding).all()
+    zero = cpu.linear_int8(torch.zeros(2, 256), weight)
+    assert torch.equal(zero, torch.zeros(2, 24))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so(bad):
+    weight, _ = random_int(4, 24, 256, 64)
+    x = torch.randn(5, 256)
+    x[2, 100] = bad
+    y = cpu.linear_int4(x, weight)
+    assert not y[2].isfinite().any() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+@needs_compiler
+def test_groups_the_kernel_has_not_go_another_way():
+    for bits, linear in ((4, cpu.linear_int4), (8, cpu.linear_int8)):
+        for columns, group in ((96, 48), (100, 20), (900, 300), (64, 8)):
+            weight, values = random_int(bits, 10, columns, group)
+            x = torch.randn(3, columns)
+            assert off(linear(x, weight), x, values) < 1e-5
+
+
+@needs_compiler
+def test_gradients_pass():
+    weight, values = random_int(4, 12, 64, 32)
+    x = torch.randn(3, 64, requires_grad=True)
+    backend.linear_int4(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, values.sum(0).float().expand(3, -1), rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_and_rotation_round_where_the_formulas_do(dtype):
+    x = torch.randn(2, 7, 3, 20).transpose(1, 2).to(dtype)  # (B, N, T, D), only the last axis contiguous
+    weight = torch.randn(20).to(dtype)
+    ours, formula = cpu.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)
+    eps = torch.finfo(dtype).eps
+    assert ((ours.double() - formula.double()).abs() <= 2 * eps * formula.double().abs()).all()  # the sum's order alone
+    assert (ours == formula).float().mean() > (0.5 if dtype == torch.float32 else 0.98)
+    for tables in (1, 2):
+        angles = torch.randn(tables, 7, 20)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        assert torch.equal(cpu.rope(x, cos, sin), ops.rope(x, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocked_equals_the_formula(dtype, monkeypatch):
+    """Every layout, in blocks of a few rows, the last one partial."""
+    g = torch.Generator().manual_seed(0)
+    floats = torch.randn(37, 64, generator=g)
+    layouts = {
+        "int4": random_int(4, 37, 64, 32)[0],
+        "int8": random_int(8, 37, 64, 16)[0],
+        "fp8": Fp8(floats.to(torch.float8_e4m3fn), torch.rand(3, 2, generator=g) + 0.5, (16, 48)),
+        "code4": Code4(torch.randint(0, 256, (37, 32), dtype=torch.uint8), torch.rand(37, 4), torch.randn(16), 16),
+    }
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 64 * 4 * 5)
+    x, bias = torch.randn(2, 3, 64, generator=g).to(dtype), torch.randn(37, generator=g).to(dtype)
+    for name, weight in layouts.items():
+        formula = getattr(packed, f"linear_{name}")
+        values = weight.dequantize(torch.float64, 64)
+        for b in (None, bias):
+            y = cpu.linear_blocked(x, weight, b)
+            assert y.dtype == dtype
+            exact = x.double() @ values.T + (0 if b is None else b.double())
+            allowed = 1.05 * (formula(x, weight, b).double() - exact).norm() + 1e-6 * exact.norm()
+            assert (y.double() - exact).norm() <= allowed, name
+
+
+def test_blocked_holds_one_block(monkeypatch):
+    """No dequantised block is larger than BLOCK_BYTES, unless one scale's rows are."""
+    seen = []
+    real = Int8.dequantize
+
+    def watched(self, dtype=torch.float32, columns=None):
+        seen.append(self.codes.numel() * dtype.itemsize)
+        return real(self, dtype, columns)
+
+    monkeypatch.setattr(Int8, "dequantize", watched)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4096)
+    weight, values = random_int(8, 100, 96, 32)
+    x = torch.randn(2, 96)
+    assert off(cpu.linear_blocked(x, weight), x, values) < 1e-5
+    assert len(seen) > 5 and max(seen) <= 4096
+
+
+@pytest.mark.parametrize("kinds", ["int4", "int8", "mixed"])
+def test_experts(kinds):
+    """One expert at a time, also where the two stacks have different layouts, against plain dense experts in fp64."""
+    E, H, I, M, k = 5, 64, 96, 11, 2
+    up_bits, down_bits = {"int4": (4, 4), "int8": (8, 8), "mixed": (4, 8)}[kinds]
+
+    def stack(bits, rows, columns, group):
+        made = [random_int(bits, rows, columns, group, seed=e) for e in range(E)]
+        first = made[0][0]
+        fields = {name: torch.stack([getattr(m[0], name) for m in made]) for name in ("codes", "scale", "zero")}
+        return first._replace(**fields), torch.stack([m[1] for m in made])
+
+    gate_up, wide_up = stack(up_bits, 2 * I, H, 32)
+    down, wide_down = stack(down_bits, H, I, 32)
+    x, weights = torch.randn(M, H) * 0.05, torch.rand(M, k)
+    experts = torch.stack([torch.randperm(E)[:k] for _ in range(M)])
+    exact = torch.zeros(M, H, dtype=torch.float64)
+    for m in range(M):
+        for j in range(k):
+            gate, up = (wide_up[experts[m, j]] @ x[m].double()).chunk(2)
+            exact[m] += weights[m, j].double() * (wide_down[experts[m, j]] @ (gate * gate.sigmoid() * up))
+    operation = backend.OPERATIONS[f"moe_{'int4' if up_bits == 4 else 'int8'}"]
+    for name in ("cpp", "torch"):
+        if name == "cpp" and COMPILED is not None:
+            continue
+        with backend.use({operation.name: name}, strict=True):
+            y = operation(x, gate_up, down, weights, experts)
+        assert (y.double() - exact).norm() < 3e-4 * exact.norm(), name
+
+
+def test_blocked_gguf():
+    kind, blocks = "q8_0", torch.zeros(10, 2 * 34, dtype=torch.uint8)
+    if kind not in packed.DEQUANTIZE:
+        kind = next(iter(packed.DEQUANTIZE), None)
+    if kind is None or kind.lower() != "q8_0":
+        pytest.skip("ggml blocks are not there yet")
+    blocks[:, 1] = blocks[:, 35] = 0x3C  # fp16 one
+    blocks[:, 2] = 3
+    x = torch.randn(4, 64)
+    torch.testing.assert_close(cpu.linear_blocked(x, Gguf(blocks, kind)), 3 * x[:, :1].expand(-1, 10))
+
+
+def test_without_a_compiler_the_next_one_runs_and_the_report_says_why(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpu._library.cache_clear()
+    try:
+        reason = cpu.supports_compiled(torch.device("cpu"), torch.bfloat16)
+        assert reason is not None and ("compiler" in reason or "AVX2" in reason)
+        assert backend.linear_int4.resolve(torch.device("cpu"), torch.bfloat16).name == "torch"
+        assert reason in backend.report()
+    finally:
+        cpu._library.cache_clear()
+
+
+@pytest.mark.parametrize("script, message", [("exit 3", "failed"), ("echo 'cpu.cpp:1: no such thing' >&2; exit 1", "no such thing")])
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, script, message):
+    compiler = tmp_path / "mine"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu._library.cache_clear()
+    try:
+        assert message in str(cpu._library())
+    finally:
+        cpu._library.cache_clear()
+
+
+@needs_compiler
+def test_the_library_is_kept_and_a_folder_others_write_to_is_not_trusted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = cpu._compiler()
+    path = cpu._compile(compiler)
+    made = path.stat()
+    assert path.parent == tmp_path / "qwen-ref" and not path.parent.stat().st_mode & 0o077
+    assert cpu._compile(compiler).stat().st_mtime_ns == made.st_mtime_ns
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    path.parent.chmod(0o777)
+    assert cpu._folder() != path.parent
+
+
+def test_refusals(monkeypatch):
+    assert "CPU" in cpu.supports_compiled(torch.device("cuda"), torch.bfloat16)
+    assert "CPU" in cpu.supports_blocked(torch.device("cuda"), torch.bfloat16)
+    assert "float64" in cpu.supports_compiled(torch.device("cpu"), torch.float64)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert cpu.supports_compiled(torch.device("cpu"), torch.float32) == "needs AVX2"
+
+
+def test_importing_compiles_nothing():
+    code = "import subprocess; subprocess.run = None; import qwen_ref.backend; print('quiet')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "quiet"
+
+
+@needs_compiler
+def test_one_thread_and_many_give_the_same():
+    weight, _ = random_int(4, 203, 512, 128)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(SimpleNamespace(one=cpu.linear_int4(torch.ones(1, 512), weight), many=cpu.linear_int4(torch.ones(300, 512), weight)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0].one, results[1].one) and torch.equal(results[0].many, results[1].many)
