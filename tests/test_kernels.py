@@ -344,6 +344,10 @@ def test_products_of_vectors_share_nothing_between_warps_until_the_end(compiled)
     """Weights that went through shared memory on their way to the product would take twice as long."""
     vectors = [row for row in compiled["linear"] + compiled["moe_experts"] if row["kernel"] in ("few_rows", "gate_up_vectors")]
     assert {row["kernel"] for row in vectors} == {"few_rows", "gate_up_vectors"}
+    for kernel in (f"{what}_{layout}" for what in ("linear", "moe") for layout in ("int4", "int8", "fp8", "code4")):
+        # In fp32, where pairs are 8 bytes, x does move between threads; nobody runs a packed model in fp32 for its speed.
+        vectors += [row for row in compiled[kernel] if row["kernel"] in ("few_rows", "gate_up_vectors", "down_vectors")
+                    and not row["launch"].startswith("fp32")]  # fmt: skip
     assert all(row["shared"] <= 128 for row in vectors), vectors
 
 
