@@ -38,17 +38,17 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 ORACLE = packed.linear_fp8_dynamic
 TOLERANCE = 3.0  # fp32 sums in another order: twice is a matter of luck where they are of few numbers
 MOST_GROUP = 1 << 15
-# Besides the products of vectors: (device, rows of a tile) -> the tile, with at most 128 columns in one step.
+# Besides the products of vectors: (device, rows of a tile) -> the tile, with at most 128 columns in one step; in fp32, 32.
 _TILES: packed_linear.Table = {
     (ANY, 16): {"BLOCK_N": 64, "PROGRAMS": 264, "FP8": 0, "num_warps": 4, "num_stages": 4},
     (ANY, 32): {"BLOCK_N": 64, "PROGRAMS": 264, "FP8": 0, "num_warps": 4, "num_stages": 3},
     (ANY, 64): {"BLOCK_N": 64, "PROGRAMS": 264, "FP8": 0, "num_warps": 4, "num_stages": 3},
-    (ANY, 128): {"BLOCK_N": 128, "PROGRAMS": 132, "FP8": 0, "num_warps": 8, "num_stages": 2},
+    (ANY, 128): {"BLOCK_N": 64, "PROGRAMS": 132, "FP8": 0, "num_warps": 8, "num_stages": 2},
 }
+_HOPPER = {rows: {**entry, "FP8": 1, "BLOCK_N": 128 if rows == 128 else 64} for (_, rows), entry in _TILES.items()}
 TUNED: packed_linear.Table = {
-    **packed_linear.TUNED, **_TILES,
-    **{(f"NVIDIA {name}", rows): {**entry, "FP8": 1}
-       for name in ("H100 80GB HBM3", "H200") for (_, rows), entry in _TILES.items()},
+    **packed_linear.TUNED, **_TILES, **{(ANY, (rows, "fp32")): entry for (_, rows), entry in _TILES.items()},
+    **{(f"NVIDIA {name}", rows): entry for name in ("H100 80GB HBM3", "H200") for rows, entry in _HOPPER.items()},
 }  # fmt: skip
 
 
@@ -93,8 +93,7 @@ def _rounded(x: Tensor, group: int, dtype: torch.dtype, values: bool = False) ->
 def _by_tiles(x: Tensor, w: Operands, bias: Tensor | None, columns: int, group: int, block: int) -> Tensor:
     count, inner = x.shape
     rows = min(128, max(16, triton.next_power_of_2(count)))
-    launch = {**tuned(TUNED, x.device, rows)}
-    launch["FP8"] &= x.element_size() == 2
+    launch = {**tuned(TUNED, x.device, rows if x.element_size() == 2 else (rows, "fp32"))}
     codes, scales = _rounded(x, group, torch.float8_e4m3fn if launch["FP8"] else x.dtype)
     tiles = triton.cdiv(columns, launch["BLOCK_N"]) * triton.cdiv(count, rows)
     splits = max(1, min(launch.pop("PROGRAMS") // tiles, inner // (4 * block)))

@@ -94,7 +94,7 @@ def even(x: Tensor) -> Tensor:
 
 def _by_vectors(table: Table, x: Tensor, w: Operands, bias: Tensor | None, out: Tensor, columns: int, inner: int) -> None:
     count = x.shape[0]
-    padded, constants = triton.next_power_of_2(count), w.constants(32 if w.nibbles else 16)
+    padded, constants = triton.next_power_of_2(count), w.constants(w.vector(x.element_size()))
     launch = {**tuned(table, x.device, (padded, "narrow" if columns <= 2048 else "wide"))}
     launch["BLOCK_N"] = max(1, launch["BLOCK_N"] * 2 // x.element_size())  # as many bytes of x in fp32
     width, wide = w.width(inner), constants["WIDE"]

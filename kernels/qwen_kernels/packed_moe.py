@@ -5,7 +5,7 @@ of weights is decoded, scaled in fp32, rounded once to x's dtype and multiplied 
 An expert has too few rows for dequantising it once to pay.
 
 Up to 4 tokens, products of vectors: every pair of a token and a slot reads its own expert's codes, with as many programs
-as fill a GPU, and the second kernel holds all slots of a token at once, so that nothing is left to add up.
+as fill a GPU, and the second kernel goes through all slots of a token, so that nothing is left to add up.
 
 gate, up, silu and the sum over slots are fp32; h and a slot's row are rounded to x's dtype.
 
@@ -35,14 +35,14 @@ from .unpack import Operands, operands
 TUNED: Table = {
     (ANY, ("gate_up", 16)): {"ROWS": 4, "CHUNKS": 64},
     (ANY, ("gate_up", 32)): {"ROWS": 2, "CHUNKS": 64},
-    (ANY, ("down", 16)): {"ROWS": 16, "CHUNKS": 32},
-    (ANY, ("down", 32)): {"ROWS": 8, "CHUNKS": 32},
+    (ANY, ("down", 16)): {"ROWS": 8, "CHUNKS": 32},
+    (ANY, ("down", 32)): {"ROWS": 4, "CHUNKS": 32},
     (ANY, (16, 16)): {"BLOCK_I": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
     (ANY, (64, 16)): {"BLOCK_I": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
     (ANY, (128, 16)): {"BLOCK_I": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
     (ANY, (16, 32)): {"BLOCK_I": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-    (ANY, (64, 32)): {"BLOCK_I": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-    (ANY, (128, 32)): {"BLOCK_I": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+    (ANY, (64, 32)): {"BLOCK_I": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    (ANY, (128, 32)): {"BLOCK_I": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
@@ -84,7 +84,7 @@ def _matrix(w: Operands) -> tuple[Any, ...]:
 
 def _vector_launch(table: Table, name: str, w: Operands, width: int, x: Tensor) -> dict[str, Any]:
     launch: dict[str, Any] = {**tuned(table, x.device, (name, 8 * x.element_size()))}
-    launch.update(w.constants(32 if w.nibbles else 16))
+    launch.update(w.constants(w.vector(x.element_size())))
     wide = launch["WIDE"]
     launch["CHUNKS"] = chunks = min(launch["CHUNKS"], triton.next_power_of_2(triton.cdiv(width, wide)))
     return {**launch, "EVEN": width % (chunks * wide) == 0, "num_warps": max(1, min(4, chunks // 32))}
@@ -102,11 +102,10 @@ def _by_vectors(
         BLOCK_N=block, **launch,
     )  # fmt: skip
     launch = _vector_launch(table, "down", second, width := second.width(inner), x)
-    slots = triton.next_power_of_2(k)
-    block = max(1, launch.pop("ROWS") // slots)
+    block = launch.pop("ROWS")
     _down_vectors[(triton.cdiv(hidden, block), tokens)](
         h, *_matrix(second), weights, chosen, out, hidden, k, width, h.stride(0), *second.expert_strides(), *second.strides(),
-        SLOTS=slots, BLOCK_N=block, **launch,
+        BLOCK_N=block, **launch,
     )  # fmt: skip
 
 
@@ -187,24 +186,24 @@ def _down_vectors(
     DECODE: tl.constexpr, NIBBLES: tl.constexpr, SECOND: tl.constexpr,
     GROUP: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
     SPAN: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
-    slot = tl.arange(0, SLOTS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pair = token * slots + tl.minimum(slot, slots - 1)  # slots past the end repeat the last, and weigh nothing
-    expert = tl.load(experts + pair).to(tl.int64)[:, None, None, None, None]
-    weight = tl.load(weights + pair, mask=slot < slots, other=0.0).to(tl.float32)
-    codes, scale, extra = of_expert(codes, scale, extra, expert, c0, s0, e0)
-    h += pair[:, None, None, None, None] * h0
     line = tl.minimum(n, hidden - 1).to(tl.int64)[None, :, None, None, None]
-    total = tl.zeros((SLOTS, BLOCK_N, CHUNKS), tl.float32)  # codes of all slots are on their way at once
-    for first in range(0, tl.cdiv(width, WIDE), CHUNKS):
-        total = add_chunks(
-            total, h, codes, scale, extra, line, first, width, c1, s1, e1,
-            DECODE, NIBBLES, SECOND, GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN,
-        )  # fmt: skip
-    result = tl.sum(tl.sum(total, axis=2) * weight[:, None], axis=0)  # (BLOCK_N,)
+    total = tl.zeros((1, BLOCK_N, CHUNKS), tl.float32)
+    for pair in range(token * slots, token * slots + slots):
+        expert = tl.load(experts + pair).to(tl.int64)
+        weight = tl.load(weights + pair).to(tl.float32)
+        own_codes, own_scale, own_extra = of_expert(codes, scale, extra, expert, c0, s0, e0)
+        one = tl.zeros((1, BLOCK_N, CHUNKS), tl.float32)
+        for first in range(0, tl.cdiv(width, WIDE), CHUNKS):
+            one = add_chunks(
+                one, h + pair * h0, own_codes, own_scale, own_extra, line, first, width, c1, s1, e1,
+                DECODE, NIBBLES, SECOND, GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN,
+            )  # fmt: skip
+        total += one * weight
+    result = tl.sum(tl.sum(total, axis=2), axis=0)  # (BLOCK_N,)
     tl.store(out + token * hidden + n, result.to(out.dtype.element_ty), mask=n < hidden)
 
 

@@ -54,6 +54,10 @@ class Operands(NamedTuple):
             "SPAN": span, "WIDE": wide, "BYTES": min(4, wide), "WORDS": self.aligned and wide % 4 == 0,
         }  # fmt: skip
 
+    def vector(self, element_size: int) -> int:
+        """Columns for a thread of a product of vectors: 16 bytes of codes for x in 16 bits, as many of x in fp32."""
+        return (64 if self.nibbles else 32) // element_size
+
     def width(self, inner: int) -> int:
         """Bytes of a row, or its columns where a block has a scale of its own: what the chunks are counted by."""
         return -(-inner // 2) if self.nibbles else inner

@@ -186,8 +186,9 @@ def _moe_cases(styles: dict[str, Make], k: int, odd: int, s: Sizes, draw: Draw) 
 
 
 def _moe_real(styles: dict[str, Make], s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
-    for style, make in styles.items():
-        yield _moe_case(f"{tokens} tokens, {s.top_k} of {s.experts}, {style}", draw, make, s, tokens)
+    """Only the first format: what the others change is in the linear projections too."""
+    style, make = next(iter(styles.items()))
+    yield _moe_case(f"{tokens} tokens, {s.top_k} of {s.experts}, {style}", draw, make, s, tokens)
 
 
 def _moe_flops(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> int:
@@ -209,7 +210,7 @@ Styles = dict[str, Make]
 def _subjects(
     layout: str, awkward: Styles, real: Styles, k: int = 96, odd: int = 67, experts: Styles | None = None
 ) -> tuple[Subject, Subject]:
-    """linear_<layout> and moe_<layout>. Of `awkward` and `real`, the first is what is tried most; `experts`: more styles."""
+    """linear_<layout> and moe_<layout>. Of `awkward` and `real`, the first is tried most; `experts`: more awkward styles."""
     linear, moe = (getattr(packed, f"{what}_{layout}") for what in ("linear", "moe"))
     all_styles = awkward | (experts or {})
     return (
