@@ -10,6 +10,7 @@ from .errors import QwenRefError
 from .generate import Piece, Result, Session, generate, stream
 from .loading import load
 from .retrieval import embed, rerank
+from .score import score
 from .tokenizer import Tokenizer
 from .verify import verify
 
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "ops",
     "rerank",
+    "score",
     "stream",
     "verify",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint, LoadReport, read_json
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, RequestError
 from .hub import find
 from .models import module_for
 from .models.common import LanguageModel
 from .quant.convert import install, pack, read_format
 from .quant.format import Format
+from .quant.making import quantize_model
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -45,6 +46,7 @@ def load(
     revision: str | None = None,
     offline: bool | None = None,
     mapped: bool = True,
+    quantize: str | None = None,
     progress: bool = True,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Load a checkpoint in the official format.
@@ -55,10 +57,12 @@ def load(
         dtype: bfloat16, float16, float32 or float64; default what config.json names.
         revision, offline: of the hub. progress: a bar on stderr for anything that takes over a second.
         mapped: on a CPU, weights stored in the model's dtype stay in the mapped file; see `load_model`.
+        quantize: "int8", "int4", "nf4" or "fp8": round the matrices while they are read, see `quant.making`. Takes memory
+            for the result and one matrix. A checkpoint that is quantised needs no such word, and refuses it.
     Raises: ConfigError, CheckpointError, TokenizerError: each says which file and what to do.
     """
     folder = locate(model, revision=revision, offline=offline)
-    network = load_model(folder, device=device, dtype=dtype, mapped=mapped, progress=progress)
+    network = load_model(folder, device=device, dtype=dtype, mapped=mapped, quantize=quantize, progress=progress)
     return network, _attach(network, folder)
 
 
@@ -68,6 +72,7 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     mapped: bool = True,
+    quantize: str | None = None,
     progress: bool = True,
 ) -> LanguageModel:
     """The model of a folder, without its tokenizer; `load_report` says what was found.
@@ -80,19 +85,41 @@ def load_model(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, format = pick_dtype(dtype, raw), read_format(raw)
     first = device if format is None else torch.device("cpu")  # what is stored is repacked before it moves
+    if quantize is not None and format is not None:
+        raise RequestError(f"{folder} is quantised already ({raw['quantization_config'].get('quant_method')}): load it "
+                           f"without quantize={quantize!r}, or quantise the checkpoint it was made from")
     with Checkpoint(folder) as checkpoint:
         network = build(raw, head=checkpoint.has_language_head()).to(dtype)
         notes = prepare(network, format, checkpoint)
         checkpoint.check(network)
+        if quantize is not None:
+            notes += _quantize(network, quantize, checkpoint, device, progress)
         materialize(network, first, checkpoint.views() if mapped and first.type == "cpu" else {})
         network.load_report = checkpoint.read(network, progress=progress)
-    if format is None:
+    if format is None and quantize is None:
         _note_dtypes(network.load_report, raw)
-    else:
+    elif format is not None:
         notes += [f"{name} runs as it is stored, slowly: its groups differ in size" for name in pack(network)]
         network.to(device)
     network.load_report.notes += notes
     return network.eval()
+
+
+def _quantize(network: LanguageModel, kind: str, checkpoint: Checkpoint, device: torch.device, progress: bool) -> list[str]:
+    """Pack a model on the meta device, each matrix as it comes from the files; what is not packed is read afterwards."""
+    from tqdm import tqdm
+
+    dtype = network.dtype
+
+    @contextlib.contextmanager
+    def lend(name: str) -> Iterator[Tensor]:
+        with checkpoint.lent(name) as tensor:
+            yield tensor.to(dtype)
+
+    total = sum(p.numel() for p in network.parameters() if p.dim() > 1)
+    with tqdm(total=total, unit="weight", unit_scale=True, desc=f"rounding to {kind}", delay=1, disable=not progress) as bar:
+        quantize_model(network, kind, lend=lend, device=device, done=bar.update)
+    return [f"rounded to {kind} while it was read"]
 
 
 def prepare(network: LanguageModel, format: Format | None, checkpoint: Checkpoint) -> list[str]:

@@ -31,20 +31,23 @@ ALLOWED = {
     "quant.layers": {"backend", "ops", "quant.format", "quant.packed"},
     "quant.convert": {"config", "errors", "layers", *(f"quant.{name}" for name in (
         "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "gptq", "layers"))},
+    "quant.rounding": {"errors", "quant.fp4", "quant.packed"},
+    "quant.making": {"errors", "layers", "quant.format", "quant.layers", "quant.packed", "quant.rounding"},
     "backend": {"ops", "torch_ops", "quant", "quant.packed", "errors"},
     "config": {"ops", "errors", "limits"},
     "layers": {"backend", "ops", "cache", "config"},
     "checkpoint": {"errors", "limits"},
     "hub": {"checkpoint", "errors"},
     "models": {"errors"},
-    "models.common": {"cache", "layers", "checkpoint", "hooks"},  # the last one inside the methods that offer it
+    "models.common": {"cache", "layers", "checkpoint", "errors", "hooks"},  # the last one inside the methods that offer it
     "models.qwen2": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
     "chat": {"errors", "limits"},
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},
     "sampling": {"errors"},
-    "loading": {"checkpoint", "errors", "hub", "models", "models.common", "quant.convert", "quant.format", "tokenizer"},
+    "loading": {"checkpoint", "errors", "hub", "models", "models.common", "quant.convert", "quant.format",
+                "quant.making", "tokenizer"},
     "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
     "retrieval": {"ops", "errors", "models.common", "tokenizer"},
     "hooks": {"backend", "ops", "cache", "errors"},
@@ -81,7 +84,8 @@ ALLOWED = {
     "bench.tune": {"backend", "errors", "bench.check", "bench.compile", "bench.measure", "bench.shapes", "bench.subjects"},
     "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure", "bench.tune"},
     "describe": {"checkpoint", "errors", "loading", "models.common"},
-    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "verify", "verify.report"},
+    "score": {"backend", "describe", "errors", "loading", "models.common", "tokenizer"},
+    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "score", "verify", "verify.report"},
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache
 from ..checkpoint import LoadReport
+from ..errors import CheckpointError
 from ..layers import Experts
 
 
@@ -70,6 +71,14 @@ class LanguageModel(nn.Module):
         """The name `save` writes a tensor under: without head, as embedding checkpoints have it."""
         return name.removeprefix("model.") if self.lm_head is None else name
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A packed embedding that is also the head stays one matrix when the model moves, as a tied parameter does."""
+        head, embedding = getattr(self.lm_head, "packed", None), getattr(self.model.embed_tokens, "packed", None)
+        super()._apply(fn, recurse)
+        if head is not None and head is embedding:
+            self.lm_head.packed = self.model.embed_tokens.packed
+        return self
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -104,6 +113,9 @@ class LanguageModel(nn.Module):
         """
         from ..checkpoint import save_model
 
+        if packed := [name for name, module in self.named_modules() if hasattr(module, "packed_tensors")]:
+            raise CheckpointError(f"{packed[0]} is packed, and `save` writes plain weights: use `quantize`, which writes a "
+                                  "quantised checkpoint from the one it was made from")
         dtype = str(self.dtype).removeprefix("torch.")
         config = {**self.config.to_json(), "dtype": dtype, "torch_dtype": dtype}
         save_model(self, config, Path(folder), extra=self.extra_files)

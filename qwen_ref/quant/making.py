@@ -1,0 +1,180 @@
+"""A model's plain matrices exchanged for packed ones, made on the spot.
+
+What stays as it is: norms, biases, the routers of a mixture of experts (small, and a wrong expert costs more than a
+rounded weight), and an embedding with a head of its own, of which a token reads one row. A head, and an embedding that
+is the head, take 8 bits whatever the rest takes: they are the widest matrices, and what is lost in them no later layer
+makes good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, RequestError
+from ..layers import Experts, Linear
+from . import rounding
+from .format import Matrix, matches
+from .layers import PackedEmbedding, PackedExperts, PackedLinear, QuantLinear, joined
+from .packed import Packed
+
+Round = Callable[[str, Tensor], Packed]  # a matrix's official name and its weights (N, K)
+Lend = Callable[[str], AbstractContextManager[Tensor]]  # a tensor by its official name, for a while
+
+KINDS = tuple(rounding.ROUND)
+KEPT = ("mlp.gate", "shared_expert_gate")  # routers
+LEAST_GROUP = 16
+
+
+def quantize_model(model: Any, kind: str, *, group: int = rounding.GROUP, lend: Lend | None = None,
+                   device: torch.device | None = None, done: Callable[[int], Any] = lambda count: None) -> Any:  # fmt: skip
+    """Exchange the matrices of a model for packed ones, one after the other, and return the model.
+
+    Args:
+        kind: "int8", "int4", "nf4", "fp8", "mxfp4" or "nvfp4", see `rounding`.
+        group: of int4, columns that share a scale; the largest common divisor with all rows is taken.
+        lend: where the weights are, if the model has no memory yet (meta device).
+        device: where the packed matrices go; default where the weights are. done: called with the weights dealt with.
+    Raises: RequestError for an unknown kind, a group that no matrix has, and a model that is quantised; CheckpointError,
+        which names the matrix, for NaN and infinity.
+    """
+    check(model)
+    to_bits = rounder(kind, common_group(model, group) if kind == "int4" else group)
+    source = lend or _own(model)
+    tied = model.lm_head is not None and model.lm_head.weight is model.model.embed_tokens.weight
+    quantize_module(model.model, "model", to_bits, source, device, done)
+    if model.lm_head is None:
+        return model
+    eight, name = rounder("int8"), "model.embed_tokens" if tied else "lm_head"
+    shape, bias, dtype = model.lm_head.weight.shape, model.lm_head.bias, model.lm_head.weight.dtype
+    matrix = Matrix(_rounded(eight, f"{name}.weight", source, device))
+    if tied:
+        model.model.embed_tokens = PackedEmbedding(matrix.weight, shape, dtype)
+    model.lm_head = PackedLinear(matrix, shape, bias)
+    done(math.prod(shape))
+    return model
+
+
+def check(model: nn.Module) -> None:
+    """RequestError if a model is quantised already: rounding twice adds the errors, and expands nothing back."""
+    for name, module in model.named_modules():
+        if isinstance(module, (PackedLinear, PackedExperts, PackedEmbedding, QuantLinear)):
+            raise RequestError(f"the model is quantised already ({name} is a {type(module).__name__}); "
+                               "quantise the one it was made from")
+
+
+def rounder(kind: str, group: int = rounding.GROUP) -> Round:
+    """Round to nearest. RequestError on an unknown kind."""
+    if kind not in rounding.ROUND:
+        raise RequestError(f"cannot quantise to {kind!r}; there are {', '.join(rounding.ROUND)}")
+    function = partial(rounding.int4, group=group) if kind == "int4" else rounding.ROUND[kind]
+    return lambda name, weight: function(weight)
+
+
+def common_group(model: nn.Module, group: int) -> int:
+    """The largest divisor of `group` that divides the rows of every matrix to be quantised.
+
+    One size for all, because readers fuse q, k and v, and gate and up, and a file's config then has one scheme. 128
+    divides all official sizes. RequestError below 16, where the scales would weigh as much as the codes.
+    """
+    if group < LEAST_GROUP:
+        raise RequestError(f"the group size is {group}; it must be at least {LEAST_GROUP}")
+    columns = {shape[1]: name for name, shape in matrices(model).items()}
+    common = math.gcd(group, *columns)
+    if common < LEAST_GROUP:
+        worst = min(columns, key=lambda count: math.gcd(group, count))
+        raise RequestError(f"no group size from {LEAST_GROUP} to {group} divides the rows of all matrices; "
+                           f"{columns[worst]} has {worst} columns: take another group size, or int8")
+    return common
+
+
+def matrices(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
+    """Official name -> (N, K) of every matrix that is quantised, an expert's included; the head and embedding are not."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules(prefix=prefix):
+        if isinstance(module, Experts):
+            found |= {f"{name}.{part}": (view.shape[0], view.shape[1]) for part, view in module.named_parts()}
+        elif isinstance(module, Linear) and name != "lm_head" and not matches(name, KEPT):
+            found[f"{name}.weight"] = (module.out_features, module.in_features)
+    return found
+
+
+def quantize_module(module: nn.Module, path: str, to_bits: Round, lend: Lend, device: torch.device | None = None,
+                    done: Callable[[int], Any] = lambda count: None) -> None:  # fmt: skip
+    """Exchange every matrix below a module with this official path."""
+    for name in [name for name, part in module.named_modules() if isinstance(part, (Linear, Experts))]:
+        part, full = module.get_submodule(name), f"{path}.{name}"  # one by one: a list would keep what is exchanged alive
+        if isinstance(part, Experts):
+            count = part.gate_up_proj.numel() + part.down_proj.numel()
+            new: nn.Module = _experts(part, full, to_bits, lend, device)
+        elif isinstance(part, Linear) and not matches(full, KEPT):
+            count = part.weight.numel()
+            matrix = Matrix(_rounded(to_bits, f"{full}.weight", lend, device))
+            new = PackedLinear(matrix, (part.out_features, part.in_features), part.bias)
+        else:
+            continue
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, new)
+        done(count)
+
+
+def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: torch.device | None) -> PackedExperts:
+    def matrix(e: int, projection: str) -> Packed:
+        return _rounded(to_bits, f"{path}.{e}.{projection}.weight", lend, device)
+
+    def both() -> Iterator[tuple[Packed, Packed]]:
+        for e in range(count):
+            upper = joined(matrix(e, "gate_proj"), matrix(e, "up_proj"))
+            if upper is None:  # NVFP4: each has a scale of its own
+                raise RequestError(f"{path}: the experts' gate and up cannot be joined in this layout; take another one")
+            yield upper, matrix(e, "down_proj")
+
+    count = module.gate_up_proj.shape[0]
+    stacks: tuple[Any, Any] | None = None
+    for e, pair in enumerate(both()):
+        stacks = stacks or (_stack(pair[0], count), _stack(pair[1], count))
+        for stack, single in zip(stacks, pair, strict=True):
+            for slot, tensor in zip(stack, single, strict=True):
+                if isinstance(tensor, Tensor) and slot is not tensor and slot.dim() > tensor.dim():
+                    slot[e].view(torch.uint8).copy_(tensor.contiguous().view(torch.uint8))
+    if stacks is None:
+        raise CheckpointError(f"{path} has no experts")
+    return PackedExperts(*stacks)
+
+
+def _stack(single: Packed, count: int) -> Packed:
+    """Memory for `count` matrices of the same form; a table is shared."""
+    made = {name: torch.empty((count, *value.shape), dtype=value.dtype, device=value.device)
+            for name, value in single._asdict().items() if isinstance(value, Tensor) and name != "table"}  # fmt: skip
+    return single._replace(**made)  # type: ignore[arg-type]
+
+
+def _rounded(to_bits: Round, name: str, lend: Lend, device: torch.device | None) -> Packed:
+    with lend(name) as weight:
+        try:
+            return to_bits(name, weight.to(device) if device is not None else weight)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+
+def _own(model: nn.Module) -> Lend:
+    """A model's own tensors, looked up when they are asked for, so that none is kept alive."""
+
+    def lend(name: str) -> AbstractContextManager[Tensor]:
+        path, *part = name.rsplit(".", 3)
+        module = model.get_submodule(path) if part[0].isdigit() else None
+        if isinstance(module, Experts):
+            return nullcontext(dict(module.named_parts())[".".join(part)].data)
+        return nullcontext(model.get_parameter(name).data)
+
+    return lend
+
+
+__all__ = ["KEPT", "KINDS", "Lend", "Round", "check", "common_group", "matrices", "quantize_model", "quantize_module",
+           "rounder"]  # fmt: skip
