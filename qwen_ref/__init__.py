@@ -9,6 +9,7 @@ from . import backend, ops
 from .errors import QwenRefError
 from .generate import Piece, Result, Session, generate, stream
 from .loading import load
+from .quantize import quantize
 from .retrieval import embed, rerank
 from .score import score
 from .tokenizer import Tokenizer
@@ -27,6 +28,7 @@ __all__ = [
     "generate",
     "load",
     "ops",
+    "quantize",
     "rerank",
     "score",
     "stream",

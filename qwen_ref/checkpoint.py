@@ -689,8 +689,8 @@ def save_model(
         if len(shards) > 1:
             weight_map = {t: name for name, tensors in zip(names, shards, strict=True) for t in tensors}
             total = sum(t.nbytes for tensors in shards for t in tensors.values())
-            _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(temporary / "config.json", config)
+            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(temporary / "config.json", config)
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content)
         if folder.exists():
@@ -735,7 +735,7 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
     return shards
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as problem:

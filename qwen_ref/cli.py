@@ -1,4 +1,5 @@
-"""The command line: qwen-ref generate | chat | inspect | verify | score | kernels.
+"""The command line: qwen-ref generate | chat | inspect | verify | quantize | score |
+kernels.
 
 Flags carry mlx_lm's names where it has them. `--json` prints one JSON object (per turn in `chat`) on stdout; everything
 that is not the answer goes to stderr. Exit status: 0 success, 1 `verify` found a difference, 2 an error.
@@ -83,10 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("model_name", nargs="?", metavar="MODEL")
     score.add_argument("--text", required=True, metavar="FILE", help="UTF-8; documents end with <|endoftext|>")
     score.add_argument("--against", metavar="MODEL", help="the unquantised model it is compared with")
-    score.add_argument("--formats", default="", metavar="LIST", help="to make from MODEL and measure: int8,int4,int4:gptq,nf4,fp8")
+    score.add_argument("--formats", default="", metavar="LIST", help="to make of MODEL and measure: int8,int4:gptq,nf4,fp8,...")
+    score.add_argument("--calibration", metavar="FILE", help="text for int4:gptq")
     score.add_argument("--window", type=int, metavar="TOKENS", help="default 2048, or what the model was made for")
     score.add_argument("--device")
     score.add_argument("--dtype")
+    quantize = command("quantize", run_quantize, "Write a quantised checkpoint; a run that was interrupted goes on.")
+    quantize.add_argument("model_name", metavar="MODEL")
+    quantize.add_argument("out", metavar="OUT", help="the new folder")
+    quantize.add_argument("--to", required=True, metavar="KIND", help="int8, int4 (compressed-tensors), nf4 (bitsandbytes), fp8")
+    quantize.add_argument("--method", default="rtn", help="rtn rounds to nearest; gptq (int4) corrects as it rounds")
+    quantize.add_argument("--group", type=int, default=128, help="of int4: columns that share a scale")
+    quantize.add_argument("--calibration", metavar="FILE", help="text for gptq, of the kind the model will read")
     add_kernel_commands(commands)
     return parser
 
@@ -206,8 +215,25 @@ def run_score(args: argparse.Namespace) -> int:
     result = score(
         locate(name, revision=args.revision) if args.revision else name, _text(args.text), against=args.against,
         formats=[part for part in args.formats.split(",") if part], window=args.window, device=args.device, dtype=args.dtype,
+        calibration=_text(args.calibration) if args.calibration else None,
     )  # fmt: skip
     print(json.dumps(result.to_json()) if args.json else result.table())
+    return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    from .quantize import quantize
+
+    result = quantize(
+        _name(args), args.out, args.to, method=args.method, group=args.group, revision=args.revision,
+        calibration=_text(args.calibration) if args.calibration else None,
+    )  # fmt: skip
+    for note in result.notes:
+        print(f"qwen-ref: {note}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({**asdict(result), "folder": str(result.folder)}))
+    else:
+        print(f"{result.folder}: {result.bytes:,} bytes of weights")
     return 0
 
 

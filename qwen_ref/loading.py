@@ -20,7 +20,7 @@ from .models import module_for
 from .models.common import LanguageModel
 from .quant.convert import install, pack, read_format
 from .quant.format import Format
-from .quant.making import quantize_model
+from .quant.making import matrices, quantize_model
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -28,7 +28,7 @@ BUNDLED = ("tiny", "tiny-moe")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
-_EXTRA_FILES = (
+EXTRA_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -116,7 +116,7 @@ def _quantize(network: LanguageModel, kind: str, checkpoint: Checkpoint, device:
         with checkpoint.lent(name) as tensor:
             yield tensor.to(dtype)
 
-    total = sum(p.numel() for p in network.parameters() if p.dim() > 1)
+    total = sum(rows * columns for rows, columns in matrices(network).values())
     with tqdm(total=total, unit="weight", unit_scale=True, desc=f"rounding to {kind}", delay=1, disable=not progress) as bar:
         quantize_model(network, kind, lend=lend, device=device, done=bar.update)
     return [f"rounded to {kind} while it was read"]
@@ -213,7 +213,7 @@ def _note_dtypes(report: LoadReport, raw: dict[str, Any]) -> None:
 def _attach(network: LanguageModel, folder: Path) -> Tokenizer:
     if (folder / "generation_config.json").is_file():
         network.generation_config = read_json(folder / "generation_config.json", error=ConfigError)
-    network.extra_files = {name: (folder / name).read_bytes() for name in _EXTRA_FILES if (folder / name).is_file()}
+    network.extra_files = {name: (folder / name).read_bytes() for name in EXTRA_FILES if (folder / name).is_file()}
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > network.config.vocab_size:
         raise CheckpointError(

@@ -29,6 +29,8 @@ from .describe import size
 from .errors import NumericsError, RequestError
 from .loading import load
 from .models.common import LanguageModel
+from .quant.calibrated import quantize_model, windows_of
+from .quantize import CALIBRATION
 from .tokenizer import Tokenizer
 
 WINDOW = 2048
@@ -237,7 +239,11 @@ def _now(device: torch.device) -> float:
 
 
 def _made(model: str | Path, name: str, calibration: str | None, device: str | None, dtype: str | None, progress: bool) -> Any:
-    return load(model, device=device, dtype=dtype, quantize=name, progress=progress)[0]
+    if name != "int4:gptq":
+        return load(model, device=device, dtype=dtype, quantize=name, progress=progress)[0]
+    network, tokenizer = load(model, device=device, dtype=dtype, progress=progress)
+    text = calibration if calibration is not None else CALIBRATION.read_text(encoding="utf-8")
+    return quantize_model(network, windows_of(tokenizer.encode(text, allow_special=True)))[0]
 
 
 def _method(model: LanguageModel) -> str:

@@ -33,6 +33,8 @@ ALLOWED = {
         "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "gptq", "layers"))},
     "quant.rounding": {"errors", "quant.fp4", "quant.packed"},
     "quant.making": {"errors", "layers", "quant.format", "quant.layers", "quant.packed", "quant.rounding"},
+    "quant.calibrated": {"ops", "errors", "layers", "quant", "quant.format", "quant.making", "quant.packed", "quant.rounding"},
+    "quant.store": {"quant.bitsandbytes", "quant.packed", "quant.rounding"},
     "backend": {"ops", "torch_ops", "quant", "quant.packed", "errors"},
     "config": {"ops", "errors", "limits"},
     "layers": {"backend", "ops", "cache", "config"},
@@ -84,8 +86,10 @@ ALLOWED = {
     "bench.tune": {"backend", "errors", "bench.check", "bench.compile", "bench.measure", "bench.shapes", "bench.subjects"},
     "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure", "bench.tune"},
     "describe": {"checkpoint", "errors", "loading", "models.common"},
-    "score": {"backend", "describe", "errors", "loading", "models.common", "tokenizer"},
-    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "score", "verify", "verify.report"},
+    "quantize": {"checkpoint", "errors", "loading", "models.common", "quant", "quant.calibrated", "quant.compressed_tensors",
+                 "quant.making", "quant.packed", "quant.store", "tokenizer"},
+    "score": {"backend", "describe", "errors", "loading", "models.common", "quant.calibrated", "quantize", "tokenizer"},
+    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "quantize", "score", "verify", "verify.report"},
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,20 +44,23 @@ def quantize_model(model: Any, kind: str, *, group: int = rounding.GROUP, lend: 
         which names the matrix, for NaN and infinity.
     """
     check(model)
-    to_bits = rounder(kind, common_group(model, group) if kind == "int4" else group)
-    source = lend or _own(model)
-    tied = model.lm_head is not None and model.lm_head.weight is model.model.embed_tokens.weight
+    to_bits = rounder(kind, fitting(model, kind, group))
+    source = lend or own(model)
     quantize_module(model.model, "model", to_bits, source, device, done)
-    if model.lm_head is None:
-        return model
-    eight, name = rounder("int8"), "model.embed_tokens" if tied else "lm_head"
-    shape, bias, dtype = model.lm_head.weight.shape, model.lm_head.bias, model.lm_head.weight.dtype
-    matrix = Matrix(_rounded(eight, f"{name}.weight", source, device))
-    if tied:
-        model.model.embed_tokens = PackedEmbedding(matrix.weight, shape, dtype)
-    model.lm_head = PackedLinear(matrix, shape, bias)
-    done(math.prod(shape))
+    pack_head(model, source, device)
     return model
+
+
+def pack_head(model: Any, lend: Lend, device: torch.device | None = None) -> None:
+    """The head to int8; an embedding that is the head with it, as one matrix."""
+    if model.lm_head is None:
+        return
+    old = model.lm_head
+    tied = old.weight is model.model.embed_tokens.weight
+    matrix = Matrix(rounded(rounder("int8"), "model.embed_tokens.weight" if tied else "lm_head.weight", lend, device))
+    if tied:
+        model.model.embed_tokens = PackedEmbedding(matrix.weight, old.weight.shape, old.weight.dtype)
+    model.lm_head = PackedLinear(matrix, old.weight.shape, old.bias)
 
 
 def check(model: nn.Module) -> None:
@@ -69,28 +71,35 @@ def check(model: nn.Module) -> None:
                                "quantise the one it was made from")
 
 
-def rounder(kind: str, group: int = rounding.GROUP) -> Round:
-    """Round to nearest. RequestError on an unknown kind."""
+def rounder(kind: str, size: Any = None) -> Round:
+    """Round to nearest. `size`: the group of int4, the block of fp8. RequestError on an unknown kind."""
     if kind not in rounding.ROUND:
         raise RequestError(f"cannot quantise to {kind!r}; there are {', '.join(rounding.ROUND)}")
-    function = partial(rounding.int4, group=group) if kind == "int4" else rounding.ROUND[kind]
-    return lambda name, weight: function(weight)
+    function: Any = rounding.ROUND[kind]
+    return lambda name, weight: function(weight) if size is None else function(weight, size)
 
 
-def common_group(model: nn.Module, group: int) -> int:
-    """The largest divisor of `group` that divides the rows of every matrix to be quantised.
+def fitting(model: nn.Module, kind: str, group: int = rounding.GROUP) -> Any:
+    """The group of int4 or the block of fp8 that all matrices of a model can have; None for other kinds.
 
-    One size for all, because readers fuse q, k and v, and gate and up, and a file's config then has one scheme. 128
-    divides all official sizes. RequestError below 16, where the scales would weigh as much as the codes.
+    One size for all, because readers fuse q, k and v, and gate and up, and a file's config then has one scheme; 128
+    divides all official sizes. Otherwise the largest divisor of it that divides them all. RequestError where that is
+    below 16, and the scales would weigh as much as the codes.
     """
-    if group < LEAST_GROUP:
+    if kind == "int4" and group < LEAST_GROUP:
         raise RequestError(f"the group size is {group}; it must be at least {LEAST_GROUP}")
-    columns = {shape[1]: name for name, shape in matrices(model).items()}
-    common = math.gcd(group, *columns)
+    shapes = matrices(model)
+    if kind == "fp8":  # blocks may be partial, though some readers take that amiss
+        high, wide = (math.gcd(size, *sizes) for size, sizes in zip(rounding.FP8_BLOCK, zip(*shapes.values(), strict=True),
+                                                                    strict=True))  # fmt: skip
+        return (high, wide) if min(high, wide) >= LEAST_GROUP else rounding.FP8_BLOCK
+    if kind != "int4":
+        return None
+    common = math.gcd(group, *(columns for _, columns in shapes.values()))
     if common < LEAST_GROUP:
-        worst = min(columns, key=lambda count: math.gcd(group, count))
+        worst = min(shapes, key=lambda name: math.gcd(group, shapes[name][1]))
         raise RequestError(f"no group size from {LEAST_GROUP} to {group} divides the rows of all matrices; "
-                           f"{columns[worst]} has {worst} columns: take another group size, or int8")
+                           f"{worst} has {shapes[worst][1]} columns: take another group size, or int8")
     return common
 
 
@@ -115,7 +124,7 @@ def quantize_module(module: nn.Module, path: str, to_bits: Round, lend: Lend, de
             new: nn.Module = _experts(part, full, to_bits, lend, device)
         elif isinstance(part, Linear) and not matches(full, KEPT):
             count = part.weight.numel()
-            matrix = Matrix(_rounded(to_bits, f"{full}.weight", lend, device))
+            matrix = Matrix(rounded(to_bits, f"{full}.weight", lend, device))
             new = PackedLinear(matrix, (part.out_features, part.in_features), part.bias)
         else:
             continue
@@ -126,7 +135,7 @@ def quantize_module(module: nn.Module, path: str, to_bits: Round, lend: Lend, de
 
 def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: torch.device | None) -> PackedExperts:
     def matrix(e: int, projection: str) -> Packed:
-        return _rounded(to_bits, f"{path}.{e}.{projection}.weight", lend, device)
+        return rounded(to_bits, f"{path}.{e}.{projection}.weight", lend, device)
 
     def both() -> Iterator[tuple[Packed, Packed]]:
         for e in range(count):
@@ -155,7 +164,7 @@ def _stack(single: Packed, count: int) -> Packed:
     return single._replace(**made)  # type: ignore[arg-type]
 
 
-def _rounded(to_bits: Round, name: str, lend: Lend, device: torch.device | None) -> Packed:
+def rounded(to_bits: Round, name: str, lend: Lend, device: torch.device | None = None) -> Packed:
     with lend(name) as weight:
         try:
             return to_bits(name, weight.to(device) if device is not None else weight)
@@ -163,7 +172,7 @@ def _rounded(to_bits: Round, name: str, lend: Lend, device: torch.device | None)
             raise CheckpointError(f"{name}: {error}") from error
 
 
-def _own(model: nn.Module) -> Lend:
+def own(model: nn.Module) -> Lend:
     """A model's own tensors, looked up when they are asked for, so that none is kept alive."""
 
     def lend(name: str) -> AbstractContextManager[Tensor]:
@@ -176,5 +185,5 @@ def _own(model: nn.Module) -> Lend:
     return lend
 
 
-__all__ = ["KEPT", "KINDS", "Lend", "Round", "check", "common_group", "matrices", "quantize_model", "quantize_module",
-           "rounder"]  # fmt: skip
+__all__ = ["KEPT", "KINDS", "Lend", "Round", "check", "fitting", "matrices", "own", "pack_head", "quantize_model",
+           "quantize_module", "rounded", "rounder"]  # fmt: skip

@@ -33,17 +33,17 @@ NF4 = (
 
 def int8(weight: Tensor) -> Int8:
     """Integers from -127 to 127, one scale for every row: amax / 127. An error is at most half a scale."""
-    wide = _finite(weight)
-    scale = _scale(wide.abs().amax(-1, keepdim=True), 127, weight.dtype)
+    wide = finite(weight)
+    scale = scale_of(wide.abs().amax(-1, keepdim=True), 127, weight.dtype)
     codes = (wide / scale.float()).round().clamp(-127, 127).to(torch.int8)
     return Int8(codes, scale, None, weight.shape[-1])
 
 
 def int4(weight: Tensor, group: int = GROUP) -> Int4:
     """Integers from -8 to 7, one scale for every `group` columns: amax / 7.5. An error is at most half a scale."""
-    grouped = _grouped(_finite(weight), group)  # (N, G, group)
-    scale = _scale(grouped.abs().amax(-1), INT4_REACH, weight.dtype)
-    return Int4(pack4(nibbles(grouped, scale[..., None]).flatten(-2)[..., : weight.shape[-1]]), scale, None, group)
+    parts = grouped(finite(weight), group)  # (N, G, group)
+    scale = scale_of(parts.abs().amax(-1), INT4_REACH, weight.dtype)
+    return Int4(pack4(nibbles(parts, scale[..., None]).flatten(-2)[..., : weight.shape[-1]]), scale, None, group)
 
 
 def nibbles(weight: Tensor, scale: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def nf4(weight: Tensor) -> Code4:
     Its blocks run on over the ends of rows, so where 64 does not divide K a group of the layout is a part of a block.
     """
     rows, columns = weight.shape
-    flat = _finite(weight).flatten()
+    flat = finite(weight).flatten()
     blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     absmax = blocks.abs().amax(-1)
     table = torch.tensor(NF4, device=weight.device)
@@ -74,9 +74,9 @@ def fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Fp8:
     """float8_e4m3fn under one scale for every block, amax / 448: DeepSeek-V3's weights, and those Qwen publishes."""
     rows, columns = weight.shape
     high, wide = block
-    tiles = F.pad(_finite(weight), (0, -columns % wide, 0, -rows % high))
+    tiles = F.pad(finite(weight), (0, -columns % wide, 0, -rows % high))
     tiles = tiles.view(tiles.shape[0] // high, high, tiles.shape[1] // wide, wide)
-    scale = _scale(tiles.abs().amax((1, 3)), FP8_MAX, torch.float32)
+    scale = scale_of(tiles.abs().amax((1, 3)), FP8_MAX, torch.float32)
     codes = (tiles / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     whole = codes.flatten(0, 1).flatten(1)
     return Fp8(whole[:rows, :columns].contiguous(), scale, block)
@@ -84,23 +84,23 @@ def fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Fp8:
 
 def mxfp4(weight: Tensor) -> Code4:
     """E2M1 under a power of two for 32 columns: 2^(floor(log2 amax) - 2) (OCP Microscaling Formats 1.0, section 6.3)."""
-    grouped = _grouped(_finite(weight), 32)
-    amax = grouped.abs().amax(-1)
+    parts = grouped(finite(weight), 32)
+    amax = parts.abs().amax(-1)
     exponent = torch.frexp(amax.masked_fill(amax == 0, 1.0))[1] - 1 - 2  # frexp's mantissa is below 1
     scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
-    codes = _e2m1(grouped / scale[..., None]).flatten(-2)[..., : weight.shape[-1]]
+    codes = _e2m1(parts / scale[..., None]).flatten(-2)[..., : weight.shape[-1]]
     return Code4(pack4(codes), scale.to(torch.float8_e8m0fnu), torch.tensor(E2M1, device=weight.device), 32)
 
 
 def nvfp4(weight: Tensor) -> Code4:
     """E2M1 under a float8_e4m3fn for 16 columns, and one fp32 number for the matrix that puts those in reach."""
-    grouped = _grouped(_finite(weight), 16)
-    amax = grouped.abs().amax(-1)
+    parts = grouped(finite(weight), 16)
+    amax = parts.abs().amax(-1)
     whole = amax.amax() / (FP8_MAX * E2M1[7])
     whole = torch.where(whole > 0, whole, 1.0)
     scale = (amax / E2M1[7] / whole).clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
     steps = scale.float() * whole
-    codes = _e2m1(grouped / steps.masked_fill(steps == 0, 1.0)[..., None]).flatten(-2)[..., : weight.shape[-1]]
+    codes = _e2m1(parts / steps.masked_fill(steps == 0, 1.0)[..., None]).flatten(-2)[..., : weight.shape[-1]]
     return Code4(pack4(codes), scale, torch.tensor(E2M1, device=weight.device) * whole, 16)
 
 
@@ -109,7 +109,7 @@ ROUND: dict[str, Callable[[Tensor], Packed]] = {
 }  # fmt: skip
 
 
-def _finite(weight: Tensor) -> Tensor:
+def finite(weight: Tensor) -> Tensor:
     """In fp32. CheckpointError on NaN and infinity, which no scale can reach."""
     wide = weight.float()
     if not bool(torch.isfinite(wide).all()):
@@ -117,12 +117,12 @@ def _finite(weight: Tensor) -> Tensor:
     return wide
 
 
-def _grouped(weight: Tensor, group: int) -> Tensor:
+def grouped(weight: Tensor, group: int) -> Tensor:
     """(N, K) -> (N, G, group), the last group filled up with zeros."""
     return F.pad(weight, (0, -weight.shape[-1] % group)).unflatten(-1, (-1, group))
 
 
-def _scale(amax: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
+def scale_of(amax: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
     """amax / steps, rounded up where the dtype cannot hold it, so that amax stays in reach; 1 where all is zero."""
     scale = (amax / steps).to(dtype)
     short = scale.float() * steps < amax
@@ -138,4 +138,5 @@ def _e2m1(scaled: Tensor) -> Tensor:
     return (torch.bucketize(scaled.abs(), middle) | torch.signbit(scaled) * 8).to(torch.uint8)
 
 
-__all__ = ["FP8_BLOCK", "GROUP", "NF4", "NF4_BLOCK", "ROUND", "fp8", "int4", "int8", "mxfp4", "nf4", "nibbles", "nvfp4"]
+__all__ = ["FP8_BLOCK", "GROUP", "INT4_REACH", "NF4", "NF4_BLOCK", "ROUND", "finite", "fp8", "grouped", "int4", "int8",
+           "mxfp4", "nf4", "nibbles", "nvfp4", "scale_of"]  # fmt: skip
