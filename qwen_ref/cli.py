@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize = command("quantize", run_quantize, "Write a quantised checkpoint; a run that was interrupted goes on.")
     quantize.add_argument("model_name", metavar="MODEL")
     quantize.add_argument("out", metavar="OUT", help="the new folder")
-    quantize.add_argument("--to", required=True, metavar="KIND", help="int8, int4 (compressed-tensors), nf4 (bitsandbytes), fp8")
+    quantize.add_argument("--to", required=True, metavar="KIND", help="int8, int4, nf4, fp8, or gguf:q8_0, q4_0, q4_k")
     quantize.add_argument("--method", default="rtn", help="rtn rounds to nearest; gptq (int4) corrects as it rounds")
     quantize.add_argument("--group", type=int, default=128, help="of int4: columns that share a scale")
     quantize.add_argument("--calibration", metavar="FILE", help="text for gptq, of the kind the model will read")
