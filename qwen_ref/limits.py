@@ -10,6 +10,7 @@ class Limits:
     config_bytes: int = 1 << 20            # config.json, generation_config.json
     config_depth: int = 32                 # nesting of JSON objects and lists
     safetensors_header_bytes: int = 100_000_000   # the cap of the safetensors library itself
+    gguf_header_bytes: int = 64_000_000    # metadata and tensor list of a GGUF file; a vocabulary of 250,000 takes 10 MB
     index_bytes: int = 200_000_000         # model.safetensors.index.json
     index_entries: int = 1_000_000         # tensors named in an index
     tokenizer_bytes: int = 200_000_000     # tokenizer.json, vocab.json, merges.txt, qwen.tiktoken

@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,14 @@ from .models.common import LanguageModel
 from .quant import rounding
 from .quant.calibrated import Calibration, windows_of
 from .quant.compressed_tensors import Integers
-from .quant.making import KEPT, Round, fitting, matrices, quantize_module, rounded, rounder
+from .quant.making import GGUF, KEPT, KINDS, Round, fitting, matrices, quantize_module, rounded, rounder
 from .quant.packed import Packed
 from .quant.store import STORES
 from .tokenizer import Tokenizer
 
 RECORD = "qwen_ref_quantize.json"
 METHODS = ("rtn", "gptq")
+WRITTEN = (*STORES, *(kind for kind in KINDS if kind.startswith(GGUF)))
 CALIBRATION = Path(__file__).parent / "assets" / "calibration.txt"
 
 
@@ -57,7 +60,9 @@ def quantize(
 
     Args:
         model: a bundled name, a folder or a hub id; not quantised.
-        to: "int8" or "int4" (compressed-tensors), "nf4" (bitsandbytes), "fp8" (as Qwen publishes it).
+        out: a new folder; for GGUF a new file.
+        to: "int8" or "int4" (compressed-tensors), "nf4" (bitsandbytes), "fp8" (as Qwen publishes it), and "gguf:q8_0",
+            "gguf:q4_0" or "gguf:q4_k" (llama.cpp), which are written in one go and are not resumable.
         method: "rtn" rounds to nearest; "gptq" (int4 only) corrects as it rounds, see `quant.calibrated`.
         group: of int4, columns that share a scale; see `making.fitting`.
         calibration: text for gptq, best of the kind the model will read; default a small mixed one of 2,000 tokens.
@@ -65,27 +70,55 @@ def quantize(
     Raises: RequestError for what cannot be asked for, CheckpointError for a source that is damaged, holds NaN or is
         quantised already, for an `out` that exists, one begun with other settings, and a full disk.
     """
-    return _Job(locate(model, revision=revision), Path(out), to, method, group, calibration).run(progress)
+    source = locate(model, revision=revision)
+    raw = read_config(source)
+    if isinstance(given := raw.get("quantization_config"), dict):
+        raise CheckpointError(f"{source} is quantised already ({given.get('quant_method')}); quantise the one it was made from")
+    if to not in WRITTEN:
+        raise RequestError(f"cannot write {to!r}; there are {', '.join(WRITTEN)}")
+    if method not in METHODS or (method == "gptq" and to != "int4"):
+        raise RequestError(f"method {method!r} is not there for {to}; rtn is for all, gptq for int4")
+    if calibration is not None and method != "gptq":
+        raise RequestError("calibration text is for method 'gptq'; rounding to nearest needs none")
+    if to.startswith(GGUF):
+        return _write_gguf(source, raw, Path(out), to.removeprefix(GGUF), progress)
+    return _Job(source, raw, Path(out), to, method, group, calibration).run(progress)
+
+
+def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progress: bool) -> Quantized:
+    from tqdm import tqdm
+
+    from .quant.gguf_write import Planned, Source, plan, write_gguf
+
+    with Checkpoint(source) as checkpoint:
+        network = build(raw, head=checkpoint.has_language_head())
+        checkpoint.check(network)
+        planned = plan({name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()}, raw, preset)
+        bar = tqdm(total=len(planned), desc=f"gguf {preset}", disable=not progress)
+
+        def make(tensor: Planned) -> Tensor:
+            parts = []
+            for name in tensor.parts:
+                with checkpoint.lent(name) as part:
+                    parts.append(part.clone())
+            bar.update()
+            return parts[0] if tensor.name == tensor.parts[0] else torch.stack(parts)
+
+        files = {name: (source / name).read_bytes() for name in EXTRA_FILES if (source / name).is_file()}
+        with bar:
+            write_gguf(out, raw, files, [Source(t.name, t.shape, t.kind, partial(make, t)) for t in planned], name=out.stem)
+    return Quantized(out, out.stat().st_size, [])
 
 
 class _Job:
     """One source, one target, one set of settings."""
 
-    def __init__(self, source: Path, out: Path, to: str, method: str, group: int, calibration: str | None) -> None:
-        if to not in STORES:
-            raise RequestError(f"cannot write {to!r}; there are {', '.join(STORES)}")
-        if method not in METHODS or (method == "gptq" and to != "int4"):
-            raise RequestError(f"method {method!r} is not there for {to}; rtn is for all, gptq for int4")
-        if calibration is not None and method != "gptq":
-            raise RequestError("calibration text is for method 'gptq'; rounding to nearest needs none")
+    def __init__(self, source: Path, raw: dict[str, Any], out: Path, to: str, method: str, group: int,
+                 calibration: str | None) -> None:  # fmt: skip
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} exists and is not empty; nothing is overwritten")
-        self.source, self.out, self.to, self.method = source, out, to, method
+        self.source, self.raw, self.out, self.to, self.method = source, raw, out, to, method
         self.partial = out.with_name(f"{out.name}.partial")
-        self.raw = read_config(source)
-        if isinstance(given := self.raw.get("quantization_config"), dict):
-            raise CheckpointError(f"{source} is quantised already ({given.get('quant_method')}); quantise the one it was "
-                                  "made from")
         self.store = STORES[to]
         self.dtype = pick_dtype(None, self.raw)
         self.group, self.notes = group, []  # type: ignore[var-annotated]

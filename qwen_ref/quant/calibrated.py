@@ -27,7 +27,7 @@ from ..errors import RequestError
 from ..layers import Experts, Linear
 from . import rounding
 from .format import matches
-from .making import KEPT, Round, check, fitting, own, pack_head, quantize_module
+from .making import KEPT, Round, check, fitting, own, pack_head, quantize_module, rounder
 from .packed import NIBBLE_ZERO, Int4, Packed, pack4
 from .rounding import INT4_REACH, finite, grouped, nibbles, scale_of
 
@@ -254,7 +254,7 @@ def quantize_model(model: Any, windows: Sequence[Sequence[int]], *, group: int =
         quantize_module(block, f"model.layers.{i}", seen.rounder(size), lend)
         calibration.advance(i)
         notes += seen.notes
-    pack_head(model, lend)
+    pack_head(model, lend, rounder("int8"))
     return model, notes
 
 

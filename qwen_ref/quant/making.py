@@ -26,7 +26,8 @@ from .packed import Packed
 Round = Callable[[str, Tensor], Packed]  # a matrix's official name and its weights (N, K)
 Lend = Callable[[str], AbstractContextManager[Tensor]]  # a tensor by its official name, for a while
 
-KINDS = tuple(rounding.ROUND)
+GGUF = "gguf:"
+KINDS = (*rounding.ROUND, *(f"{GGUF}{preset}" for preset in ("q8_0", "q4_0", "q4_k")))
 KEPT = ("mlp.gate", "shared_expert_gate")  # routers
 LEAST_GROUP = 16
 
@@ -36,7 +37,7 @@ def quantize_model(model: Any, kind: str, *, group: int = rounding.GROUP, lend: 
     """Exchange the matrices of a model for packed ones, one after the other, and return the model.
 
     Args:
-        kind: "int8", "int4", "nf4", "fp8", "mxfp4" or "nvfp4", see `rounding`.
+        kind: one of `KINDS`: those of `rounding`, and the blocks of ggml as "gguf:q8_0", "gguf:q4_0", "gguf:q4_k".
         group: of int4, columns that share a scale; the largest common divisor with all rows is taken.
         lend: where the weights are, if the model has no memory yet (meta device).
         device: where the packed matrices go; default where the weights are. done: called with the weights dealt with.
@@ -47,17 +48,17 @@ def quantize_model(model: Any, kind: str, *, group: int = rounding.GROUP, lend: 
     to_bits = rounder(kind, fitting(model, kind, group))
     source = lend or own(model)
     quantize_module(model.model, "model", to_bits, source, device, done)
-    pack_head(model, source, device)
+    pack_head(model, source, to_bits if kind.startswith(GGUF) else rounder("int8"), device)
     return model
 
 
-def pack_head(model: Any, lend: Lend, device: torch.device | None = None) -> None:
-    """The head to int8; an embedding that is the head with it, as one matrix."""
+def pack_head(model: Any, lend: Lend, to_bits: Round, device: torch.device | None = None) -> None:
+    """The head, and an embedding that is the head with it, as one matrix."""
     if model.lm_head is None:
         return
     old = model.lm_head
     tied = old.weight is model.model.embed_tokens.weight
-    matrix = Matrix(rounded(rounder("int8"), "model.embed_tokens.weight" if tied else "lm_head.weight", lend, device))
+    matrix = Matrix(rounded(to_bits, "model.embed_tokens.weight" if tied else "lm_head.weight", lend, device))
     if tied:
         model.model.embed_tokens = PackedEmbedding(matrix.weight, old.weight.shape, old.weight.dtype)
     model.lm_head = PackedLinear(matrix, old.weight.shape, old.bias)
@@ -72,15 +73,35 @@ def check(model: nn.Module) -> None:
 
 
 def rounder(kind: str, size: Any = None) -> Round:
-    """Round to nearest. `size`: the group of int4, the block of fp8. RequestError on an unknown kind."""
+    """Round to nearest. `size`: what `fitting` gives. RequestError on an unknown kind."""
+    if kind.startswith(GGUF):
+        return _ggml(kind.removeprefix(GGUF), size)
     if kind not in rounding.ROUND:
-        raise RequestError(f"cannot quantise to {kind!r}; there are {', '.join(rounding.ROUND)}")
+        raise RequestError(f"cannot quantise to {kind!r}; there are {', '.join(KINDS)}")
     function: Any = rounding.ROUND[kind]
     return lambda name, weight: function(weight) if size is None else function(weight, size)
 
 
+def _ggml(preset: str, layers: int) -> Round:
+    """Blocks of the kinds that llama.cpp's preset of this name gives to each matrix."""
+    from .gguf import repack
+    from .gguf_quantize import QUANTIZE, quantize
+    from .gguf_write import kind_for
+
+    if f"{GGUF}{preset}" not in KINDS:
+        raise RequestError(f"cannot quantise to {f'{GGUF}{preset}'!r}; there are {', '.join(KINDS)}")
+
+    def to_bits(name: str, weight: Tensor) -> Packed:
+        kind = kind_for(name, weight.shape, preset, layers)
+        if kind not in QUANTIZE:
+            raise CheckpointError(f"rows of {weight.shape[1]} columns are not whole blocks of ggml, which have 32 at least")
+        return repack(kind, quantize(kind, weight).to(weight.device))
+
+    return to_bits
+
+
 def fitting(model: nn.Module, kind: str, group: int = rounding.GROUP) -> Any:
-    """The group of int4 or the block of fp8 that all matrices of a model can have; None for other kinds.
+    """The group of int4 or the block of fp8 that all matrices of a model can have; of GGUF, the number of layers.
 
     One size for all, because readers fuse q, k and v, and gate and up, and a file's config then has one scheme; 128
     divides all official sizes. Otherwise the largest divisor of it that divides them all. RequestError where that is
@@ -93,6 +114,8 @@ def fitting(model: nn.Module, kind: str, group: int = rounding.GROUP) -> Any:
         high, wide = (math.gcd(size, *sizes) for size, sizes in zip(rounding.FP8_BLOCK, zip(*shapes.values(), strict=True),
                                                                     strict=True))  # fmt: skip
         return (high, wide) if min(high, wide) >= LEAST_GROUP else rounding.FP8_BLOCK
+    if kind.startswith(GGUF):
+        return len(model.model.layers)  # type: ignore[union-attr, arg-type]
     if kind != "int4":
         return None
     common = math.gcd(group, *(columns for _, columns in shapes.values()))
@@ -154,6 +177,9 @@ def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: tor
                     slot[e].view(torch.uint8).copy_(tensor.contiguous().view(torch.uint8))
     if stacks is None:
         raise CheckpointError(f"{path} has no experts")
+    if type(stacks[0]) is not type(stacks[1]):
+        raise RequestError(f"{path}: gate and up become {type(stacks[0]).__name__}, down {type(stacks[1]).__name__}: these "
+                           "experts cannot be multiplied in this format; take another one")
     return PackedExperts(*stacks)
 
 
