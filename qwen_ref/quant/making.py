@@ -30,6 +30,7 @@ GGUF = "gguf:"
 KINDS = (*rounding.ROUND, *(f"{GGUF}{preset}" for preset in ("q8_0", "q4_0", "q4_k")))
 KEPT = ("mlp.gate", "shared_expert_gate")  # routers
 LEAST_GROUP = 16
+CHUNK, CHUNK_ROWS = 1 << 18, 128  # elements rounded at a time, in multiples of so many rows: whole blocks of every kind
 
 
 def quantize_model(model: Any, kind: str, *, group: int = rounding.GROUP, lend: Lend | None = None,
@@ -79,7 +80,30 @@ def rounder(kind: str, size: Any = None) -> Round:
     if kind not in rounding.ROUND:
         raise RequestError(f"cannot quantise to {kind!r}; there are {', '.join(KINDS)}")
     function: Any = rounding.ROUND[kind]
-    return lambda name, weight: function(weight) if size is None else function(weight, size)
+    arguments = () if size is None else (size,)
+    if kind == "nvfp4":  # one of its scales is the whole matrix's
+        return lambda name, weight: function(weight, *arguments)
+    return lambda name, weight: _by_rows(lambda part: function(part, *arguments), weight)
+
+
+def _by_rows(function: Callable[[Tensor], Packed], weight: Tensor) -> Packed:
+    """Some rows at a time, so that what is held in fp32 meanwhile stays small and in the processor's cache."""
+    step = CHUNK_ROWS * max(1, CHUNK // (CHUNK_ROWS * weight.shape[1]))
+    first, count = function(weight[:step]), weight.shape[0]
+    if count <= step:
+        return first
+    parts = _tensors(first)
+    # All memory that stays is taken before more is needed for a while: what lies between would be lost to both.
+    whole = {name: value.new_empty(-(-count * len(value) // step), *value.shape[1:]) for name, value in parts.items()}
+    for start in range(0, count, step):
+        for name, value in (_tensors(function(weight[start : start + step])) if start else parts).items():
+            at = start * len(parts[name]) // step  # Fp8 has a row of scales for many of codes
+            whole[name][at : at + len(value)].view(torch.uint8).copy_(value.view(torch.uint8))
+    return first._replace(**whole)  # type: ignore[arg-type]
+
+
+def _tensors(layout: Packed) -> dict[str, Tensor]:
+    return {name: value for name, value in layout._asdict().items() if isinstance(value, Tensor) and name != "table"}
 
 
 def _ggml(preset: str, layers: int) -> Round:
@@ -185,8 +209,7 @@ def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: tor
 
 def _stack(single: Packed, count: int) -> Packed:
     """Memory for `count` matrices of the same form; a table is shared."""
-    made = {name: torch.empty((count, *value.shape), dtype=value.dtype, device=value.device)
-            for name, value in single._asdict().items() if isinstance(value, Tensor) and name != "table"}  # fmt: skip
+    made = {name: value.new_empty(count, *value.shape) for name, value in _tensors(single).items()}
     return single._replace(**made)  # type: ignore[arg-type]
 
 
