@@ -22,8 +22,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _BLOCK_BYTES = 1 << 22  # read at a time where a tensor is converted or moved: stays in the processor's cache
+_HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
 _MAX_RANK = 8  # no weight has more dimensions
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python's mmap does not name
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -558,6 +559,17 @@ def _part_of(stack: Tensor, part: str) -> Tensor:
     _, e, projection, _ = part.rsplit(".", 3)
     matrix = stack[int(e)]
     return matrix if projection == "down_proj" else matrix.chunk(2)[projection == "up_proj"]
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`; on Linux a large CPU tensor lies in huge pages, or the first touch of a GB costs 250,000 page faults."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def load_weights(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, LoadReport, read_json
+from .checkpoint import Checkpoint, LoadReport, empty, read_json
 from .errors import CheckpointError, ConfigError, RequestError
 from .hub import find
 from .models import module_for
@@ -27,7 +25,6 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("tiny", "tiny-moe")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-_HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
 EXTRA_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -173,24 +170,13 @@ def materialize(model: nn.Module, device: torch.device, views: Mapping[str, Tens
     """Give every parameter its memory, once, so that tied ones stay one tensor: its view if there is one, else a new one."""
     views = views or {}
     made = {
-        old: nn.Parameter(views[name] if name in views else _empty(old.shape, old.dtype, device), requires_grad=False)
+        old: nn.Parameter(views[name] if name in views else empty(old.shape, old.dtype, device), requires_grad=False)
         for name, old in model.named_parameters()
     }
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = made[parameter]
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; on Linux a large CPU tensor lies in huge pages, or the first touch of a GB costs 250,000 page faults."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:

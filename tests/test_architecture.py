@@ -32,7 +32,7 @@ ALLOWED = {
     "quant.convert": {"config", "errors", "layers", *(f"quant.{name}" for name in (
         "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "gptq", "layers"))},
     "quant.rounding": {"errors", "quant.fp4", "quant.packed"},
-    "quant.making": {"errors", "layers", "quant.format", "quant.gguf", "quant.gguf_quantize", "quant.gguf_write",
+    "quant.making": {"checkpoint", "errors", "layers", "quant.format", "quant.gguf", "quant.gguf_quantize", "quant.gguf_write",
                      "quant.layers", "quant.packed", "quant.rounding"},
     "quant.calibrated": {"ops", "errors", "layers", "quant", "quant.format", "quant.making", "quant.packed", "quant.rounding"},
     "quant.store": {"quant.bitsandbytes", "quant.packed", "quant.rounding"},

@@ -42,7 +42,7 @@ def matrix(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.fl
 def source(tmp_path_factory):
     """A plain checkpoint whose rows are whole groups of 16 and blocks of ggml's 32, by name of the model."""
     folders = {}
-    for kind, sizes in (("qwen3", {}), ("qwen3_moe", {}), ("qwen2", {}), ("qwen2_moe", {"shared_expert_intermediate_size": 160})):
+    for kind, sizes in (("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": []}), ("qwen2", {}), ("qwen2_moe", {"shared_expert_intermediate_size": 160})):
         module, config = TINY[kind]
         config = {**config, "hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2,
                   "head_dim": 32, "moe_intermediate_size": 64, "vocab_size": 4096, **sizes}
@@ -321,8 +321,8 @@ def test_peak_memory_is_the_result_and_one_matrix(tmp_path):
             quantize(sys.argv[1], sys.argv[1] + '-int4', 'int4', progress=False)
         print(resident('VmHWM') - before)
     """)
-    packed_bytes, layer = 69e6, 34e6  # a file's layer is mapped, one matrix of it in memory at a time
-    for what, bound in (("load", packed_bytes + 1.5 * layer), ("write", 2.5 * layer)):
+    packed_bytes, slack = 69e6, 80e6  # of the allocator: up to 45 MB stay with it, which malloc_trim gives back
+    for what, bound in (("load", packed_bytes + slack), ("write", slack)):
         out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big"), what], capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
         assert int(out.stdout) < bound, f"{what}: {int(out.stdout):,}"
@@ -343,7 +343,7 @@ def test_written_and_read_back_is_what_is_made_on_the_fly(name, kind, source, tm
             for ours, theirs in zip(module.packed_tensors, fresh[path].packed_tensors, strict=True):
                 assert ours.dtype == theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), path
                 compared += 1
-    assert compared > 20 and result.bytes < 0.75 * sum(f.stat().st_size for f in source[name].glob("*.safetensors"))
+    assert compared > 20 and result.bytes < 0.9 * sum(f.stat().st_size for f in source[name].glob("*.safetensors"))
     plain = load_model(source[name], dtype="float32")
     assert torch.equal(read.lm_head.weight, plain.lm_head.weight)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source[name] / "tokenizer.json").read_bytes()

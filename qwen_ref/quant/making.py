@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import empty
 from ..errors import CheckpointError, RequestError
 from ..layers import Experts, Linear
 from . import rounding
@@ -93,8 +94,8 @@ def _by_rows(function: Callable[[Tensor], Packed], weight: Tensor) -> Packed:
     if count <= step:
         return first
     parts = _tensors(first)
-    # All memory that stays is taken before more is needed for a while: what lies between would be lost to both.
-    whole = {name: value.new_empty(-(-count * len(value) // step), *value.shape[1:]) for name, value in parts.items()}
+    whole = {name: empty((-(-count * len(value) // step), *value.shape[1:]), value.dtype, value.device)
+             for name, value in parts.items()}  # fmt: skip
     for start in range(0, count, step):
         for name, value in (_tensors(function(weight[start : start + step])) if start else parts).items():
             at = start * len(parts[name]) // step  # Fp8 has a row of scales for many of codes
@@ -209,7 +210,7 @@ def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: tor
 
 def _stack(single: Packed, count: int) -> Packed:
     """Memory for `count` matrices of the same form; a table is shared."""
-    made = {name: value.new_empty(count, *value.shape) for name, value in _tensors(single).items()}
+    made = {name: empty((count, *value.shape), value.dtype, value.device) for name, value in _tensors(single).items()}
     return single._replace(**made)  # type: ignore[arg-type]
 
 
