@@ -9,7 +9,9 @@ from . import backend, ops
 from .errors import QwenRefError
 from .generate import Piece, Result, Session, generate, stream
 from .loading import load
+from .quantize import quantize
 from .retrieval import embed, rerank
+from .score import score
 from .tokenizer import Tokenizer
 from .verify import verify
 
@@ -26,7 +28,9 @@ __all__ = [
     "generate",
     "load",
     "ops",
+    "quantize",
     "rerank",
+    "score",
     "stream",
     "verify",
 ]

@@ -22,8 +22,8 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _BLOCK_BYTES = 1 << 22  # read at a time where a tensor is converted or moved: stays in the processor's cache
+_HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
 _MAX_RANK = 8  # no weight has more dimensions
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python's mmap does not name
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -239,6 +240,15 @@ class SafetensorsFile:
         except OSError as problem:  # an older kernel has EINVAL
             if problem.errno == errno.EFAULT:  # touching it would be a SIGBUS
                 raise CheckpointError(f"{self.path}: ends inside tensor {quote(name)}: has it shrunk?") from problem
+
+    def release(self, name: str) -> None:
+        """Let go of a mapped tensor's memory; it is read from the file again if it is touched. Changes to it are lost."""
+        if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        info = self.tensors[name]
+        first, last = -(-info.start // mmap.PAGESIZE), info.end // mmap.PAGESIZE  # whole pages: others are of neighbours
+        if last > first:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
     @cached_property
     def _mapping(self) -> mmap.mmap | None:
@@ -441,6 +451,7 @@ class Checkpoint:
         self._started = time.perf_counter()
         self._plan: list[_Read] = []
         self._mapped: set[str] = set()
+        self._lent: set[str] = set()
         with ExitStack() as opened:  # if one is damaged, those before it are closed
             paths = weight_files(folder) if files is None else []
             self._files = files or [opened.enter_context(SafetensorsFile(path)) for path in paths]
@@ -480,6 +491,35 @@ class Checkpoint:
         self.report.mapped = sum(view.nbytes for view in possible.values())
         return possible
 
+    @contextmanager
+    def lent(self, slot: str) -> Iterator[Tensor]:
+        """One tensor for a while, in the file's dtype, not to be written to: mapped where possible, let go afterwards.
+
+        What has been lent counts as loaded, and `read` passes it over. `slot` is the model's name; an expert's matrix may
+        lie in a stack. A tied copy in the files is compared with it.
+        """
+        reads = [read for read in self._plan if read.slot == slot]
+        source = next((read for read in reads if not read.tied), None) or self._stack_of(slot)
+        whole = source.file.view(source.name)
+        whole = source.file.read(source.name) if whole is None else whole
+        source.file.prefault(source.name)
+        tensor = whole if source.slot == slot else _part_of(whole, slot)
+        for read in reads:
+            if read.tied:
+                _check_tied(read, tensor)
+        yield tensor
+        if source.slot == slot:
+            source.file.release(source.name)
+        if source.name not in self._lent:
+            self._lent.add(source.name)
+            self.report.loaded.append(source.name)
+            self.report.dtypes[str(source.info.dtype).removeprefix("torch.")] += 1
+
+    def _stack_of(self, slot: str) -> _Read:
+        owner, _, projection, _ = slot.rsplit(".", 3)
+        stack = f"{owner}.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
+        return next(read for read in self._plan if read.slot == stack)
+
     def read(self, model: CheckpointModule, *, progress: bool = True, check_finite: bool = False) -> LoadReport:
         """Fill the model's memory with what is not mapped, converted to its dtype and device.
 
@@ -494,6 +534,8 @@ class Checkpoint:
         bar = tqdm(total=self.report.bytes, unit="B", unit_scale=True, desc="loading", delay=1, disable=not progress)
         with bar:
             for read in self._plan:
+                if read.slot not in targets:  # lent before, to be quantised
+                    continue
                 self._carry_out(read, targets[read.slot])
                 if check_finite and not bool(torch.isfinite(targets[read.slot]).all()):
                     raise CheckpointError(f"{read.file.path}: tensor {quote(read.name)} holds NaN or infinity")
@@ -509,9 +551,32 @@ class Checkpoint:
                 read.file.read_into(read.name, target)
             self.report.loaded.append(read.name)
             self.report.dtypes[str(read.info.dtype).removeprefix("torch.")] += 1
-        elif not torch.equal(read.file.read(read.name).to(target.dtype), target.cpu()):
-            what = "differs from the embedding, but config.json says tie_word_embeddings"
-            raise CheckpointError(f"{read.file.path}: {quote(read.name)} {what}")
+        else:
+            _check_tied(read, target)
+
+
+def _check_tied(read: _Read, source: Tensor) -> None:
+    if not torch.equal(read.file.read(read.name).to(source.dtype), source.cpu()):
+        what = "differs from the embedding, but config.json says tie_word_embeddings"
+        raise CheckpointError(f"{read.file.path}: {quote(read.name)} {what}")
+
+
+def _part_of(stack: Tensor, part: str) -> Tensor:
+    """One expert's matrix of a stack: (E, 2I, H), gate rows before up rows, or (E, H, I)."""
+    _, e, projection, _ = part.rsplit(".", 3)
+    matrix = stack[int(e)]
+    return matrix if projection == "down_proj" else matrix.chunk(2)[projection == "up_proj"]
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`; on Linux a large CPU tensor lies in huge pages, or the first touch of a GB costs 250,000 page faults."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def load_weights(
@@ -643,8 +708,8 @@ def save_model(
         if len(shards) > 1:
             weight_map = {t: name for name, tensors in zip(names, shards, strict=True) for t in tensors}
             total = sum(t.nbytes for tensors in shards for t in tensors.values())
-            _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(temporary / "config.json", config)
+            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(temporary / "config.json", config)
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content)
         if folder.exists():
@@ -689,7 +754,7 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
     return shards
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as problem:

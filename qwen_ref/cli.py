@@ -1,4 +1,5 @@
-"""The command line: qwen-ref generate | chat | inspect | verify | kernels.
+"""The command line: qwen-ref generate | chat | inspect | verify | quantize | score |
+kernels.
 
 Flags carry mlx_lm's names where it has them. `--json` prints one JSON object (per turn in `chat`) on stdout; everything
 that is not the answer goes to stderr. Exit status: 0 success, 1 `verify` found a difference, 2 an error.
@@ -79,6 +80,22 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--streaming", action="store_true", default=None, help="one block in memory at a time")
     verify.add_argument("--full", action="store_true", help="print every activation and check")
     verify.add_argument("--html", metavar="FILE", help="write the report as one page")
+    score = command("score", run_score, "Perplexity, distance from the unquantised model, memory and speed, as a table.")
+    score.add_argument("model_name", nargs="?", metavar="MODEL")
+    score.add_argument("--text", required=True, metavar="FILE", help="UTF-8; documents end with <|endoftext|>")
+    score.add_argument("--against", metavar="MODEL", help="the unquantised model it is compared with")
+    score.add_argument("--formats", default="", metavar="LIST", help="to make of MODEL and measure: int8,int4:gptq,nf4,fp8,...")
+    score.add_argument("--calibration", metavar="FILE", help="text for int4:gptq")
+    score.add_argument("--window", type=int, metavar="TOKENS", help="default 2048, or what the model was made for")
+    score.add_argument("--device")
+    score.add_argument("--dtype")
+    quantize = command("quantize", run_quantize, "Write a quantised checkpoint; a run that was interrupted goes on.")
+    quantize.add_argument("model_name", metavar="MODEL")
+    quantize.add_argument("out", metavar="OUT", help="the new folder")
+    quantize.add_argument("--to", required=True, metavar="KIND", help="int8, int4, nf4, fp8, or gguf:q8_0, q4_0, q4_k")
+    quantize.add_argument("--method", default="rtn", help="rtn rounds to nearest; gptq (int4) corrects as it rounds")
+    quantize.add_argument("--group", type=int, default=128, help="of int4: columns that share a scale")
+    quantize.add_argument("--calibration", metavar="FILE", help="text for gptq, of the kind the model will read")
     add_kernel_commands(commands)
     return parser
 
@@ -102,6 +119,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     add("--chat-template-config", default="{}", metavar="JSON", help="further variables for the chat template")
     add("--device")
     add("--dtype")
+    add("--quantize", metavar="KIND", help="int8, int4, nf4 or fp8: round the weights while they are read")
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -189,6 +207,43 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def run_score(args: argparse.Namespace) -> int:
+    from .loading import locate
+    from .score import score
+
+    name = _name(args)
+    result = score(
+        locate(name, revision=args.revision) if args.revision else name, _text(args.text), against=args.against,
+        formats=[part for part in args.formats.split(",") if part], window=args.window, device=args.device, dtype=args.dtype,
+        calibration=_text(args.calibration) if args.calibration else None,
+    )  # fmt: skip
+    print(json.dumps(result.to_json()) if args.json else result.table())
+    return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    from .quantize import quantize
+
+    result = quantize(
+        _name(args), args.out, args.to, method=args.method, group=args.group, revision=args.revision,
+        calibration=_text(args.calibration) if args.calibration else None,
+    )  # fmt: skip
+    for note in result.notes:
+        print(f"qwen-ref: {note}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({**asdict(result), "folder": str(result.folder)}))
+    else:
+        print(f"{result.folder}: {result.bytes:,} bytes of weights")
+    return 0
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as problem:
+        raise RequestError(f"{path}: {problem if isinstance(problem, ValueError) else problem.strerror}") from problem
+
+
 def _check_targets(args: argparse.Namespace, files: list[str]) -> None:
     """Before the work: a file that cannot be written, and `--json MODEL`, where the model was taken for the file."""
     if args.json not in (None, "-") and not (args.model_name or args.model) and not args.json.endswith(".json"):
@@ -205,7 +260,8 @@ def _load(args: argparse.Namespace) -> Any:
     if args.model is None:
         print("qwen-ref: the bundled model `tiny` (4 million parameters, knows children's stories) answers; "
               "for a real one: --model Qwen/Qwen3-0.6B", file=sys.stderr)
-    return load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype, revision=args.revision)
+    return load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype, quantize=args.quantize,
+                revision=args.revision)
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import mmap
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, LoadReport, parse_object, read_json
-from .errors import CheckpointError, ConfigError
+from .checkpoint import Checkpoint, LoadReport, empty, parse_object, read_json
+from .errors import CheckpointError, ConfigError, RequestError
 from .hub import find
 from .models import module_for
 from .models.common import LanguageModel
 from .quant.convert import expand, install, pack, read_format
 from .quant.format import Format
+from .quant.making import matrices, quantize_model
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("tiny", "tiny-moe")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-_HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
-_EXTRA_FILES = (
+EXTRA_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -46,6 +44,7 @@ def load(
     revision: str | None = None,
     offline: bool | None = None,
     mapped: bool = True,
+    quantize: str | None = None,
     progress: bool = True,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Load a checkpoint in the official format.
@@ -56,10 +55,12 @@ def load(
         dtype: bfloat16, float16, float32 or float64; default what config.json names.
         revision, offline: of the hub. progress: a bar on stderr for anything that takes over a second.
         mapped: on a CPU, weights stored in the model's dtype stay in the mapped file; see `load_model`.
+        quantize: "int8", "int4", "nf4" or "fp8": round the matrices while they are read, see `quant.making`. Takes memory
+            for the result and one matrix. A checkpoint that is quantised needs no such word, and refuses it.
     Raises: ConfigError, CheckpointError, TokenizerError: each says which file and what to do.
     """
     path = locate(model, revision=revision, offline=offline)
-    network = load_model(path, device=device, dtype=dtype, mapped=mapped, progress=progress)
+    network = load_model(path, device=device, dtype=dtype, mapped=mapped, quantize=quantize, progress=progress)
     return network, _attach(network, path)
 
 
@@ -70,6 +71,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     mapped: bool = True,
     dequantize: bool = False,
+    quantize: str | None = None,
     progress: bool = True,
 ) -> LanguageModel:
     """The model of a folder or a GGUF file, without its tokenizer; `load_report` says what was found.
@@ -82,16 +84,21 @@ def load_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with opened(path) as (raw, format, checkpoint):
+        if quantize is not None and format is not None:
+            raise RequestError(f"{path} is quantised already: load it without quantize={quantize!r}, or quantise the "
+                               "checkpoint it was made from")
         dtype = pick_dtype(dtype, raw)
         first = device if format is None else torch.device("cpu")  # what is stored is repacked before it moves
         network = build(raw, head=checkpoint.has_language_head()).to(dtype)
         notes = prepare(network, format, checkpoint)
         checkpoint.check(network)
+        if quantize is not None:
+            notes += _quantize(network, quantize, checkpoint, device, progress)
         materialize(network, first, checkpoint.views() if mapped and first.type == "cpu" else {})
         network.load_report = checkpoint.read(network, progress=progress)
-    if format is None:
+    if format is None and quantize is None:
         _note_dtypes(network.load_report, raw)
-    else:
+    elif format is not None:
         if dequantize:
             expand(network, dtype)
         else:
@@ -99,6 +106,7 @@ def load_model(
         network.to(device)
     network.load_report.notes += notes
     return network.eval()
+
 
 
 @contextlib.contextmanager
@@ -114,6 +122,23 @@ def opened(path: Path) -> Iterator[tuple[dict[str, Any], Format | None, Checkpoi
 
     with open_gguf(path) as gguf:
         yield gguf.config, Ggml(kinds=gguf.kinds), Checkpoint(path, gguf.files)
+
+
+def _quantize(network: LanguageModel, kind: str, checkpoint: Checkpoint, device: torch.device, progress: bool) -> list[str]:
+    """Pack a model on the meta device, each matrix as it comes from the files; what is not packed is read afterwards."""
+    from tqdm import tqdm
+
+    dtype = network.dtype
+
+    @contextlib.contextmanager
+    def lend(name: str) -> Iterator[Tensor]:
+        with checkpoint.lent(name) as tensor:
+            yield tensor.to(dtype)
+
+    total = sum(rows * columns for rows, columns in matrices(network).values())
+    with tqdm(total=total, unit="weight", unit_scale=True, desc=f"rounding to {kind}", delay=1, disable=not progress) as bar:
+        quantize_model(network, kind, lend=lend, device=device, done=bar.update)
+    return [f"rounded to {kind} while it was read"]
 
 
 def prepare(network: LanguageModel, format: Format | None, checkpoint: Checkpoint) -> list[str]:
@@ -172,24 +197,13 @@ def materialize(model: nn.Module, device: torch.device, views: Mapping[str, Tens
     """Give every parameter its memory, once, so that tied ones stay one tensor: its view if there is one, else a new one."""
     views = views or {}
     made = {
-        old: nn.Parameter(views[name] if name in views else _empty(old.shape, old.dtype, device), requires_grad=False)
+        old: nn.Parameter(views[name] if name in views else empty(old.shape, old.dtype, device), requires_grad=False)
         for name, old in model.named_parameters()
     }
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = made[parameter]
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; on Linux a large CPU tensor lies in huge pages, or the first touch of a GB costs 250,000 page faults."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
@@ -231,7 +245,7 @@ def extra_files(path: Path) -> dict[str, bytes]:
 
         with open_gguf(path) as gguf:
             return gguf.tokenizer_files
-    return {name: (path / name).read_bytes() for name in _EXTRA_FILES if (path / name).is_file()}
+    return {name: (path / name).read_bytes() for name in EXTRA_FILES if (path / name).is_file()}
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -33,6 +33,11 @@ ALLOWED = {
     "quant.convert": {"config", "errors", "layers", *(f"quant.{name}" for name in (
         "awq", "bitsandbytes", "compressed_tensors", "format", "fp4", "fp8", "ggml", "gptq", "layers", "packed"))},
     "quant.ggml": {"quant.format", "quant.gguf", "quant.gguf_blocks"},
+    "quant.rounding": {"errors", "quant.fp4", "quant.packed"},
+    "quant.making": {"checkpoint", "errors", "layers", "quant.format", "quant.gguf", "quant.gguf_quantize", "quant.gguf_write",
+                     "quant.layers", "quant.packed", "quant.rounding"},
+    "quant.calibrated": {"ops", "errors", "layers", "quant", "quant.format", "quant.making", "quant.packed", "quant.rounding"},
+    "quant.store": {"quant.bitsandbytes", "quant.packed", "quant.rounding"},
     "quant.gguf": {"checkpoint", "errors", "limits", "quant.gguf_blocks", "quant.gguf_meta", "quant.packed"},
     "quant.gguf_meta": {"checkpoint", "config", "errors", "limits", "tokenizer"},
     "quant.gguf_quantize": {"errors", "quant.gguf_blocks"},
@@ -43,7 +48,7 @@ ALLOWED = {
     "checkpoint": {"errors", "limits"},
     "hub": {"checkpoint", "errors"},
     "models": {"errors"},
-    "models.common": {"cache", "layers", "checkpoint", "hooks", "quant.layers"},  # the last one inside the methods that offer it
+    "models.common": {"cache", "layers", "checkpoint", "errors", "hooks", "quant.layers"},  # hooks inside the methods that offer it
     "models.qwen2": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
     "chat": {"errors", "limits"},
@@ -51,7 +56,7 @@ ALLOWED = {
     "text": {"tokenizer"},
     "sampling": {"errors"},
     "loading": {"checkpoint", "errors", "hub", "models", "models.common", "quant.convert", "quant.format", "quant.ggml",
-                "quant.gguf", "tokenizer"},
+                "quant.gguf", "quant.making", "tokenizer"},
     "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
     "retrieval": {"ops", "errors", "models.common", "tokenizer"},
     "hooks": {"backend", "ops", "cache", "errors"},
@@ -89,7 +94,10 @@ ALLOWED = {
     "bench.tune": {"backend", "errors", "bench.check", "bench.compile", "bench.measure", "bench.shapes", "bench.subjects"},
     "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.measure", "bench.tune"},
     "describe": {"checkpoint", "errors", "loading", "models.common", "quant.convert", "quant.format", "quant.ggml"},
-    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "verify", "verify.report"},
+    "quantize": {"checkpoint", "errors", "loading", "models.common", "quant", "quant.calibrated", "quant.compressed_tensors",
+                 "quant.gguf_write", "quant.making", "quant.packed", "quant.store", "tokenizer"},
+    "score": {"backend", "describe", "errors", "loading", "models.common", "quant.calibrated", "quantize", "tokenizer"},
+    "cli": {"bench.cli", "errors", "generate", "loading", "describe", "quantize", "score", "verify", "verify.report"},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache
 from ..checkpoint import LoadReport
+from ..errors import CheckpointError
 from ..layers import Experts, expert_parts
 from ..quant.layers import Holder, PackedExperts, PackedSeparately
 
@@ -92,6 +93,14 @@ class LanguageModel(nn.Module):
         """The name `save` writes a tensor under: without head, as embedding checkpoints have it."""
         return name.removeprefix("model.") if self.lm_head is None else name
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A packed embedding that is also the head stays one matrix when the model moves, as a tied parameter does."""
+        head, embedding = getattr(self.lm_head, "packed", None), getattr(self.model.embed_tokens, "packed", None)
+        super()._apply(fn, recurse)
+        if head is not None and head is embedding:
+            self.lm_head.packed = self.model.embed_tokens.packed
+        return self
+
     def num_parameters(self) -> int:
         """Of the unquantised model; a tied head counts once."""
         return sum(p.numel() for p in self.parameters()) + sum(m.count for _, m in self.packed_modules())
@@ -128,11 +137,13 @@ class LanguageModel(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write config.json, the weights and the tokenizer files to a new folder that transformers loads.
 
-        A quantised model is written dequantised, in its activations' dtype: `quantize` writes quantised files.
-        CheckpointError if the folder exists and is not empty; a failure leaves nothing behind.
+        CheckpointError if the model is quantised, or if the folder exists and is not empty; a failure leaves nothing behind.
         """
         from ..checkpoint import save_model
 
+        if packed := [name for name, module in self.named_modules() if hasattr(module, "packed_tensors")]:
+            raise CheckpointError(f"{packed[0]} is packed, and `save` writes plain weights: use `quantize` on the model it was "
+                                  "made from, or `load_model(..., dequantize=True)` and save that")
         dtype = str(self.dtype).removeprefix("torch.")
         config = {**self.config.to_json(), "dtype": dtype, "torch_dtype": dtype}
         save_model(self, config, Path(folder), extra=self.extra_files)

@@ -99,6 +99,8 @@ def _native(dtype: torch.dtype) -> bool:
 def supports_compiled(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "made for CPUs"
+    if dtype == torch.float32:
+        return "rounds x to 16 bits, which float32 is finer than"
     if dtype not in TYPES:
         return f"has no {dtype}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

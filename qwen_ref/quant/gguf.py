@@ -271,8 +271,8 @@ class GgufCheckpoint:
 
     Attributes:
         files: the parts, in order. kinds: official name -> block type of every quantised tensor in any of them.
-        config: what config.json would hold, in the official spelling. It has a `torch_dtype` only if all matrices are
-            unquantised and of one dtype.
+        config: what config.json would hold, in the official spelling. `torch_dtype` is that of the matrices where they
+            are unquantised and of one dtype, otherwise bfloat16.
         tokenizer_files: name -> content of vocab.json, merges.txt, tokenizer_config.json and generation_config.json.
     """
 
@@ -305,8 +305,9 @@ class GgufCheckpoint:
     def config(self) -> dict[str, Any]:
         config = read_config(self.files[0].metadata, self.shapes, str(self.files[0].path))
         dtypes = {info.dtype for file in self.files for info in file.tensors.values() if len(info.shape) > 1}
-        if len(dtypes) == 1 and not self.kinds:
-            config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+        # Of a quantised file nothing says what the activations had; every Qwen was trained in bfloat16.
+        whole = dtypes.pop() if len(dtypes) == 1 and not self.kinds else torch.bfloat16
+        config["torch_dtype"] = str(whole).removeprefix("torch.")
         return config
 
     @cached_property
