@@ -127,6 +127,15 @@ def test_four_bit_floats_take_the_nearest_level(kind):
         assert ties.dequantize(columns=10)[0].tolist() == [4, 0, 1, 1, 2, 2, 4, 4, 0, -4]  # to the even code
 
 
+@pytest.mark.parametrize(("kind", "size"), [("int8", None), ("int4", 48), ("nf4", None), ("fp8", (64, 32)), ("fp8", (128, 128)), ("mxfp4", None)])
+def test_some_rows_at_a_time_is_the_whole(kind, size):
+    weight = matrix(1000, 400)  # chunks of 640 and 360 rows; blocks of 64 run over rows of 400
+    whole = rounding.ROUND[kind](weight) if size is None else rounding.ROUND[kind](weight, size)
+    parts = making.rounder(kind, size)("x", weight)
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize("kind", making.KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_refused_by_name(kind, bad):
@@ -161,12 +170,12 @@ def test_gptq_loses_less_of_the_output_than_rounding(group):
 
 def test_gptq_is_the_papers_update_in_fp64():
     """Against the definition: after each column the rest is what minimises the error given what is fixed (least squares)."""
-    group, columns, rows = 10, 20, 6
-    weight, x = matrix(rows, columns, seed=4), correlated(200, columns, seed=5)
+    group, columns, rows = 10, calibrated.COLUMNS + 12, 6
+    weight, x = matrix(rows, columns, seed=4), correlated(600, columns, seed=5)
     hessian = calibrated._gram(x)
-    layout = calibrated.gptq(weight, hessian, group, damping=1e-6)
+    layout = calibrated.gptq(weight, hessian, group, damping=1e-3)
     steps = packed.spread(layout.scale.double(), group, columns)
-    h = hessian.double() + torch.eye(columns).double() * hessian.diagonal().double().mean() * 1e-6
+    h = hessian.double() + torch.eye(columns).double() * hessian.diagonal().double().mean() * 1e-3
     order = hessian.diagonal().argsort(descending=True, stable=True)
     w, codes = weight.double(), torch.zeros(rows, columns, dtype=torch.uint8)
     fixed = torch.zeros(rows, columns, dtype=torch.float64)
