@@ -158,7 +158,7 @@ def test_a_system_that_cannot_map_reads(tmp_path, monkeypatch):
         raise OSError(19, "No such device")
 
     monkeypatch.setattr(qr.checkpoint.mmap, "mmap", refuse)
-    monkeypatch.setattr(qr.loading, "_empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(qr.loading, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
     loaded = load_model(tmp_path / "m", device="cpu")
     assert loaded.load_report.mapped == 0
     same_logits(loaded(IDS), model(IDS))

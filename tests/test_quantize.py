@@ -71,7 +71,7 @@ def test_integers_err_by_half_a_step_at_most(kind, group, dtype):
     weight = matrix(37, 51, dtype=dtype)
     weight[3] = 0
     weight[4] *= 1e-4
-    layout = rounding.int8(weight) if kind == "int8" else rounding.int4(weight, group)
+    layout = rounding.int8(weight) if kind == "int8" else rounding.int4(weight, group, (1.0,))
     assert layout.scale.dtype == dtype
     step = packed.spread(layout.scale.double(), group, 51)
     error = (layout.dequantize(torch.float64, 51) - weight.double()).abs()
@@ -84,10 +84,18 @@ def test_integers_err_by_half_a_step_at_most(kind, group, dtype):
 
 def test_int4_by_hand():
     weight = torch.tensor([[7.5, -7.5, 1.2, -0.4, 0.6, 3.5], [0.0, 0.0, 0.0, 30.0, -15.0, 6.0]])
-    layout = rounding.int4(weight, 3)
+    layout = rounding.int4(weight, 3, (1.0,))
     assert layout.scale.tolist() == [[1.0, pytest.approx(3.5 / 7.5)], [1.0, 4.0]]
     assert packed.unpack4(layout.codes)[0, :3].tolist() == [15, 0, 9]  # 7.5 to even is 8, cut to 7; -8; 1
     assert packed.unpack4(layout.codes)[1].tolist() == [8, 8, 8, 15, 4, 10]  # 7.5; -3.75; 1.5 to even is 2
+
+
+def test_a_searched_scale_is_the_best_of_three_for_its_group():
+    weight = matrix(50, 96, seed=8)
+    chosen = (rounding.int4(weight, 32).dequantize(columns=96) - weight).view(50, 3, 32).square().sum(-1)
+    each = [(rounding.int4(weight, 32, (share,)).dequantize(columns=96) - weight).view(50, 3, 32).square().sum(-1)
+            for share in rounding.SHRINK]
+    assert torch.equal(chosen, torch.stack(each).amin(0)) and bool((chosen < each[0]).any())
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (7, 96), (5, 40), (300, 1024)])
@@ -127,6 +135,15 @@ def test_four_bit_floats_take_the_nearest_level(kind):
         assert ties.dequantize(columns=10)[0].tolist() == [4, 0, 1, 1, 2, 2, 4, 4, 0, -4]  # to the even code
 
 
+@pytest.mark.parametrize(("kind", "size"), [("int8", None), ("int4", 48), ("int4:plain", 48), ("nf4", None), ("fp8", (64, 32)), ("fp8", (128, 128)), ("mxfp4", None)])
+def test_some_rows_at_a_time_is_the_whole(kind, size):
+    weight = matrix(1000, 400)  # chunks of 640 and 360 rows; blocks of 64 run over rows of 400
+    whole = rounding.ROUND[kind](weight) if size is None else rounding.ROUND[kind](weight, size)
+    parts = making.rounder(kind, size)("x", weight)
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize("kind", making.KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_refused_by_name(kind, bad):
@@ -154,19 +171,19 @@ def objective(weight: torch.Tensor, layout: packed.Packed, x: torch.Tensor) -> f
 @pytest.mark.parametrize("group", [16, 48])
 def test_gptq_loses_less_of_the_output_than_rounding(group):
     weight, x = matrix(40, 144, seed=3), correlated(500, 144)
-    plain, better = rounding.int4(weight, group), calibrated.gptq(weight, calibrated._gram(x), group)
+    plain, better = rounding.int4(weight, group, (1.0,)), calibrated.gptq(weight, calibrated._gram(x), group)
     assert objective(weight, better, x) < 0.5 * objective(weight, plain, x)
     assert objective(weight, better, correlated(500, 144)[:100]) < objective(weight, plain, correlated(500, 144)[:100])
 
 
 def test_gptq_is_the_papers_update_in_fp64():
     """Against the definition: after each column the rest is what minimises the error given what is fixed (least squares)."""
-    group, columns, rows = 10, 20, 6
-    weight, x = matrix(rows, columns, seed=4), correlated(200, columns, seed=5)
+    group, columns, rows = 10, calibrated.COLUMNS + 12, 6
+    weight, x = matrix(rows, columns, seed=4), correlated(600, columns, seed=5)
     hessian = calibrated._gram(x)
-    layout = calibrated.gptq(weight, hessian, group, damping=1e-6)
+    layout = calibrated.gptq(weight, hessian, group, damping=1e-3)
     steps = packed.spread(layout.scale.double(), group, columns)
-    h = hessian.double() + torch.eye(columns).double() * hessian.diagonal().double().mean() * 1e-6
+    h = hessian.double() + torch.eye(columns).double() * hessian.diagonal().double().mean() * 1e-3
     order = hessian.diagonal().argsort(descending=True, stable=True)
     w, codes = weight.double(), torch.zeros(rows, columns, dtype=torch.uint8)
     fixed = torch.zeros(rows, columns, dtype=torch.float64)

@@ -29,7 +29,7 @@ from . import rounding
 from .format import matches
 from .making import KEPT, Round, check, fitting, own, pack_head, quantize_module, rounder
 from .packed import NIBBLE_ZERO, Int4, Packed, pack4
-from .rounding import INT4_REACH, finite, grouped, nibbles, scale_of
+from .rounding import best_scale, finite, nibbles
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: the paper's
 SHRINK = tuple(1 - 0.02 * i for i in range(16))  # candidates for a scale, as shares of amax / 7.5
@@ -44,7 +44,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, damping: float = DAMPING) 
     """`rounding.int4` with error feedback: weight (N, K), hessian (K, K) fp32, the sum of x x^T over the inputs."""
     wide, columns = finite(weight).clone(), weight.shape[1]
     diagonal = hessian.diagonal()
-    scale = _best_scale(wide, diagonal, group, weight.dtype)
+    scale = best_scale(wide, group, weight.dtype, SHRINK, diagonal)
     steps = scale.float().repeat_interleave(group, 1)[:, :columns]  # (N, K)
     order = diagonal.argsort(descending=True, stable=True)
     factor = _factor(hessian[order][:, order], damping)
@@ -74,24 +74,6 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
             if not failed:
                 return upper
     return torch.eye(len(hessian), device=hessian.device)  # nothing is known of the inputs: plain rounding
-
-
-def _best_scale(weight: Tensor, importance: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """(N, G): of several shrunken scales, the one with the least sum of importance * error^2 in its group."""
-    parts = grouped(weight, group)  # (N, G, group)
-    share = grouped(importance[None], group)  # (1, G, group)
-    amax = parts.abs().amax(-1)
-    best, least = scale_of(amax, INT4_REACH, dtype), None
-    for shrink in SHRINK:
-        scale = scale_of(amax * shrink, INT4_REACH, dtype)
-        step = scale.float()[..., None]
-        error = ((nibbles(parts, step).float() - NIBBLE_ZERO) * step - parts).square_().mul_(share).sum(-1)
-        if least is None:
-            least = error
-            continue
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
 
 
 # ------------------------------------------------------------------------------------------------- inputs

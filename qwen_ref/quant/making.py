@@ -132,7 +132,8 @@ def fitting(model: nn.Module, kind: str, group: int = rounding.GROUP) -> Any:
     divides all official sizes. Otherwise the largest divisor of it that divides them all. RequestError where that is
     below 16, and the scales would weigh as much as the codes.
     """
-    if kind == "int4" and group < LEAST_GROUP:
+    four = kind in ("int4", "int4:plain")
+    if four and group < LEAST_GROUP:
         raise RequestError(f"the group size is {group}; it must be at least {LEAST_GROUP}")
     shapes = matrices(model)
     if kind == "fp8":  # blocks may be partial, though some readers take that amiss
@@ -141,7 +142,7 @@ def fitting(model: nn.Module, kind: str, group: int = rounding.GROUP) -> Any:
         return (high, wide) if min(high, wide) >= LEAST_GROUP else rounding.FP8_BLOCK
     if kind.startswith(GGUF):
         return len(model.model.layers)  # type: ignore[union-attr, arg-type]
-    if kind != "int4":
+    if not four:
         return None
     common = math.gcd(group, *(columns for _, columns in shapes.values()))
     if common < LEAST_GROUP:

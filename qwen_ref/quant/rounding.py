@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from .packed import FP8_MAX, NIBBLE_ZERO, Code4, Fp8, Int4, Int8, Packed, pack4
 GROUP = 128  # columns of an `Int4` that share a scale
 NF4_BLOCK = 64
 FP8_BLOCK = (128, 128)
+SHRINK = (1.0, 0.92, 0.84)  # shares of the scale that reaches the largest weight, tried for each group of int4
 INT4_REACH = 7.5  # steps from zero to the end of -8 .. 7, were it symmetric: halves round into it on both sides
 
 # The 16 levels of NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, appendix E), as bitsandbytes has them in fp32.
@@ -39,11 +41,33 @@ def int8(weight: Tensor) -> Int8:
     return Int8(codes, scale, None, weight.shape[-1])
 
 
-def int4(weight: Tensor, group: int = GROUP) -> Int4:
-    """Integers from -8 to 7, one scale for every `group` columns: amax / 7.5. An error is at most half a scale."""
+def int4(weight: Tensor, group: int = GROUP, shrink: tuple[float, ...] = SHRINK) -> Int4:
+    """Integers from -8 to 7, one scale for every `group` columns: that share of amax / 7.5 which errs least.
+
+    With `shrink=(1.0,)` an error is at most half a scale; a smaller one cuts the largest weights off and rounds all
+    others more finely.
+    """
     parts = grouped(finite(weight), group)  # (N, G, group)
-    scale = scale_of(parts.abs().amax(-1), INT4_REACH, weight.dtype)
+    scale = best_scale(weight.float(), group, weight.dtype, shrink)
     return Int4(pack4(nibbles(parts, scale[..., None]).flatten(-2)[..., : weight.shape[-1]]), scale, None, group)
+
+
+def best_scale(weight: Tensor, group: int, dtype: torch.dtype, shrink: tuple[float, ...],
+               importance: Tensor | None = None) -> Tensor:  # fmt: skip
+    """(N, G): of several shares of amax / 7.5, the one with the least sum of importance (K,) * error^2 in its group."""
+    parts = grouped(weight, group)  # (N, G, group)
+    weights = grouped(importance[None], group) if importance is not None else 1.0  # (1, G, group)
+    amax = parts.abs().amax(-1)
+    best = scale_of(amax * shrink[0], INT4_REACH, dtype)
+    if len(shrink) == 1:
+        return best
+    least = torch.full_like(amax, torch.inf)
+    for share in shrink:
+        scale = scale_of(amax * share, INT4_REACH, dtype)
+        step = scale.float()[..., None]
+        error = ((nibbles(parts, step).float() - NIBBLE_ZERO) * step - parts).square_().mul_(weights).sum(-1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
 
 
 def nibbles(weight: Tensor, scale: Tensor) -> Tensor:
@@ -104,8 +128,10 @@ def nvfp4(weight: Tensor) -> Code4:
     return Code4(pack4(codes), scale, torch.tensor(E2M1, device=weight.device) * whole, 16)
 
 
-ROUND: dict[str, Callable[[Tensor], Packed]] = {
-    "int8": int8, "int4": int4, "nf4": nf4, "fp8": fp8, "mxfp4": mxfp4, "nvfp4": nvfp4,
+# "int4:plain" is the baseline of the others: one scale, amax / 7.5, is tried.
+ROUND: dict[str, Callable[..., Packed]] = {
+    "int8": int8, "int4": int4, "int4:plain": partial(int4, shrink=(1.0,)),
+    "nf4": nf4, "fp8": fp8, "mxfp4": mxfp4, "nvfp4": nvfp4,
 }  # fmt: skip
 
 
@@ -138,5 +164,5 @@ def _e2m1(scaled: Tensor) -> Tensor:
     return (torch.bucketize(scaled.abs(), middle) | torch.signbit(scaled) * 8).to(torch.uint8)
 
 
-__all__ = ["FP8_BLOCK", "GROUP", "INT4_REACH", "NF4", "NF4_BLOCK", "ROUND", "finite", "fp8", "grouped", "int4", "int8",
-           "mxfp4", "nf4", "nibbles", "nvfp4", "scale_of"]  # fmt: skip
+__all__ = ["FP8_BLOCK", "GROUP", "NF4", "NF4_BLOCK", "ROUND", "best_scale", "finite", "fp8", "int4", "int8", "mxfp4", "nf4",
+           "nibbles", "nvfp4"]  # fmt: skip
