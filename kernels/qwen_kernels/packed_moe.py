@@ -38,11 +38,11 @@ TUNED: Table = {
     (ANY, ("down", 16)): {"ROWS": 8, "CHUNKS": 32},
     (ANY, ("down", 32)): {"ROWS": 4, "CHUNKS": 32},
     (ANY, (16, 16)): {"BLOCK_I": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-    (ANY, (64, 16)): {"BLOCK_I": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
-    (ANY, (128, 16)): {"BLOCK_I": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+    (ANY, (64, 16)): {"BLOCK_I": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    (ANY, (128, 16)): {"BLOCK_I": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     (ANY, (16, 32)): {"BLOCK_I": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
     (ANY, (64, 32)): {"BLOCK_I": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-    (ANY, (128, 32)): {"BLOCK_I": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+    (ANY, (128, 32)): {"BLOCK_I": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
