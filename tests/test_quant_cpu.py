@@ -278,8 +278,9 @@ def test_refusals(monkeypatch):
     assert "CPU" in cpu.supports_compiled(torch.device("cuda"), torch.bfloat16)
     assert "CPU" in cpu.supports_blocked(torch.device("cuda"), torch.bfloat16)
     assert "float64" in cpu.supports_compiled(torch.device("cpu"), torch.float64)
+    assert "finer" in cpu.supports_compiled(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert cpu.supports_compiled(torch.device("cpu"), torch.float32) == "needs AVX2"
+    assert cpu.supports_compiled(torch.device("cpu"), torch.bfloat16) == "needs AVX2"
 
 
 def test_importing_compiles_nothing():

@@ -303,9 +303,9 @@ def test_unknown_kinds(kind, tmp_path):
 
 def test_what_is_quantised_is_not_quantised_again(tmp_path):
     qr.quantize("tiny", tmp_path / "a", "int8", progress=False)
-    with pytest.raises(RequestError, match=r"quantised already \(compressed-tensors\)"):
+    with pytest.raises(RequestError, match=r"quantised already"):
         qr.load(tmp_path / "a", quantize="int4")
-    with pytest.raises(CheckpointError, match=r"quantised already \(compressed-tensors\)"):
+    with pytest.raises(CheckpointError, match=r"quantised already"):
         qr.quantize(tmp_path / "a", tmp_path / "b", "int4")
     model, _ = qr.load("tiny", quantize="int8")
     with pytest.raises(RequestError, match="quantised already"):

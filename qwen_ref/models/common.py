@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,22 @@ class LanguageModel(nn.Module):
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Official name -> the parameter, or the view of it, that holds this tensor. What is packed is dequantised anew."""
+        """Official name -> the parameter, or the view of it, that holds this tensor. Packed matrices are not among them."""
+        return dict(self._by_official_name((name, parameter.data) for name, parameter in self.named_parameters()))
+
+    def official_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(official name, tensor) of an unquantised checkpoint with these weights: `named_weights`, experts one by one."""
+        return self._by_official_name(self.named_weights())
+
+    def _by_official_name(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         kinds = (Experts, PackedExperts, PackedSeparately)
-        experts = {f"{name}." for name, module in self.named_modules() if isinstance(module, kinds)}
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in self.named_weights():  # a tied head appears once, as the embedding
+        experts = {name for name, module in self.named_modules() if isinstance(module, kinds)}
+        for name, tensor in weights:  # a tied head appears once, as the embedding
             owner, _, part = name.rpartition(".")
-            if f"{owner}." in experts:
-                tensors.update({f"{owner}.{matrix}": view for matrix, view in expert_parts(part, tensor)})
+            if owner in experts:
+                yield from ((f"{owner}.{matrix}", view) for matrix, view in expert_parts(part, tensor))
             else:
-                tensors[name] = tensor
-        return tensors
+                yield name, tensor
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight as in an unquantised model: parameters, and packed matrices dequantised.

@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -106,7 +106,7 @@ class Bundle:
         if max(map(max, self.about["prompts"])) >= ours.config.vocab_size or self.names != list(oracle.points(ours)):
             raise CheckpointError(f"{self.path} holds other activations or ids than this model has: write it again")
         self._check_shapes(ours)
-        if fingerprint([ours.checkpoint_tensors()] if parts is None else parts) != self.about["fingerprint"]:
+        if fingerprint(_weights(ours) if parts is None else parts) != self.about["fingerprint"]:
             raise CheckpointError(f"{self.path} was written from other weights of the same config "
                                   f"({self.about['model']!r:.100}): check those, or write a bundle for these")
 
@@ -171,7 +171,7 @@ def write_bundle(
     tell(f"{new_tokens} greedy tokens")
     greedy = continuation(theirs, prompts[0], new_tokens)
     tell("writing")
-    write_captured(path, ours, [ours.checkpoint_tensors()], sides, prompts, greedy, model=model, tolerances=tolerances)
+    write_captured(path, ours, _weights(ours), sides, prompts, greedy, model=model, tolerances=tolerances)
 
 
 def write_captured(
@@ -233,6 +233,11 @@ def continuation(theirs: nn.Module, prompt: Tensor, count: int) -> Greedy:
     logits = torch.stack(rows) if rows else torch.empty(0, run.config.vocab_size, dtype=run.dtype)  # (steps, V)
     best = logits.double().topk(2).values
     return Greedy(ids[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist(), logits)
+
+
+def _weights(ours: LanguageModel) -> Iterator[dict[str, Tensor]]:
+    """One at a time: packed matrices are dequantised anew."""
+    return ({name: tensor} for name, tensor in ours.official_weights())
 
 
 def fingerprint(parts: Iterable[Mapping[str, Tensor]]) -> str:
