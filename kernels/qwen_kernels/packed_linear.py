@@ -109,7 +109,8 @@ def _by_tiles(table: Table, x: Tensor, w: Operands, bias: Tensor | None, out: Te
     count = x.shape[0]
     padded = max(16, triton.next_power_of_2(count))
     launch = {**tuned(table, x.device, (padded, "narrow" if columns <= 2048 else "wide"))}
-    block = launch.pop("BLOCK_K") // (1 if x.element_size() == 2 else 4)
+    block = launch.pop("BLOCK_K")
+    block = block if x.element_size() == 2 else max(32, block // 4)  # tl.dot wants 16, and nibbles make two products
     constants, width = w.constants(block), w.width(inner)
     launch["CHUNKS"] = max(1, block // constants["SPAN"])
     step = launch["CHUNKS"] * constants["WIDE"]  # bytes of a row
