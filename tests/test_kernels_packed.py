@@ -85,7 +85,7 @@ def test_every_way_to_multiply_in_fp16():
         if int(rows) <= 4:
             assert launched == ["_few_rows[5]"]
         elif int(rows) <= 64:
-            assert launched == ["_some_rows[5,1]"] or launched[0] == "_some_rows[5,2]" and launched[1].startswith("_add_splits")
+            assert launched == ["_some_rows[5,1]"] or (launched[0] == "_some_rows[5,2]" and launched[1].startswith("_add_splits"))
         else:
             assert [name.split("[")[0] for name in launched] == ["_dequantize", "_dequantize"]
 
