@@ -82,7 +82,7 @@ def test_a_report_imports_neither_triton_nor_the_kernels():
     assert loaded.strip() == "[]"
     for kernel in KERNELS:
         (line,) = (line for line in report.splitlines() if line.split()[0] == kernel)
-        assert "triton (" in line and line.split()[1] in ("eager", "torch")
+        assert "triton (" in line and line.split()[1] in ("eager", "torch", "cpp")
 
 
 @pytest.mark.parametrize("absent", ["triton", "qwen_kernels"])
@@ -141,18 +141,22 @@ print(json.dumps([check(operation, "triton", dtype=torch.{dtype}, seeds=1).to_js
 """
 
 
+# Experts of every packed layout have the decoder of its linear projections and share their tiles: one dtype each.
+CHECKED = {"float32": (*PACKED_LINEAR, "moe_int4", "moe_fp8"), "float16": (*PACKED_LINEAR, "moe_int8", "moe_code4", "moe_gguf")}
+
+
 @pytest.fixture(scope="module")
 def checked():
     plain = tuple(kernel for kernel in KERNELS if kernel not in PACKED)
     codes = [CHECK.format(kernels=kernels, packed=PACKED, dtype=dtype)
-             for kernels in (plain, PACKED) for dtype in ("float32", "float16")]  # fmt: skip
+             for dtype, packed in CHECKED.items() for kernels in (plain, packed)]  # fmt: skip
     reports = [report for output in pythons(codes, interpret=True) for report in json.loads(output)]
     return {(report["operation"], report["dtype"]): report for report in reports}
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel, dtype", [(kernel, dtype) for dtype, packed in CHECKED.items() for kernel in KERNELS
+                                           if kernel not in PACKED or kernel in packed])  # fmt: skip
 def test_kernel_is_right_on_every_awkward_input(checked, kernel, dtype):
     report = checked[kernel, dtype]
     assert report["rows"] and report["ok"], [row for row in report["rows"] if row["faults"]]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ GOALS = {"int8 decode": 1.0, "int4 decode": 1.1, "int8 prefill": 1.5, "int4 pref
 WARM, LIKE = 16, 0.01  # tokens before decoding; how far logits may be from the formulas', relative to their norm
 
 LLAMA = """
-import json, resource, sys, time
+import json, sys, time
 from llama_cpp import Llama
 path, threads, prompt, tokens, warm = sys.argv[1], *map(int, sys.argv[2:])
 model = Llama(path, n_ctx=prompt + 64, n_batch=prompt, n_ubatch=prompt, n_threads=threads, n_threads_batch=threads,
@@ -44,7 +43,7 @@ timed(ids); model.reset()
 prefill = min(timed(ids), (model.reset(), timed(ids))[1]); model.reset()
 timed(ids[:warm]); steps = sorted(timed([i]) for i in ids[:tokens])
 print(json.dumps({"prefill": prompt / prefill, "decode": 1 / steps[len(steps) // 2],
-                  "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+                  "memory": int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024}))
 """
 
 
@@ -153,7 +152,7 @@ def gate(width: str, args: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
-        model = random_model(width, min(args.layers, 2)).float()
+        model = random_model(width, min(args.layers, 2))
         errors = []
         for count in (1, 7):
             ids = torch.tensor([[i * 7919 % 150000 for i in range(count)]])
@@ -165,7 +164,9 @@ def gate(width: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MB; ru_maxrss would count what the parent had when it started this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def random_model(width: str, layers: int) -> Any:
