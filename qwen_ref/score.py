@@ -75,15 +75,17 @@ class Score:
             f"{self.model}: {self.tokens:,} tokens of {self.documents} documents, windows of {self.window}, {self.dtype} on "
             f"{self.device}, {self.threads} threads",
             "",
-            f"| {'format':{wide}} | perplexity |   change | KL mean | KL p99 | same top-1 |   weights | prefill tok/s | decode tok/s |",
-            f"|{'-' * wide}--|-----------:|---------:|--------:|-------:|-----------:|----------:|--------------:|-------------:|",
+            f"| {'format':{wide}} | perplexity |   change | KL mean | KL p99 | same top-1 |   weights | prefill tok/s | "
+            "decode tok/s |",
+            f"|{'-' * wide}--|-----------:|---------:|--------:|-------:|-----------:|----------:|--------------:|"
+            "-------------:|",
         ]
         for row in self.rows:
             change = f"{row.perplexity / first.perplexity - 1:+.3%}" if row is not first else ""
             kl = [f"{value:.4f}" if value is not None else "" for value in (row.kl_mean, row.kl_p99)]
             top1 = f"{row.top1:.2%}" if row.top1 is not None else ""
-            lines.append(f"| {row.format:{wide}} | {row.perplexity:10.4f} | {change:>8} | {kl[0]:>7} | {kl[1]:>6} | {top1:>10} | "
-                         f"{size(row.weight_bytes):>9} | {row.prefill:13,.0f} | {row.decode:12,.1f} |")
+            lines.append(f"| {row.format:{wide}} | {row.perplexity:10.4f} | {change:>8} | {kl[0]:>7} | {kl[1]:>6} | "
+                         f"{top1:>10} | {size(row.weight_bytes):>9} | {row.prefill:13,.0f} | {row.decode:12,.1f} |")
         return "\n".join(lines)
 
 
