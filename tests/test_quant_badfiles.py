@@ -123,6 +123,8 @@ DAMAGE = {
     "scales that are NaN": ("awq", put(f"{Q}.scales", nan), f"{Q}: AWQ's scales holds NaN"),
     "GPTQ scales that are NaN": ("gptq-int8", put(f"{Q}.scales", nan), f"{Q}: GPTQ's scales holds NaN"),
     "FP8 scales that are NaN": ("fp8", put(f"{Q}.weight_scale_inv", nan), f"{Q}: weight_scale_inv holds NaN"),
+    "FP8 weights that are NaN": (
+        "fp8-tensor", put(f"{Q}.weight", lambda w: w.view(torch.uint8).fill_(255).view(w.dtype)), f"{Q}: weight holds NaN"),
     "compressed scales that are NaN": ("compressed-int8", put(f"{Q}.weight_scale", nan), f"{Q}: weight_scale holds NaN"),
     "MXFP4 scales that are NaN": ("compressed-mxfp4", put(f"{Q}.weight_scale", lambda s: s.fill_(255)), "weight_scale holds NaN"),
     "NVFP4's scale is zero": ("compressed-nvfp4", put(f"{Q}.weight_global_scale", lambda s: s * 0), "weight_global_scale holds NaN"),

@@ -97,7 +97,8 @@ def pack(model: nn.Module, dtype: torch.dtype) -> None:
 
     `dtype`: of the activations.
     """
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # by name: a list of modules would keep all of them
+        module = _at(model, name)
         if isinstance(module, QuantExperts):
             _replace(model, name, _packed_experts(name, module))
         elif isinstance(module, QuantStacks):
@@ -110,7 +111,7 @@ def pack(model: nn.Module, dtype: torch.dtype) -> None:
             _replace(model, name, PackedEmbedding(matrix.weight, shape, dtype))
             for head in heads:
                 _replace(model, head, PackedLinear(matrix, shape))
-        elif isinstance(module, QuantLinear) and _held(model, name):
+        elif isinstance(module, QuantLinear):
             _replace(model, name, _packed(name, module))
 
 
@@ -128,7 +129,8 @@ def round_activations(model: nn.Module, on: bool = True) -> int:
 
 def expand(model: nn.Module, dtype: torch.dtype) -> None:
     """Exchange every `QuantLinear` for a plain layer with the matrix it stands for, by the format's definition."""
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        module = _at(model, name)
         if isinstance(module, QuantExperts | QuantStacks):
             _replace(model, name, _expanded(module, dtype))
         elif isinstance(module, QuantEmbedding):
@@ -138,7 +140,7 @@ def expand(model: nn.Module, dtype: torch.dtype) -> None:
             _replace(model, name, embedding)
             for head in heads:
                 _replace(model, head, _linear(weight, None))
-        elif isinstance(module, QuantLinear) and _held(model, name):
+        elif isinstance(module, QuantLinear):
             _replace(model, name, _linear(_fixed(module.dequantize().to(dtype)), module.bias))
 
 
@@ -283,12 +285,12 @@ class _named:
             raise CheckpointError(f"{self.name}: {error}") from error
 
 
-def _held(model: nn.Module, name: str) -> bool:
-    """Whether a module is still where it was: experts are exchanged as a whole."""
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name; None once it is gone, as experts go when all of them are exchanged for one stack."""
     try:
-        return isinstance(model.get_submodule(name), QuantLinear)
+        return model.get_submodule(name)
     except AttributeError:
-        return False
+        return None
 
 
 def _replace_embedding(model: nn.Module, name: str, old: nn.Embedding, new: QuantEmbedding) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Fields
+from ..errors import CheckpointError
 from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, groups, patterns
 from .packed import Fp8
 
@@ -55,6 +56,8 @@ class FP8(Scheme):
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         scale, block = tensors[self.scale_name], self.block
         check_scales(scale, self.scale_name)
+        if bool((tensors["weight"].view(torch.uint8) & 127 == 127).any()):  # the two NaNs of e4m3fn
+            raise CheckpointError("weight holds NaN")
         if block is None:
             scale = scale.reshape(-1, 1)
             block = (rows if scale.shape[0] == 1 else 1, columns)
