@@ -567,3 +567,15 @@ def test_command_line(source, tmp_path, capsys):
     assert main(["quantize", str(source["qwen3"]), str(tmp_path / "out"), "--to", "int4"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["generate", "--quantize", "int4", "--max-tokens", "3", "Hello"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_experts_of_four_bit_floats_keep_the_scale_of_each_matrix(kind):
+    """NVFP4 has a scale for every whole matrix: with one expert's for all, the others would be wrong in silence."""
+    plain, _ = qr.load("tiny-moe", dtype="float32")
+    made, _ = qr.load("tiny-moe", dtype="float32", quantize=kind)
+    weights = dict(made.official_weights())
+    for name, tensor in plain.checkpoint_tensors().items():
+        if ".experts." in name:
+            alone = rounding.ROUND[kind](tensor).dequantize(columns=tensor.shape[1])
+            torch.testing.assert_close(weights[name], alone, rtol=3e-7, atol=0)

@@ -22,13 +22,6 @@ MOST_QUANTIFIERS = 6
 _GROUP_QUANTIFIER = re.compile(r"\)[*+?{]")
 
 
-class Stored(NamedTuple):
-    """dtype and shape of a tensor in a file; `checkpoint.TensorInfo` begins with the same two."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 class Slot(NamedTuple):
     """One tensor of a quantised matrix: the shape it must have and the dtypes it may have."""
 

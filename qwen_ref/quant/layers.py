@@ -323,7 +323,12 @@ def joined(upper: Packed, lower: Packed) -> Packed | None:
         high = math.gcd(upper.codes.shape[-2], upper.block[0], lower.block[0])
         upper, lower = _finer(upper, high), _finer(lower, high)
     if isinstance(upper, Code4) and isinstance(lower, Code4) and not torch.equal(upper.table, lower.table):
-        upper, lower = _one_table(upper, lower)
+        factor = _factor(upper.table, lower.table)
+        if factor is None:
+            return None
+        # As the whole matrices' scales of NVFP4 do: it goes into the scales, which then are fp32.
+        lower = lower._replace(scale=lower.scale.float() * factor, table=upper.table)
+        upper = upper._replace(scale=upper.scale.float())
     if any(a != getattr(lower, name) for name, a in upper._asdict().items() if isinstance(a, int | str | tuple)):
         return None  # groups of another size, or blocks of another kind
     result: dict[str, Any] = {}
@@ -350,12 +355,11 @@ def _finer(weight: Fp8, high: int) -> Fp8:
     return weight._replace(scale=scale, block=(high, weight.block[1]))
 
 
-def _one_table(upper: Code4, lower: Code4) -> tuple[Code4, Code4]:
-    """Tables that differ by a factor, as the whole matrices' scales of NVFP4 do: it goes into the scales, then in fp32."""
-    peak = upper.table.abs().argmax()
-    factor = lower.table[peak] / upper.table[peak]
-    lower = lower._replace(scale=lower.scale.float() * factor, table=upper.table)
-    return upper._replace(scale=upper.scale.float()), lower
+def _factor(first: Tensor, second: Tensor) -> Tensor | None:
+    """What the second table is the first times; None if it is no multiple of it."""
+    peak = first.abs().argmax()
+    factor = second[peak] / first[peak]
+    return factor if torch.allclose(first * factor, second, rtol=1e-6, atol=0) else None
 
 
 __all__ = [

@@ -189,13 +189,15 @@ def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: tor
     def both() -> Iterator[tuple[Packed, Packed]]:
         for e in range(count):
             upper = joined(matrix(e, "gate_proj"), matrix(e, "up_proj"))
-            if upper is None:  # NVFP4: each has a scale of its own
+            if upper is None:
                 raise RequestError(f"{path}: the experts' gate and up cannot be joined in this layout; take another one")
             yield upper, matrix(e, "down_proj")
 
     count = module.gate_up_proj.shape[0]
     stacks: tuple[Any, Any] | None = None
+    tables: list[tuple[Any, Any]] = []  # of NVFP4 every matrix has its own
     for e, pair in enumerate(both()):
+        tables.append((getattr(pair[0], "table", None), getattr(pair[1], "table", None)))
         stacks = stacks or (_stack(pair[0], count), _stack(pair[1], count))
         for stack, single in zip(stacks, pair, strict=True):
             for slot, tensor in zip(stack, single, strict=True):
@@ -204,11 +206,19 @@ def _experts(module: Experts, path: str, to_bits: Round, lend: Lend, device: tor
     if stacks is None:
         raise CheckpointError(f"{path} has no experts")
     double, hidden = module.gate_up_proj.shape[1:]
-    return PackedExperts(*stacks, (count, hidden, double // 2))
+    gate_up, down = (_with_tables(stack, list(own)) for stack, own in zip(stacks, zip(*tables, strict=True), strict=True))
+    return PackedExperts(gate_up, down, (count, hidden, double // 2))
+
+
+def _with_tables(stack: Any, tables: list[Any]) -> Packed:
+    """A stack with the tables of its matrices, if they differ."""
+    if tables[0] is None or all(torch.equal(table, tables[0]) for table in tables):
+        return stack
+    return stack._replace(table=torch.stack(tables))
 
 
 def _stack(single: Packed, count: int) -> Packed:
-    """Memory for `count` matrices of the same form; a table is shared."""
+    """Memory for `count` matrices of the same form; a table is the first one's."""
     made = {name: empty((count, *value.shape), value.dtype, value.device) for name, value in _tensors(single).items()}
     return single._replace(**made)  # type: ignore[arg-type]
 
