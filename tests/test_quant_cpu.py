@@ -17,6 +17,12 @@ COMPILED = cpu.supports_compiled(torch.device("cpu"), torch.bfloat16)
 needs_compiler = pytest.mark.skipif(COMPILED is not None, reason=f"no compiled kernel: {COMPILED}")
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_in_every_run():
+    torch.manual_seed(0)
+
+
+
 def random_int(bits, rows, columns, group, zero=True, scale=torch.float32, seed=0):
     """(layout, its values in fp64), the values made here and not by the layout."""
     g = torch.Generator().manual_seed(seed)
@@ -143,7 +149,9 @@ def test_norm_and_rotation_round_where_the_formulas_do(dtype):
     weight = torch.randn(20).to(dtype)
     ours, formula = cpu.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)
     eps = torch.finfo(dtype).eps
-    assert ((ours.double() - formula.double()).abs() <= 2 * eps * formula.double().abs()).all()  # the sum's order alone
+    # In fp32 the formula's own sum is as far off as ours; three roundings from fp64 is a bound, not luck.
+    right = ops.rms_norm(x.double(), weight.double(), 1e-6) if dtype == torch.float32 else formula.double()
+    assert ((ours.double() - right).abs() <= 2 * eps * right.abs()).all()
     assert (ours == formula).float().mean() > (0.5 if dtype == torch.float32 else 0.98)
     for tables in (1, 2):
         angles = torch.randn(tables, 7, 20)

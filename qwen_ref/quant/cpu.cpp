@@ -212,14 +212,14 @@ extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, 
 // `ops.rms_norm` over rows of x: rounded to x's type before the weight, as there.
 extern "C" void rms_norm(const void* x, const void* weight, int type, float eps, int64_t rows, int64_t columns, void* out) {
     for (int64_t row = 0; row < rows; row++) {
-        float squares[8] = {};
+        double squares[8] = {};  // so that the scale is rounded once, whatever the order of the sum
         for (int64_t k = 0; k < columns; k++) {
             float value = get(x, row * columns + k, type);
-            squares[k % 8] += value * value;
+            squares[k % 8] += double(value) * value;
         }
-        float total = 0;
-        for (float square : squares) total += square;
-        float scale = 1 / std::sqrt(total / float(columns) + eps);
+        double total = 0;
+        for (double square : squares) total += square;
+        float scale = float(1 / std::sqrt(total / double(columns) + eps));
         for (int64_t k = 0; k < columns; k++) {
             put(out, row * columns + k, type, get(x, row * columns + k, type) * scale);
             put(out, row * columns + k, type, get(out, row * columns + k, type) * get(weight, k, type));

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,19 +69,7 @@ def linear_blocked(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Ten
 
 def moe_blocked(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
     """`packed.moe_packed`, every matrix through `linear_blocked`."""
-    return _moe(linear_blocked, x, gate_up, down, weights, experts)
-
-
-def _moe(
-    linear: Callable[[Tensor, Any], Tensor], x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor
-) -> Tensor:
-    out = torch.zeros_like(x)  # (M, H)
-    for e in experts.unique().tolist():
-        token, slot = torch.where(experts == e)
-        gate, up = linear(x[token], packed.expert(gate_up, e)).chunk(2, dim=-1)  # (m, I) each
-        y = linear(ops.swiglu(gate, up), packed.expert(down, e)) * weights[token, slot, None]
-        out = out.index_add(0, token, y.to(out.dtype))
-    return out
+    return packed.moe_packed(x, gate_up, down, weights, experts, linear_blocked)
 
 
 @cache
@@ -121,7 +108,7 @@ def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
 
 def moe_compiled(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
     """`packed.moe_packed`, the matrices of 4- and 8-bit codes through `linear_int4` and `linear_int8`."""
-    return _moe(_linear_any, x, gate_up, down, weights, experts)
+    return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,8 @@ Letters: N rows (outputs), K columns (inputs), G = ceil(K / group) groups of a r
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -222,13 +223,23 @@ def moe_gguf(x: Tensor, gate_up: Gguf, down: Gguf, weights: Tensor, experts: Ten
     return moe_packed(x, gate_up, down, weights, experts)
 
 
-def moe_packed(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
-    """`ops.moe_experts`, one dequantised expert at a time; the two stacks may be of different layouts."""
+def moe_packed(
+    x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor,
+    linear: Callable[[Tensor, Any], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """`ops.moe_experts`, one expert at a time; the two stacks may be of different layouts.
+
+    `linear`: how x (m, K) and one packed matrix (N, K) are multiplied; default dequantised, as the formulas do.
+    """
+    linear = linear or _dequantised
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
         token, slot = torch.where(experts == e)
-        gate, up = F.linear(x[token], expert(gate_up, e).dequantize(x.dtype, x.shape[-1])).chunk(2, dim=-1)
-        hidden = ops.swiglu(gate, up)  # (m, I)
-        y = F.linear(hidden, expert(down, e).dequantize(x.dtype, hidden.shape[-1])) * weights[token, slot, None]
+        gate, up = linear(x[token], expert(gate_up, e)).chunk(2, dim=-1)  # (m, I) each
+        y = linear(ops.swiglu(gate, up), expert(down, e)) * weights[token, slot, None]  # (m, H)
         out = out.index_add(0, token, y.to(out.dtype))
     return out
+
+
+def _dequantised(x: Tensor, weight: Packed) -> Tensor:
+    return F.linear(x, weight.dequantize(x.dtype, x.shape[-1]))
