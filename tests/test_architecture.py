@@ -13,11 +13,14 @@ from qwen_ref.models import qwen2, qwen3
 
 PACKAGE = Path(qwen_ref.__file__).parent
 SUBJECTS = ("norms", "rotary", "attention", "moe", "linear", "tokens", "packed")  # the operations' families in the kernel bench
+FORMULAS = ("attention", "dtypes", "feed_forward", "norms", "rotary", "tokens")  # the files of qwen_ref/ops
 # What a module of the package may import from it, downward only.
 ALLOWED = {
     "errors": set(),
     "limits": set(),
-    "ops": set(),
+    "ops": {f"ops.{name}" for name in FORMULAS},
+    "ops.dtypes": set(),
+    **{f"ops.{name}": {"ops.dtypes", "ops.norms", "ops.attention"} for name in FORMULAS if name != "dtypes"},
     "cache": {"errors"},
     "torch_ops": {"ops"},
     "quant": set(),

@@ -1,0 +1,27 @@
+"""Every formula of the models as a pure function of tensors.
+
+These are the reference: any dtype, any device, no state, no in-place work on an argument. Each rounds where the
+official model rounds, and the comment beside the cast says so. Faster implementations are registered in
+`backend` under the same name and are checked against these.
+
+Letters: B batch, T query tokens, S key tokens, H hidden, N query heads, K kv heads, D head dim, I intermediate,
+M tokens flattened (B*T), E experts, k experts per token, V vocabulary.
+"""
+
+from .attention import (
+    attention,
+    attention_decode,
+    attention_paged,
+    attention_pattern,
+    attention_prefill,
+    attention_scores,
+    attention_softmax,
+    causal_mask,
+    repeat_kv,
+    visible,
+)
+from .dtypes import at_least_fp32
+from .feed_forward import linear, moe_experts, router_topk, swiglu
+from .norms import add_rms_norm, rms_norm
+from .rotary import norm_rope_write, rope, rope_frequencies, rope_tables, yarn_frequencies
+from .tokens import cross_entropy, last_token, sample

@@ -1,0 +1,102 @@
+"""Rotary position embedding."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .norms import rms_norm
+
+
+def rope_frequencies(head_dim: int, theta: float) -> Tensor:
+    """Rotary angular frequencies theta^(-2j/D), j < D/2, radians per position (Su et al. 2021). (D/2,) fp32."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim)
+
+
+def yarn_frequencies(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    original_context: int,
+    *,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Tensor:
+    """YaRN's frequencies (Peng et al. 2023, section 3.2, "NTK by parts"). (D/2,) fp32.
+
+    Frequencies that turn more than `beta_fast` times within the original context stay as they are, those that turn
+    less than `beta_slow` times are divided by `factor` (position interpolation), a linear ramp joins the two.
+    """
+
+    def index_of(turns: float) -> float:  # the j whose frequency makes this many turns in the original context
+        return head_dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index_of(beta_fast), index_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # the official guard against a ramp of zero width
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    # The interpolated frequency is 1/(factor * theta^..), not (1/theta^..)/factor: one fp32 rounding differs.
+    period = theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    return (1.0 / (factor * period)) * ramp + (1.0 / period) * (1 - ramp)
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each frequency twice: (B, T, D) in `dtype`.
+
+    `positions` (B, T) integers, `frequencies` (D/2,) fp32. Angles and the attention `scale` of YaRN are fp32;
+    the tables are rounded to the activation dtype, where the rotation itself then runs.
+    """
+    angles = positions[..., None].float() * frequencies  # (B, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_j, x_{j+D/2}) of every head by the position's angles ("half-split" convention).
+
+    x (B, N, T, D); cos, sin (B, T, D). Returns (B, N, T, D). Runs in x's dtype, as the official model does.
+    """
+    cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """All that stands between the projections and the attention: norm q and k per head, rotate them, store k and v.
+
+    The only operation that writes to an argument: the caches are where its results belong.
+
+    Args:
+        q (M, N, D); k, v (M, K, D): the projections' rows. q_weight, k_weight (D,): `rms_norm` of every head; None
+            where the generation has none.
+        cos, sin (M, D): `rope_tables` of each token's position.
+        k_cache, v_cache (P, K, S, D): P sequences of S tokens, or P pages of S tokens of a paged cache.
+        slots (M,) int64: token m is stored as entry slots[m] % S of cache row slots[m] // S; negative = not at all.
+    Returns the rotated q, (M, N, D).
+    """
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)
+    if k_weight is not None:
+        k = rms_norm(k, k_weight, eps)
+    q, k = (rope(x[:, :, None], cos[:, None], sin[:, None])[:, :, 0] for x in (q, k))  # every token a batch of one
+    kept = torch.where(slots >= 0)[0]
+    row, entry = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]
+    k_cache[row, :, entry] = k[kept]
+    v_cache[row, :, entry] = v[kept]
+    return q
