@@ -226,6 +226,10 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 linear = _operation_of(ops.linear)
 rms_norm = _operation_of(ops.rms_norm)
 add_rms_norm = _operation_of(ops.add_rms_norm)
+zero_centred_rms_norm = _operation_of(ops.zero_centred_rms_norm)
+gated_rms_norm = _operation_of(ops.gated_rms_norm)
+causal_conv1d = _operation_of(ops.causal_conv1d)
+gated_delta_rule = _operation_of(ops.gated_delta_rule, preferred=torch_ops.gated_delta_rule)
 rope = _operation_of(ops.rope)
 norm_rope_write = _operation_of(ops.norm_rope_write)
 attention = _operation_of(ops.attention, preferred=torch_ops.attention)
@@ -252,8 +256,9 @@ moe_gguf = _operation_of_packed(packed.moe_gguf, blocked=cpu.moe_blocked)
 OPERATIONS: dict[str, Operation] = {
     op.name: op
     for op in (
-        linear, rms_norm, add_rms_norm, rope, norm_rope_write, attention, attention_prefill, attention_decode,
-        attention_paged, swiglu, router_topk, moe_experts, sample, cross_entropy,
+        linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
+        attention, attention_prefill, attention_decode, attention_paged, causal_conv1d, gated_delta_rule,
+        swiglu, router_topk, moe_experts, sample, cross_entropy,
         linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
         moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,15 +45,25 @@ class KVCache:
             buffer[:, :, :, : self.length] = self._buffer[:, :, :, : self.length]
         self._buffer = buffer
 
-    def can_truncate(self, length: int) -> bool:
-        return 0 <= length <= self.length
+    def reachable(self, length: int) -> int:
+        """The most of the first `length` tokens that `truncate` can keep."""
+        return min(length, self.length)
 
     def truncate(self, length: int) -> None:
         self.length = length
 
+    def mark(self) -> None:
+        """Make sure that `truncate` can come back to the present length. Keys and values always can."""
+
     def select(self, rows: Tensor) -> None:
         if self._buffer is not None:
             self._buffer = self._buffer[:, rows]
+
+    def copy(self) -> KVCache:
+        """The same tokens in memory of its own, no larger than they need."""
+        other = copy.copy(self)
+        other._buffer = None if self._buffer is None else self._buffer[:, :, :, : self.length].clone()
+        return other
 
     def nbytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
@@ -76,14 +90,83 @@ class SlidingKVCache(KVCache):
         self.length += k.shape[2]
         return new[0], new[1]
 
-    def can_truncate(self, length: int) -> bool:
+    def reachable(self, length: int) -> int:
         # The token after `length` needs the w - 1 keys before it.
-        return 0 <= length <= self.length and self.start <= max(length - (self.window - 1), 0)
+        length = min(length, self.length)
+        return length if self.start <= max(length - (self.window - 1), 0) else 0
 
     def truncate(self, length: int) -> None:
         if self._buffer is not None:
-            self._buffer = self._buffer[:, :, :, : length - self.start]
+            self._buffer = self._buffer[:, :, :, : max(length - self.start, 0)] if length else None
         self.length = length
+
+    def copy(self) -> SlidingKVCache:
+        other = copy.copy(self)
+        other._buffer = None if self._buffer is None else self._buffer.clone()
+        return other
+
+
+class RecurrentCache:
+    """The state of a layer that keeps no keys: tensors (B, ...) that every pass replaces and none writes to.
+
+    So a state costs nothing to remember, and going back is going back to one that was remembered: by `mark`, or
+    because it is one of the last `rewind` tokens' (then a pass of few tokens is made one by one, see `pieces`).
+    """
+
+    MARKS = 4  # the newest are kept: each holds a state of its own in memory
+
+    def __init__(self, rewind: int = 0) -> None:
+        self.length = 0
+        self.state: tuple[Tensor, ...] | None = None  # None before the first token
+        self.rewind = rewind
+        self._marks: dict[int, tuple[Tensor, ...] | None] = {}  # length -> the state there
+        self._recent: dict[int, tuple[Tensor, ...] | None] = {}
+
+    def pieces(self, count: int) -> Iterator[slice]:
+        """The parts of a pass of `count` tokens after each of which `advance` is called."""
+        step = 1 if count <= self.rewind else max(count, 1)
+        return (slice(i, min(i + step, count)) for i in range(0, max(count, 1), step))
+
+    def advance(self, count: int, *state: Tensor) -> None:
+        """The state after `count` more tokens."""
+        if self.rewind:
+            self._recent[self.length] = self.state
+        self.length += count
+        self.state = state
+        self._recent = {at: kept for at, kept in self._recent.items() if at >= self.length - self.rewind}
+
+    def mark(self) -> None:
+        self._marks[self.length] = self.state
+        while len(self._marks) > self.MARKS:
+            del self._marks[min(self._marks)]
+
+    def reachable(self, length: int) -> int:
+        return max((at for at in (0, self.length, *self._marks, *self._recent) if at <= length), default=0)
+
+    def truncate(self, length: int) -> None:
+        if length != self.length:
+            known = {0: None, **self._recent, **self._marks}
+            self.state, self.length = known[length], length
+        self._marks, self._recent = (
+            {at: state for at, state in kept.items() if at <= length} for kept in (self._marks, self._recent)
+        )
+
+    def select(self, rows: Tensor) -> None:
+        def chosen(state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            return None if state is None else tuple(x[rows] for x in state)
+
+        self.state = chosen(self.state)
+        self._marks, self._recent = ({at: chosen(s) for at, s in kept.items()} for kept in (self._marks, self._recent))
+
+    def copy(self) -> RecurrentCache:
+        other = copy.copy(self)
+        other._marks, other._recent = dict(self._marks), dict(self._recent)
+        return other
+
+    def nbytes(self) -> int:
+        """Of the states, those remembered included."""
+        states = (self.state, *self._marks.values(), *self._recent.values())
+        return sum({x.data_ptr(): x.nbytes for state in states if state is not None for x in state}.values())
 
 
 class Cache:
@@ -93,8 +176,8 @@ class Cache:
     of its own (left padding, -1), they are kept per sequence: (B, S).
     """
 
-    def __init__(self, layers: list[KVCache]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
 
     @property
@@ -124,17 +207,42 @@ class Cache:
         self._positions = torch.cat((before, positions.expand(before.shape[0], -1)), dim=1)
         return self._positions
 
-    def can_truncate(self, length: int) -> bool:
-        return all(layer.can_truncate(length) for layer in self.layers)
+    def reachable(self, length: int) -> int:
+        """The most of the first `length` tokens that `truncate` can keep: all of them where every layer keeps keys, else
+        the last length that a layer without keys remembers."""
+        length = max(length, 0)
+        while (least := min(layer.reachable(length) for layer in self.layers)) < length:
+            length = least
+        return length
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens. RequestError if a layer no longer holds what that needs."""
-        if not self.can_truncate(length):
-            raise RequestError(f"cannot cut a cache of {self.length} tokens back to {length}: keys already dropped")
+        if not 0 <= length <= self.length or self.reachable(length) != length:
+            raise RequestError(f"cannot cut a cache of {self.length} tokens back to {length}: "
+                               f"keys or states already dropped; {self.reachable(length)} can be kept")
         for layer in self.layers:
             layer.truncate(length)
         if self._positions is not None:
             self._positions = self._positions[:, :length]
+
+    def mark(self) -> None:
+        """Remember the states of recurrent layers, so that `truncate` can come back to the present length.
+
+        Costs no copy, but the memory of one state per layer while it is remembered; the last `RecurrentCache.MARKS` are.
+        """
+        for layer in self.layers:
+            layer.mark()
+
+    def snapshot(self) -> Cache:
+        """All that is held, in a cache of its own that later passes over this one do not touch."""
+        other = copy.copy(self)
+        other.layers = [layer.copy() for layer in self.layers]
+        return other
+
+    def restore(self, snapshot: Cache) -> None:
+        """Hold exactly what `snapshot` does. It can be restored again, and into other caches of the same model."""
+        kept = snapshot.snapshot()
+        self.layers, self._positions = kept.layers, kept._positions
 
     def select(self, rows: Tensor) -> None:
         """Keep only these sequences of the batch, in this order. `rows` (B',) int64."""

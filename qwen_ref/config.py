@@ -59,6 +59,11 @@ class Fields:
             raise self.error(name, f"is {value!r}, not a list")
         return value
 
+    def divides(self, name: str, divisor: int, whole: int) -> None:
+        """A count that must divide another: the key and value heads, the query heads."""
+        if whole % divisor:
+            raise self.error(name, f"is {divisor}, which does not divide the {whole} heads it serves")
+
     def refuse(self, *names: str) -> None:
         """Fields which change the computation in a way this model file does not implement."""
         for name in names:
@@ -88,10 +93,19 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0  # multiplies cos and sin, so attention scores carry its square
+    share: float = 1.0  # of a head's numbers that are rotated, the first ones
+    sections: tuple[int, ...] = ()  # frequencies per axis (time, height, width) of multimodal positions; equal for text
 
     @classmethod
-    def from_json(cls, fields: Fields, max_position: int, default_theta: float = 10_000.0) -> Rope:
-        """Both spellings: `rope_parameters` (transformers 5) or top-level `rope_theta` with `rope_scaling`."""
+    def from_json(
+        cls, fields: Fields, max_position: int, default_theta: float = 10_000.0, *, default_share: float | None = None,
+        default_sections: tuple[int, ...] = ()
+    ) -> Rope:
+        """Both spellings: `rope_parameters` (transformers 5) or top-level `rope_theta` with `rope_scaling`.
+
+        `default_share`: of a model_type that may rotate a part of each head; None = it rotates all of it, and a config
+        that says otherwise is refused.
+        """
         scaling = fields.object("rope_scaling")
         if not scaling.data:
             scaling = fields.object("rope_parameters")
@@ -101,11 +115,14 @@ class Rope:
         kind = scaling.choice(
             "rope_type", ("default", "yarn"), scaling.choice("type", ("default", "yarn"), "default")
         )
-        for owner in (fields, scaling):
-            if owner.positive("partial_rotary_factor", 1.0) != 1.0:
-                raise owner.error("partial_rotary_factor", "is not 1, which is not implemented for this model_type")
+        share = scaling.positive("partial_rotary_factor", fields.positive("partial_rotary_factor", default_share or 1.0))
+        if share > 1 or (share != 1 and default_share is None):
+            raise fields.error("partial_rotary_factor", f"is {share:g}, which is not implemented for this model_type")
+        sections = tuple(scaling.array("mrope_section", list(default_sections))) if default_sections else ()
+        if any(type(size) is not int or size < 0 for size in sections):
+            raise scaling.error("mrope_section", f"is {list(sections)}, not the number of frequencies of each axis")
         if kind == "default":
-            return cls(theta)
+            return cls(theta, share=share, sections=sections)
         scaling.refuse("mscale", "mscale_all_dim")
         factor = scaling.positive("factor")
         if factor < 1:
@@ -119,14 +136,20 @@ class Rope:
             scaling.flag("truncate", True),
             # Peng et al. 2023, equation 22: the temperature of attention that keeps its entropy over the longer context.
             scaling.positive("attention_factor", 0.1 * math.log(factor) + 1.0),
+            share,
+            sections,
         )
 
+    def width(self, head_dim: int) -> int:
+        """How many numbers of a head are rotated."""
+        return int(head_dim * self.share)
+
     def frequencies(self, head_dim: int) -> Tensor:
-        """(D/2,) fp32, radians per position."""
+        """(R/2,) fp32, radians per position, of the R rotated numbers of a head."""
         if self.factor is None:
-            return ops.rope_frequencies(head_dim, self.theta)
+            return ops.rope_frequencies(self.width(head_dim), self.theta)
         return ops.yarn_frequencies(
-            head_dim,
+            self.width(head_dim),
             self.theta,
             self.factor,
             self.original_context,
@@ -136,10 +159,19 @@ class Rope:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The spelling of the official files, which transformers 4 and 5 both read."""
+        """The spelling of the official files, which transformers 4 and 5 both read; with sections, which are newer, the
+        one dict of transformers 5."""
+        share = {} if self.share == 1 else {"partial_rotary_factor": self.share}
+        if self.sections:
+            axes = {"mrope_section": list(self.sections), "mrope_interleaved": True}
+            return {"rope_parameters": {"rope_theta": self.theta, "partial_rotary_factor": self.share, **axes,
+                                        **(self._scaling() or {"rope_type": "default"})}}
+        return {"rope_theta": self.theta, **share, "rope_scaling": self._scaling()}
+
+    def _scaling(self) -> dict[str, Any] | None:
         if self.factor is None:
-            return {"rope_theta": self.theta, "rope_scaling": None}
-        scaling = {
+            return None
+        return {
             "rope_type": "yarn",
             "factor": self.factor,
             "original_max_position_embeddings": self.original_context,
@@ -148,18 +180,32 @@ class Rope:
             "truncate": self.truncate,
             "attention_factor": self.attention_factor,
         }
-        return {"rope_theta": self.theta, "rope_scaling": scaling}
 
 
-def layer_types(fields: Fields, layers: int, default: list[str]) -> tuple[str, ...]:
-    """`layer_types` of the config if it is given, else `default`: "full_attention" or "sliding_attention" per layer."""
+def layer_types(
+    fields: Fields, layers: int, default: list[str], known: Sequence[str] = ("full_attention", "sliding_attention")
+) -> tuple[str, ...]:
+    """`layer_types` of the config if it is given, else `default`: one of the `known` kinds per layer."""
     types = fields.array("layer_types", default)
     if len(types) != layers:
         raise fields.error("layer_types", f"has {len(types)} entries for {layers} layers")
     for name in types:
-        if name not in ("full_attention", "sliding_attention"):
-            raise fields.error("layer_types", f"holds {name!r}; implemented: full_attention, sliding_attention")
+        if name not in known:
+            raise fields.error("layer_types", f"holds {name!r}; implemented: {', '.join(known)}")
     return tuple(types)
+
+
+def hybrid_types(fields: Fields, layers: int) -> tuple[str, ...]:
+    """The kind of every layer: three linear_attention, then one full_attention, unless the config says otherwise."""
+    interval = fields.integer("full_attention_interval", 4)
+    types = [("linear_attention", "full_attention")[(i + 1) % interval == 0] for i in range(layers)]
+    return layer_types(fields, layers, types, ("linear_attention", "full_attention"))
+
+
+def text_config(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the language model: a multimodal config.json nests them in `text_config`, beside a few of its own."""
+    nested = data.get("text_config")
+    return {**data, **nested} if isinstance(nested, dict) else data
 
 
 def sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,22 +71,24 @@ class Piece:
 
 
 class Session:
-    """The cache of one conversation: a following prompt is read only from where it departs from what is held."""
+    """The cache of one conversation: a following prompt is read only from where it departs from what is held.
+
+    A model with recurrent layers can go back to the lengths it has marked only: the last few places where `generate`
+    began or stopped reading a prompt, the latest being at most 64 tokens before its end.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._model = model
         self.cache = model.make_cache()
         self.ids: list[int] = []  # the tokens in the cache
 
     def reuse(self, prompt: list[int]) -> int:
-        """Cut back to the longest common prefix with `prompt`, leaving at least one token to read. Tokens kept."""
+        """Cut back to a prefix of `prompt`, the longest one possible, leaving at least one token to read. Tokens kept."""
         common = 0
         for held, wanted in zip(self.ids, prompt[:-1], strict=False):
             if held != wanted:
                 break
             common += 1
-        if not self.cache.can_truncate(common):
-            self.cache, common = self._model.make_cache(), 0
+        common = self.cache.reachable(common)
         self.cache.truncate(common)
         self.ids = prompt[:common]
         return common
@@ -326,7 +329,7 @@ def _run(
     if session is not None:
         sequences[0].cached = session.reuse(sequences[0].prompt)
     cache = session.cache if session is not None else model.make_cache()
-    logits = _prefill(model, sequences, cache, chunk)  # (B, V)
+    logits = _prefill(model, sequences, cache, chunk, mark=session is not None)  # (B, V)
     prefilled = time.perf_counter()
     if session is not None:
         session.ids = list(sequences[0].prompt)
@@ -356,8 +359,11 @@ def _run(
             session.ids.append(tokens[0])
 
 
-def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chunk: int) -> Tensor:
-    """Read all prompts, left-padded to one length, `chunk` tokens at a time. Logits of the last position, (B, V)."""
+def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chunk: int, *, mark: bool) -> Tensor:
+    """Read all prompts, left-padded to one length, `chunk` tokens at a time. Logits of the last position, (B, V).
+
+    `mark`: so that a later prompt can depart from the end of this one, or from shortly before it, where templates do.
+    """
     rows = [s.prompt[s.cached :] for s in sequences]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)  # (B, T)
@@ -365,9 +371,13 @@ def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chu
     if any(len(row) < longest for row in rows):  # padding stands at position -1, which nothing attends to
         spans = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
         positions = torch.tensor(spans, device=model.device)
-    for start in range(0, longest, chunk):
-        end = start + chunk
+    edges = {*range(0, longest, chunk), longest}
+    if mark:
+        edges.add((longest - 1) // 64 * 64)
+    for start, end in pairwise(sorted(edges)):
         logits = _step(model, ids[:, start:end], None if positions is None else positions[:, start:end], cache)
+        if mark:
+            cache.mark()
     return logits
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend, ops
-from .cache import Cache
+from .cache import Cache, KVCache
 from .config import Rope
 
 
@@ -29,6 +29,41 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
         return backend.rms_norm(x, self.weight, self.eps)
+
+
+class ZeroCentredRMSNorm(nn.Module):
+    """RMSNorm whose weight is stored as its distance from one: `ops.zero_centred_rms_norm`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        return backend.zero_centred_rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm times the activation of a gate: `ops.gated_rms_norm`."""
+
+    def __init__(self, size: int, eps: float, activation: str = "silu") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.activation = eps, activation
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # (..., size), (..., size) -> (..., size)
+        return backend.gated_rms_norm(x, gate, self.weight, self.eps, self.activation)
+
+
+class CausalConv1d(nn.Module):
+    """silu of a causal convolution over time of every channel by itself: `ops.causal_conv1d`."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:  # (B, T, C), (B, C, W) -> the same two
+        return backend.causal_conv1d(x, self.weight[:, 0], state)
 
 
 class MLP(nn.Module):
@@ -70,6 +105,25 @@ def expert_parts(name: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
         else:
             yield f"{e}.gate_proj.weight", stack[e, :half]
             yield f"{e}.up_proj.weight", stack[e, half:]
+
+
+class MultiTokenPrediction(nn.Module):
+    """The draft layer of the hybrid models (MTP): from the trunk's final state at token t and token t + 1, a state whose
+    logits are those of token t + 2 (DeepSeek-V3 Technical Report, arXiv 2412.19437, section 2.2)."""
+
+    def __init__(self, hidden: int, eps: float, block: nn.Module) -> None:
+        super().__init__()
+        self.pre_fc_norm_embedding = ZeroCentredRMSNorm(hidden, eps)
+        self.pre_fc_norm_hidden = ZeroCentredRMSNorm(hidden, eps)
+        self.fc = Linear(2 * hidden, hidden, bias=False)
+        self.layers = nn.ModuleList([block])
+        self.norm = ZeroCentredRMSNorm(hidden, eps)
+
+    def forward(
+        self, hidden: Tensor, embedded: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:  # hidden states of t and embeddings of t + 1, (B, T, H) each -> (B, T, H)
+        x = self.fc(torch.cat((self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)), dim=-1))
+        return self.norm(self.layers[0](x, rope, mask, cache))
 
 
 class Rotary(nn.Module):

@@ -59,3 +59,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """`ops.cross_entropy`."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets.masked_fill(targets < 0, -100), ignore_index=-100, reduction="none")
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ops.gated_delta_rule` in chunks, except for the few tokens of a decoding step."""
+    run = ops.gated_delta_rule if v.shape[1] <= 4 else ops.gated_delta_chunked
+    return run(q, k, v, g, beta, state)

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_ref.models import qwen2, qwen3
+from qwen_ref.models import qwen2, qwen3, qwen3_5, qwen3_next
 
 TINY = {
     "qwen2": (qwen2, qwen2.TINY),
     "qwen2_moe": (qwen2, qwen2.TINY_MOE),
     "qwen3": (qwen3, qwen3.TINY),
     "qwen3_moe": (qwen3, qwen3.TINY_MOE),
+    "qwen3_next": (qwen3_next, qwen3_next.TINY),
+    "qwen3_5": (qwen3_5, qwen3_5.TINY),
+    "qwen3_5_moe": (qwen3_5, qwen3_5.TINY_MOE),
 }
 
 try:

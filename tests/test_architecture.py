@@ -13,7 +13,7 @@ from qwen_ref.models import qwen2, qwen3
 
 PACKAGE = Path(qwen_ref.__file__).parent
 SUBJECTS = ("norms", "rotary", "attention", "moe", "linear", "tokens", "packed")  # the operations' families in the kernel bench
-FORMULAS = ("attention", "dtypes", "feed_forward", "norms", "rotary", "tokens")  # the files of qwen_ref/ops
+FORMULAS = ("attention", "delta", "dtypes", "feed_forward", "norms", "rotary", "tokens")  # the files of qwen_ref/ops
 # What a module of the package may import from it, downward only.
 ALLOWED = {
     "errors": set(),
@@ -54,6 +54,8 @@ ALLOWED = {
     "models.common": {"cache", "layers", "checkpoint", "errors", "hooks", "quant.layers"},  # hooks inside the methods that offer it
     "models.qwen2": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
+    "models.qwen3_next": {"backend", "cache", "config", "layers", "models.common", "ops"},
+    "models.qwen3_5": {"backend", "cache", "config", "layers", "models.common", "ops"},
     "chat": {"errors", "limits"},
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},

@@ -13,6 +13,11 @@ FILES = {
     "qwen2_moe": "qwen2",  # Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B
     "qwen3": "qwen3",  # Qwen3 dense, Qwen3-Embedding, Qwen3-Reranker
     "qwen3_moe": "qwen3",  # Qwen3-30B-A3B, 235B-A22B, Qwen3-Coder
+    "qwen3_next": "qwen3_next",  # Qwen3-Next-80B-A3B, Qwen3-Coder-Next
+    "qwen3_5": "qwen3_5",  # Qwen3.5 and 3.6 dense; with _text, the config of the language model alone
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5",  # Qwen3.5 and 3.6 35B-A3B, 122B-A10B, 397B-A17B
+    "qwen3_5_moe_text": "qwen3_5",
 }
 
 

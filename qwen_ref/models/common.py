@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache
+from ..cache import Cache, KVCache
 from ..checkpoint import LoadReport
-from ..errors import CheckpointError
-from ..layers import Experts, expert_parts
+from ..errors import CheckpointError, RequestError
+from ..layers import Experts, MultiTokenPrediction, expert_parts, place
 from ..quant.layers import Holder, PackedExperts, PackedSeparately
 
 
@@ -27,6 +27,7 @@ class LanguageModel(nn.Module):
     model: Any  # the decoder: ids to final hidden states
     lm_head: Any  # nn.Linear; None for the files of an embedding model
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint names that are skipped on purpose
+    mtp: Any = None  # the draft layer, if the checkpoint has one and the generation uses it
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -36,8 +37,36 @@ class LanguageModel(nn.Module):
         self.extra_files: dict[str, bytes] = {}  # the tokenizer and generation files it came with; `save` writes them
         self.load_report: LoadReport | None = None  # what `loading.load` found in the weight files
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, rewind: int = 0) -> Cache:
+        """An empty cache. `rewind`: how many of the last tokens `truncate` must be able to take back, see `RecurrentCache`;
+        layers that keep keys always can."""
         raise NotImplementedError
+
+    def make_mtp(self) -> MultiTokenPrediction:
+        """A draft layer for this model, to be its `mtp`. RequestError if the generation has none."""
+        raise RequestError(f"{self.config.model_type} has no draft layer (MTP)")
+
+    def draft(
+        self, hidden: Tensor, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the draft layer expects after the next token.
+
+        Args:
+            hidden: (B, T, H), `model.model`'s output at T tokens, or what this function returned for them.
+            input_ids: (B, T) int64, the token that followed each. positions: (B, T), as for `forward`.
+            cache: from `make_draft_cache`; holds what was read before.
+        Returns: (logits of the tokens after `input_ids` (B, T, V), hidden states (B, T, H)).
+        """
+        if self.mtp is None:
+            raise RequestError("this model has no draft layer (MTP): its checkpoint has no tensors named mtp.*")
+        x = self.model.embed_tokens(input_ids)
+        positions, masks = place(x, positions, cache, {None})
+        rope = self.model.rotary_emb(positions, x.dtype)
+        hidden = self.mtp(hidden, x, rope, masks[None], cache.layers[0] if cache is not None else None)
+        return self.lm_head(hidden), hidden
+
+    def make_draft_cache(self) -> Cache:
+        return Cache([KVCache()])
 
     @property
     def device(self) -> torch.device:

@@ -236,7 +236,7 @@ class Model(LanguageModel):
         """
         return self.lm_head(self.model(input_ids, positions, cache))
 
-    def make_cache(self) -> Cache:
+    def make_cache(self, rewind: int = 0) -> Cache:
         return Cache([KVCache() if w is None else SlidingKVCache(w) for w in self.config.windows])
 
 

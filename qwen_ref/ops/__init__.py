@@ -20,8 +20,15 @@ from .attention import (
     repeat_kv,
     visible,
 )
+from .delta import (
+    causal_conv1d,
+    delta_gates,
+    gated_delta_chunked,
+    gated_delta_pattern,
+    gated_delta_rule,
+)
 from .dtypes import at_least_fp32
 from .feed_forward import linear, moe_experts, router_topk, swiglu
-from .norms import add_rms_norm, rms_norm
+from .norms import add_rms_norm, gated_rms_norm, l2_norm, rms_norm, zero_centred_rms_norm
 from .rotary import norm_rope_write, rope, rope_frequencies, rope_tables, yarn_frequencies
 from .tokens import cross_entropy, last_token, sample

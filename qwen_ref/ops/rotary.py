@@ -56,13 +56,16 @@ def rope_tables(positions: Tensor, frequencies: Tensor, scale: float, dtype: tor
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j+D/2}) of every head by the position's angles ("half-split" convention).
+    """Rotate the pairs (x_j, x_{j+R/2}) of every head by the position's angles ("half-split" convention).
 
-    x (B, N, T, D); cos, sin (B, T, D). Returns (B, N, T, D). Runs in x's dtype, as the official model does.
+    x (B, N, T, D); cos, sin (B, T, R). R < D rotates the first R numbers of a head and leaves the others as they are
+    ("partial rotary"). Returns (B, N, T, D). Runs in x's dtype, as the official model does.
     """
-    cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, R)
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def norm_rope_write(
