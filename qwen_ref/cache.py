@@ -133,7 +133,7 @@ class RecurrentCache:
             self._recent[self.length] = self.state
         self.length += count
         self.state = state
-        self._recent = {at: kept for at, kept in self._recent.items() if at >= self.length - self.rewind}
+        self._recent = {at: kept for at, kept in self._recent.items() if self.length - self.rewind <= at < self.length}
 
     def mark(self) -> None:
         self._marks[self.length] = self.state

@@ -47,9 +47,14 @@ class Point:
     name: str
     path: str  # the module it belongs to, by its official name
     place: str  # "output" or "input" of that module, or the operation inside it
-    dims: str  # letters of `ops`, one per axis; S keys, V vocabulary
+    dims: str  # letters of `ops`, one per axis; S keys, V vocabulary, c and d the key and value dimensions of a delta net
     call: int = 0  # which of the operation's calls inside the module
-    editable: bool = True
+    instead: str = ""  # of a point that can be read but not edited: what to edit instead
+    part: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)  # of the output, as a view of it; None = all
+
+    @property
+    def editable(self) -> bool:
+        return not self.instead
 
     @property
     def layer(self) -> int | None:
@@ -65,41 +70,82 @@ def points(model: nn.Module) -> dict[str, Point]:
     found = [Point("hook_embed", "model.embed_tokens", "output", "BTH")]
     for i, block in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
         found += _block_points(f"blocks.{i}", f"model.layers.{i}", block)
-    found += _norm_points("ln_final", "model.norm")
+    found += _norm_points("ln_final", "model.norm", model.model.norm)
     if model.lm_head is not None:
         found.append(Point("hook_logits", "lm_head", "output", "BTV"))
     return {point.name: point for point in found}
 
 
 def _block_points(name: str, path: str, block: Any) -> list[Point]:
-    attn, a, mlp = f"{path}.self_attn", f"{name}.attn.hook", f"{path}.mlp"
+    mlp = f"{path}.mlp"
+    if hasattr(block, "linear_attn"):
+        mixer = f"{path}.linear_attn"
+        inside = _delta_points(f"{name}.attn.hook", mixer)
+    else:
+        mixer = f"{path}.self_attn"
+        inside = _attention_points(f"{name}.attn.hook", mixer, block.self_attn)
     return [
         Point(f"{name}.hook_resid_pre", path, "input", "BTH"),
-        *_norm_points(f"{name}.ln1", f"{path}.input_layernorm"),
-        Point(f"{a}_q", f"{attn}.q_proj", "output", "BTND"),
-        *([Point(f"{a}_q_normed", f"{attn}.q_norm", "output", "BTND")] if hasattr(block.self_attn, "q_norm") else []),
-        Point(f"{a}_k", f"{attn}.k_proj", "output", "BTKD"),
-        *([Point(f"{a}_k_normed", f"{attn}.k_norm", "output", "BTKD")] if hasattr(block.self_attn, "k_norm") else []),
-        Point(f"{a}_v", f"{attn}.v_proj", "output", "BTKD"),
-        Point(f"{a}_rot_q", attn, "rope", "BTND", call=0),
-        Point(f"{a}_rot_k", attn, "rope", "BTKD", call=1),
-        Point(f"{a}_attn_scores", attn, "attention", "BNTS"),
-        Point(f"{a}_pattern", attn, "attention", "BNTS"),
-        Point(f"{a}_z", attn, "attention", "BTND"),
-        Point(f"{a}_result", f"{attn}.o_proj", "heads", "BTNH"),
-        Point(f"{name}.hook_attn_out", attn, "output", "BTH"),
+        *_norm_points(f"{name}.ln1", f"{path}.input_layernorm", block.input_layernorm),
+        *inside,
+        Point(f"{name}.hook_attn_out", mixer, "output", "BTH"),
         Point(f"{name}.hook_resid_mid", f"{path}.post_attention_layernorm", "residual", "BTH"),
-        *_norm_points(f"{name}.ln2", f"{path}.post_attention_layernorm"),
+        *_norm_points(f"{name}.ln2", f"{path}.post_attention_layernorm", block.post_attention_layernorm),
         *(_moe_points(name, mlp, block.mlp) if hasattr(block.mlp, "experts") else _mlp_points(f"{name}.mlp", mlp)),
         Point(f"{name}.hook_mlp_out", mlp, "output", "BTH"),
         Point(f"{name}.hook_resid_post", path, "output", "BTH"),
     ]
 
 
-def _norm_points(name: str, path: str) -> list[Point]:
+def _attention_points(a: str, path: str, attn: Any) -> list[Point]:
+    normed = hasattr(attn, "q_norm")
+    gated = attn.q_proj.out_features == 2 * attn.o_proj.in_features  # of each head, q_proj has query rows, then gate rows
+    dim = attn.head_dim
+
+    def rows(start: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.unflatten(-1, (-1, 2 * dim))[..., start : start + dim]
+
     return [
-        Point(f"{name}.hook_scale", path, "rms_norm", "BT1"),  # the root mean square the vector is divided by
-        Point(f"{name}.hook_normalized", path, "rms_norm", "BTH"),  # before the weight, as in TransformerLens
+        Point(f"{a}_q", f"{path}.q_proj", "output", "BTND", part=rows(0) if gated else None),
+        *([Point(f"{a}_gate", f"{path}.q_proj", "output", "BTND", part=rows(dim))] if gated else []),
+        *([Point(f"{a}_q_normed", f"{path}.q_norm", "output", "BTND")] if normed else []),
+        Point(f"{a}_k", f"{path}.k_proj", "output", "BTKD"),
+        *([Point(f"{a}_k_normed", f"{path}.k_norm", "output", "BTKD")] if normed else []),
+        Point(f"{a}_v", f"{path}.v_proj", "output", "BTKD"),
+        Point(f"{a}_rot_q", path, "rope", "BTND", call=0),
+        Point(f"{a}_rot_k", path, "rope", "BTKD", call=1),
+        Point(f"{a}_attn_scores", path, "attention", "BNTS"),
+        Point(f"{a}_pattern", path, "attention", "BNTS"),
+        # What o_proj reads: after the gate, where there is one.
+        Point(f"{a}_z", f"{path}.o_proj", "input", "BTND") if gated else Point(f"{a}_z", path, "attention", "BTND"),
+        Point(f"{a}_result", f"{path}.o_proj", "heads", "BTNH"),
+    ]
+
+
+def _delta_points(a: str, path: str) -> list[Point]:
+    """Of a Gated DeltaNet. q, k and v after the convolution, before q and k are scaled to length one."""
+    rule = "gated_delta_rule"
+    return [
+        Point(f"{a}_q", path, rule, "BTGc"),
+        Point(f"{a}_k", path, rule, "BTGc"),
+        Point(f"{a}_v", path, rule, "BTPd"),
+        Point(f"{a}_decay", path, rule, "BTP"),  # exp(g), the share of the state that stays
+        Point(f"{a}_beta", path, rule, "BTP"),  # the share of the error that is written
+        # What the rule amounts to as attention among the tokens of this pass.
+        Point(f"{a}_pattern", path, rule, "BPTT", instead="hook_q, hook_k, hook_decay or hook_beta"),
+        Point(f"{a}_out", path, rule, "BTPd"),
+        Point(f"{a}_state", path, rule, "BPcd"),  # after the last token
+        Point(f"{a}_gate", f"{path}.norm", "gated_rms_norm", "BTPd"),  # before its activation
+        Point(f"{a}_z", f"{path}.norm", "output", "BTPd"),
+        Point(f"{a}_result", f"{path}.out_proj", "heads", "BTPH"),
+    ]
+
+
+def _norm_points(name: str, path: str, norm: Any) -> list[Point]:
+    operation = getattr(norm, "operation", "rms_norm")
+    return [
+        Point(f"{name}.hook_scale", path, operation, "BT1"),  # the root mean square the vector is divided by
+        Point(f"{name}.hook_normalized", path, operation, "BTH"),  # before the weight, as in TransformerLens
         Point(f"{name}.hook_out", path, "output", "BTH"),
     ]
 
@@ -116,7 +162,7 @@ def _moe_points(name: str, path: str, mlp: Any) -> list[Point]:
     name = f"{name}.mlp"
     found = [
         Point(f"{name}.hook_router_logits", f"{path}.gate", "output", "BTE"),
-        Point(f"{name}.hook_router_probs", path, "router_topk", "BTE", editable=False),
+        Point(f"{name}.hook_router_probs", path, "router_topk", "BTE", instead="hook_router_logits"),
         Point(f"{name}.hook_topk_weights", path, "router_topk", "BTk"),
         Point(f"{name}.hook_topk_idx", path, "router_topk", "BTk"),
     ]
@@ -272,7 +318,7 @@ def _active(model: nn.Module, functions: list[tuple[str, Function]]) -> Iterator
     for name, fn in functions:
         by_point[name].append(fn)
     chosen = {name: known.get(name, Point(name, name, "output", "")) for name in by_point}
-    session = _Session(by_point, chosen, model.config.head_dim)  # type: ignore[union-attr, arg-type]
+    session = _Session(by_point, chosen, _widths(model.config))
     with ExitStack() as stack:
         for operation in session.operations():
             stack.enter_context(backend.intercept(operation, session.on_operation(operation)))
@@ -293,8 +339,8 @@ def _active(model: nn.Module, functions: list[tuple[str, Function]]) -> Iterator
 class _Session:
     """The functions of one `active` block and the PyTorch hooks that call them."""
 
-    def __init__(self, functions: dict[str, list[Function]], chosen: dict[str, Point], head_dim: int) -> None:
-        self.functions, self.points, self.head_dim, self.frames = functions, chosen, head_dim, _Frames()
+    def __init__(self, functions: dict[str, list[Function]], chosen: dict[str, Point], widths: dict[str, int]) -> None:
+        self.functions, self.points, self.widths, self.frames = functions, chosen, widths, _Frames()
         self.by_place = {(point.path, point.short): point for point in chosen.values()}
 
     # which modules and operations are concerned
@@ -308,7 +354,8 @@ class _Session:
         return inside | flattened
 
     def say_what_runs_eagerly(self, parameter: Tensor) -> None:
-        layers = sorted({p.layer for p in self.points.values() if p.short in ("pattern", "attn_scores")}, key=str)
+        scored = [p for p in self.points.values() if p.place == "attention" and p.short in ("pattern", "attn_scores")]
+        layers = sorted({p.layer for p in scored}, key=str)
         implementation = backend.attention.resolve(parameter.device, parameter.dtype).name
         if layers and implementation != "eager":
             where = ", ".join(map(str, layers[:8])) + (" ..." if len(layers) > 8 else "")
@@ -332,7 +379,7 @@ class _Session:
             if torch.equal(edited, value) and not edited.requires_grad:
                 continue  # nothing changed: the model goes on with its own tensor, and rounds as ever
             if not point.editable:
-                raise RequestError(f"{point.name} can be read but not edited; edit hook_router_logits instead")
+                raise RequestError(f"{point.name} can be read but not edited; edit {point.instead} instead")
             value = edited
         return value
 
@@ -371,6 +418,8 @@ class _Session:
             first = output[0] if isinstance(output, tuple) else output
             if point.place == "heads":
                 return self._heads_output(point, module, args[0])
+            if point.part is not None:
+                return self._part_of_output(point, point.part, first)
             x = self._shown(point, first)
             edited = self.passes(point, x)
             if edited is x:
@@ -383,15 +432,25 @@ class _Session:
     def _shown(self, point: Point, x: Tensor) -> Tensor:
         """As the point's dims say: heads apart, and tokens in rows where a mixture of experts flattened them."""
         if point.dims in ("BTND", "BTKD") and x.dim() == 3:
-            return x.unflatten(-1, (-1, self.head_dim))
+            return x.unflatten(-1, (-1, self.widths["N"]))
         if point.dims and x.dim() == 2 and self.frames.stack:
             return x.unflatten(0, self.frames.stack[-1].lead)
         return x
 
+    def _part_of_output(self, point: Point, part: Callable[[Tensor], Tensor], output: Tensor) -> Tensor | None:
+        x = part(output)
+        edited = self.passes(point, x)
+        if edited is x:
+            return None
+        output = output.clone()
+        part(output).copy_(edited)
+        return output
+
     def _heads_output(self, point: Point, o_proj: Any, z: Tensor) -> Tensor | None:
         """What each head adds to the residual stream: z_n W_n^T, with W_n the head's columns of o_proj's weight."""
-        weight = o_proj.weight.to(z.dtype).unflatten(1, (-1, self.head_dim))  # (H, N, D); a packed one comes in fp32
-        result = torch.einsum("btnd,hnd->btnh", z.unflatten(-1, (-1, self.head_dim)), weight)  # (B, T, N, H)
+        width = self.widths[point.dims[2]]
+        weight = o_proj.weight.to(z.dtype).unflatten(1, (-1, width))  # (H, N, D); a packed one comes in fp32
+        result = torch.einsum("btnd,hnd->btnh", z.unflatten(-1, (-1, width)), weight)  # (B, T, N, H)
         edited = self.passes(point, result)
         if edited is result:
             return None
@@ -400,8 +459,11 @@ class _Session:
     # operations
 
     def on_operation(self, operation: str) -> Callable[..., Any]:
-        handles: dict[str, Callable[..., Any]] = {"rms_norm": self._rms_norm, "rope": self._rope, "attention": self._attention,
-                                               "router_topk": self._router_topk}
+        handles: dict[str, Callable[..., Any]] = {
+            "rms_norm": self._rms_norm, "zero_centred_rms_norm": self._zero_centred, "gated_rms_norm": self._gated_rms_norm,
+            "rope": self._rope, "attention": self._attention, "gated_delta_rule": self._gated_delta_rule,
+            "router_topk": self._router_topk,
+        }  # fmt: skip
         handle = handles[operation]
 
         def wrapper(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -411,17 +473,47 @@ class _Session:
         return wrapper
 
     def _rms_norm(self, frame: _Frame, run: Callable, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        edited = self._normalized(frame, x, eps, x.dtype)
+        return run(x, weight, eps) if edited is None else weight * edited
+
+    def _zero_centred(self, frame: _Frame, run: Callable, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        edited = self._normalized(frame, x, eps, torch.promote_types(x.dtype, torch.float32))
+        return run(x, weight, eps) if edited is None else (edited * (1 + weight.to(edited.dtype))).to(x.dtype)
+
+    def _normalized(self, frame: _Frame, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor | None:
+        """What a norm multiplies by its weight, in `dtype`, if it or the scale was edited."""
         scale_point, normalized_point = self.wants(frame.path, "scale"), self.wants(frame.path, "normalized")
         if scale_point is None and normalized_point is None:
-            return run(x, weight, eps)
+            return None
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         scale = 1 / inverse
         edited = self.passes(scale_point, scale)
         # Unedited, the product of the official formula; dividing by the scale would round otherwise.
-        normalized = (wide * inverse if edited is scale else wide / edited).to(x.dtype)
+        normalized = (wide * inverse if edited is scale else wide / edited).to(dtype)
         result = self.passes(normalized_point, normalized)
-        return run(x, weight, eps) if edited is scale and result is normalized else weight * result
+        return None if edited is scale and result is normalized else result
+
+    def _gated_rms_norm(self, frame: _Frame, run: Callable, x: Tensor, gate: Tensor, *args: Any) -> Tensor:
+        return run(x, self.passes(self.wants(frame.path, "gate"), gate), *args)
+
+    def _gated_delta_rule(
+        self, frame: _Frame, run: Callable, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        def passes(short: str, value: Tensor) -> Tensor:
+            return self.passes(self.wants(frame.path, short), value)
+
+        q, k, v = passes("q", q), passes("k", k), passes("v", v)
+        if self.wants(frame.path, "decay"):
+            decay = g.exp()
+            edited = passes("decay", decay)
+            g = g if edited is decay else edited.log()
+        beta = passes("beta", beta)
+        if self.wants(frame.path, "pattern"):
+            passes("pattern", ops.gated_delta_pattern(q, k, g, beta))
+        out, state = run(q, k, v, g, beta, state)
+        return passes("out", out), passes("state", state)
 
     def _rope(self, frame: _Frame, run: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         point = self.wants(frame.path, ("rot_q", "rot_k")[frame.calls["rope"]])  # every Attention rotates q, then k
@@ -473,6 +565,11 @@ def _stopping_before(block: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def _widths(config: Any) -> dict[str, int]:
+    """Numbers per head, for each kind of head."""
+    return {"N": config.head_dim, "P": getattr(config, "linear_value_head_dim", 0)}
+
+
 def _block_index(model: Any, layer: int) -> int:
     count = len(model.model.layers)
     if not -count <= layer < count:
@@ -496,6 +593,8 @@ def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache:
     sizes = {
         "B": ids.shape[0], "T": len(range(tokens)[kept]) if kept else tokens, "H": config.hidden_size,
         "N": config.num_attention_heads, "K": config.num_key_value_heads, "D": config.head_dim,
+        "G": getattr(config, "linear_num_key_heads", 0), "P": getattr(config, "linear_num_value_heads", 0),
+        "c": getattr(config, "linear_key_head_dim", 0), "d": getattr(config, "linear_value_head_dim", 0),
         "S": tokens + (cache.length if cache is not None else 0), "I": config.intermediate_size,
         "E": config.num_experts, "k": config.num_experts_per_tok, "V": config.vocab_size, "1": 1,
     }  # fmt: skip
@@ -515,7 +614,7 @@ def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache:
 def _itemsize(point: Point | None, model_dtype: torch.dtype, kept_as: torch.dtype | None) -> int:
     if point and point.short == "topk_idx":
         return torch.int64.itemsize
-    if point and point.short in ("scale", "router_probs"):  # never rounded to half precision in the model
+    if point and point.short in ("scale", "router_probs", "decay", "state"):  # never rounded to half precision in the model
         model_dtype = torch.promote_types(model_dtype, torch.float32)
     return (kept_as or model_dtype).itemsize
 

@@ -22,6 +22,8 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """Scales each vector to unit root mean square, then by a learned weight: `ops.rms_norm`."""
 
+    operation = "rms_norm"
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -33,6 +35,8 @@ class RMSNorm(nn.Module):
 
 class ZeroCentredRMSNorm(nn.Module):
     """RMSNorm whose weight is stored as its distance from one: `ops.zero_centred_rms_norm`."""
+
+    operation = "zero_centred_rms_norm"
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint, LoadReport, empty, parse_object, read_json
+from .config import text_config
 from .errors import CheckpointError, ConfigError, RequestError
 from .hub import find
 from .models import module_for
@@ -159,7 +160,7 @@ def locate(model: str | Path, *, revision: str | None = None, offline: bool | No
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, as it stands; of a GGUF file, what would stand there."""
+    """config.json of a folder, the fields of `text_config` among the others; of a GGUF file, what would stand there."""
     if folder.suffix == ".gguf" and not folder.is_dir():
         from .quant.gguf import open_gguf
 
@@ -168,7 +169,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; is it a checkpoint folder in the Hugging Face format?")
-    return read_json(path, error=ConfigError)
+    return text_config(read_json(path, error=ConfigError))
 
 
 def build(raw: dict[str, Any], *, head: bool = True) -> LanguageModel:

@@ -60,7 +60,7 @@ ALLOWED = {
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},
     "sampling": {"errors"},
-    "loading": {"checkpoint", "errors", "hub", "models", "models.common", "quant.convert", "quant.format", "quant.ggml",
+    "loading": {"checkpoint", "config", "errors", "hub", "models", "models.common", "quant.convert", "quant.format", "quant.ggml",
                 "quant.gguf", "quant.making", "tokenizer"},
     "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "text", "tokenizer"},
     "retrieval": {"ops", "errors", "models.common", "tokenizer"},

@@ -38,6 +38,11 @@ TYPES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
 }
 
 
@@ -52,7 +57,7 @@ def test_official_configs_have_transformers_parameter_count(data):
         module = module_for(raw)
         assert module.Config.from_json(ours.config.to_json()) == ours.config, path.name
         checked.append(path.name)
-    assert len(checked) >= 19, checked  # 11 qwen3 and 8 qwen3_moe files
+    assert len(checked) >= 28, checked  # 11 qwen3, 8 qwen3_moe, 1 qwen3_next, 8 of Qwen3.5 and 3.6
 
 
 @pytest.mark.parametrize("model_type", FILES)
@@ -62,12 +67,13 @@ def test_class_defaults_are_transformers(model_type):
 
     architecture = next(a for a, t in TYPES.items() if t == model_type)
     ours = build({"model_type": model_type})
-    theirs = transformers.AutoConfig.for_model(model_type)
+    theirs = transformers.AutoConfig.for_model(model_type).get_text_config()
     c = ours.config
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
                  "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
-        assert getattr(c, name) == getattr(theirs, name), name
+        assert getattr(c, name) == getattr(theirs, name, 0), name  # qwen3_5_moe has no dense layer, and no size for one
     assert c.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert c.rope.share == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
     assert ours.num_parameters() == meta_count({"architectures": [architecture]})
 
 
@@ -116,9 +122,29 @@ BAD = [
 ]  # fmt: skip
 BAD_MOE = [
     ("num_experts", 0), ("num_experts", -1), ("num_experts_per_tok", 8), ("num_experts_per_tok", 0),
-    ("mlp_only_layers", [3]), ("mlp_only_layers", [-1]), ("mlp_only_layers", ["1"]), ("mlp_only_layers", 1),
+    ("mlp_only_layers", [5]), ("mlp_only_layers", [-1]), ("mlp_only_layers", ["1"]), ("mlp_only_layers", 1),
     ("decoder_sparse_step", 0), ("norm_topk_prob", "true"), ("moe_intermediate_size", 0),
 ]  # fmt: skip
+
+
+BAD_HYBRID = [
+    ("head_dim", 7), ("num_key_value_heads", 4), ("linear_num_key_heads", 4), ("linear_num_value_heads", 0),
+    ("linear_conv_kernel_dim", 0), ("full_attention_interval", 0), ("layer_types", ["sliding_attention"] * 5),
+    ("layer_types", ["linear_attention"]), ("use_sliding_window", True), ("hidden_act", "gelu"), ("rms_norm_eps", -1),
+    ("partial_rotary_factor", 0), ("partial_rotary_factor", 1.5), ("partial_rotary_factor", 0.01),
+    ("rope_parameters", {"partial_rotary_factor": "all"}), ("rope_parameters", {"mrope_section": [1, "2"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field,value", BAD_HYBRID)
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])
+def test_a_wrong_hybrid_value_is_named(model_type, field, value):
+    named = next(iter(value)) if isinstance(value, dict) else field
+    if named == "mrope_section" and model_type == "qwen3_next":
+        return  # which has no such axes
+    raw = {**TINY[model_type][1], "partial_rotary_factor": 0.25, "rope_parameters": None, field: value}
+    with pytest.raises(ConfigError, match="partial_rotary_factor rotates 1 of 7" if field == "head_dim" else f": {named} |{named} "):
+        build(raw)
 
 
 @pytest.mark.parametrize("field,value", BAD)
@@ -132,7 +158,7 @@ def test_a_wrong_value_is_named(model_type, field, value):
 
 
 @pytest.mark.parametrize("field,value", BAD_MOE)
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "qwen3_next"])
 def test_a_wrong_moe_value_is_named(model_type, field, value):
     with pytest.raises(ConfigError, match=field):
         build({**TINY[model_type][1], field: value})
@@ -140,13 +166,14 @@ def test_a_wrong_moe_value_is_named(model_type, field, value):
 
 @given(st.dictionaries(
     st.sampled_from(sorted({**TINY["qwen3_moe"][1], "rope_scaling": 0, "layer_types": 0, "sliding_window": 0,
-                            "use_sliding_window": 0, "rms_norm_eps": 0})),
+                            "use_sliding_window": 0, "rms_norm_eps": 0, "linear_num_key_heads": 0, "rope_parameters": 0,
+                            "partial_rotary_factor": 0, "full_attention_interval": 0, "text_config": 0})),
     st.recursive(st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=5),
                  lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3), max_leaves=4),
     max_size=4))  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_any_values_parse_or_are_refused(changes):
-    for base in (TINY["qwen3_moe"][1], TINY["qwen2_moe"][1]):
+    for base in (TINY["qwen3_moe"][1], TINY["qwen2_moe"][1], TINY["qwen3_next"][1], TINY["qwen3_5_moe"][1]):
         try:
             build({**base, **{k: v for k, v in changes.items() if k != "model_type"}})
         except QwenRefError:

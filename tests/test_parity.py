@@ -29,6 +29,16 @@ VARIANTS = {
         **{k: v for k, v in TINY["qwen3"][1].items() if k != "rope_theta"},
         "rope_parameters": {"rope_theta": 5e5, **YARN["rope_scaling"]},
     },
+    "qwen3_next tied": {**TINY["qwen3_next"][1], "tie_word_embeddings": True, "norm_topk_prob": False},
+    "qwen3_5 yarn": {
+        **TINY["qwen3_5"][1],
+        "rope_parameters": {**TINY["qwen3_5"][1]["rope_parameters"], **YARN["rope_scaling"]},
+    },
+    "qwen3_5 biased": {**TINY["qwen3_5"][1], "attention_bias": True},
+    "qwen3_5_moe other order": {
+        **TINY["qwen3_5_moe"][1],
+        "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    },
     "qwen3_moe sliding": {**TINY["qwen3_moe"][1], **SLIDING},
     "qwen3_moe not renormalised": {**TINY["qwen3_moe"][1], "norm_topk_prob": False},
 }
@@ -38,8 +48,9 @@ IDS = torch.randint(0, 211, (2, 23), generator=ids_of)
 
 @contextmanager
 def casts_lifted(model):
-    """transformers computes norms and softmax in fp32 even in an fp64 model. Inside, its module sees a `torch` whose
-    float32 is float64, so that an fp64 run of it is one. Rotary angles (`.float()`) stay fp32 on both sides."""
+    """transformers computes norms, softmax and decays in fp32 even in an fp64 model. Inside, its module sees a `torch`
+    whose float32 is float64, and `.float()` leaves fp64 as it is, so that an fp64 run of it is one. Rotary angles, made
+    from integers, stay fp32 on both sides."""
     module = sys.modules[type(model).__module__]
 
     class Lifted:
@@ -49,12 +60,15 @@ def casts_lifted(model):
             return getattr(torch, name)
 
     real, module.torch = module.torch, Lifted()
+    real_float = torch.Tensor.float
+    torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else real_float(x)
     real_rope = type(model.model.rotary_emb).forward
     type(model.model.rotary_emb).forward = with_torch(module, real, real_rope)
     try:
         yield
     finally:
         module.torch = real
+        torch.Tensor.float = real_float
         type(model.model.rotary_emb).forward = real_rope
 
 
@@ -73,11 +87,14 @@ def compare(ours, theirs, bound: float) -> int:
     with backend.use("eager"):
         mine = capture(ours, IDS)
     reference = capture(theirs, IDS)
-    missing = [n for n, m in ours.named_modules() if next(m.parameters(recurse=False), None) is not None and n not in reference]
+    missing = [n for n, m in ours.named_modules() if next(m.parameters(recurse=False), None) is not None and n not in reference
+               and not n.endswith(".conv1d")]  # transformers reads its weight and never calls it; test_verify compares what it makes
     assert not missing, f"never compared: {missing}"
     shared = [name for name in mine if name in reference]
     for name in shared:
-        a, b = mine[name].double().flatten(), reference[name].double().flatten()
+        b = reference[name].double()
+        a = mine[name].double().expand_as(b).flatten() if "rotary" in name else mine[name].double().flatten()  # (1 or B, T, R)
+        b = b.flatten()
         assert a.shape == b.shape, name
         error = float((a - b).abs().max() / b.abs().max())
         assert error <= bound, f"{name}: max-abs error {error:.2e} of its scale, allowed {bound:.0e}"
@@ -87,7 +104,9 @@ def compare(ours, theirs, bound: float) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fp32(variant):
     ours, theirs = make_pair(VARIANTS[variant])
-    count = compare(ours, theirs, 2e-6)  # the issue allows 1e-4; a few fp32 roundings of 6e-8 is what there is
+    # A few fp32 roundings of 6e-8. The delta rule sums in another order, token by token here and in chunks there, and the
+    # norm after it divides by what may be small; test_fp64 shows that there is nothing else.
+    count = compare(ours, theirs, 1e-4 if "linear_attention" in ours.config.layer_types else 2e-6)
     assert count > 10 * 3  # every sub-layer of three layers took part
 
 
@@ -109,10 +128,14 @@ def test_bf16_loses_no_more_than_transformers(name):
             p.copy_(q)  # the fp32 run of the rounded weights
         truth, mine, reference = truth(IDS), ours(IDS).float(), theirs(IDS).logits.float()
     assert (mine - truth).norm() <= 1.25 * (reference - truth).norm()
-    assert torch.equal(mine.argmax(-1), reference.argmax(-1))
+    if "linear_attention" not in ours.config.layer_types:  # where sums have another order, a tie may fall the other way
+        assert torch.equal(mine.argmax(-1), reference.argmax(-1))
+    unlike = mine.argmax(-1) != reference.argmax(-1)
+    best = truth.topk(2).values  # (B, T, 2)
+    assert (best[unlike][:, 0] - best[unlike][:, 1] <= 2 * (reference - truth).abs().amax(-1)[unlike]).all()
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "qwen3_next"])
 def test_the_same_experts_are_chosen(name):
     ours, theirs = make_pair(TINY[name][1])
     chosen = []
@@ -128,7 +151,7 @@ def test_the_same_experts_are_chosen(name):
     assert len(experts.unique()) == config.num_experts  # the test reaches them all
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "qwen2_moe sliding", "qwen3", "qwen3 sliding", "qwen3_moe"])
+@pytest.mark.parametrize("variant", ["qwen2", "qwen2_moe sliding", "qwen3", "qwen3 sliding", "qwen3_moe", "qwen3_next", "qwen3_5"])
 def test_left_padding_matches_transformers(variant):
     ours, theirs = make_pair(VARIANTS[variant])
     positions = torch.arange(23).repeat(2, 1)
@@ -137,7 +160,8 @@ def test_left_padding_matches_transformers(variant):
     with torch.no_grad():
         mine = ours(IDS, positions.clamp_min(-1))
         reference = theirs(IDS, attention_mask=mask, position_ids=positions.clamp_min(0)).logits
-    torch.testing.assert_close(mine[mask.bool()], reference[mask.bool()], rtol=1e-4, atol=1e-5)
+    atol = 1e-4 if "linear_attention" in ours.config.layer_types else 1e-5  # of logits to 10: see test_fp32
+    torch.testing.assert_close(mine[mask.bool()], reference[mask.bool()], rtol=1e-4, atol=atol)
     assert torch.isfinite(mine).all()
 
 

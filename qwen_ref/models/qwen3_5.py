@@ -69,6 +69,7 @@ class Config:
         model_type = f.choice("model_type", ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"))
         moe = "moe" in model_type
         f.choice("hidden_act", ("silu",), "silu")
+        f.refuse("use_sliding_window")
         layers = f.integer("num_hidden_layers", 40 if moe else 32, high=4096)
         max_position = f.integer("max_position_embeddings", 32768, high=1 << 40)
         experts = f.integer("num_experts", 256) if moe else 0

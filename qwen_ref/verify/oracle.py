@@ -28,6 +28,7 @@ ROTARY = "model.rotary_emb"
 _EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # What transformers never has as a tensor of its own: masked scores, one head's share of o_proj, the inside of a norm.
 _UNSEEN = ("hook_attn_scores", "hook_result", "hook_scale", "hook_normalized", "hook_router_probs")
+_DELTA = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")  # transformers' functions, by module
 
 
 def require() -> Any:
@@ -94,7 +95,8 @@ def points(model: nn.Module) -> dict[str, Point]:
     """The points both sides can show, in the order in which they are computed; `model` may be either side's."""
     found = {}
     for name, point in hooks.points(model).items():
-        if not name.endswith(_UNSEEN):
+        inside_rule = point.place == "gated_delta_rule" and point.short in ("pattern", "state")
+        if not name.endswith(_UNSEEN) and not inside_rule:
             found[name] = point
         if name == "hook_embed":
             found.update({f"rotary.hook_{table}": Point(f"rotary.hook_{table}", ROTARY, "output", "BTD", call=i)
@@ -163,13 +165,16 @@ def recording_ours(model: LanguageModel, names: Iterable[str]) -> Iterator[dict[
 def recording_theirs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """While active, a dict that fills with copies of the activations transformers' model computes."""
     known = points(model)
-    recorder = _Recorder([known[name] for name in names], _head_dim(model))
+    recorder = _Recorder([known[name] for name in names], model.config.head_dim)  # type: ignore[union-attr, arg-type]
     with ExitStack() as stack:
         for path, hook in recorder.before():
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
         for path, hook in recorder.after():
             stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
-        stack.enter_context(_replaced(sys.modules[type(model).__module__], "apply_rotary_pos_emb", recorder.on_rotation))
+        module = sys.modules[type(model).__module__]
+        stack.enter_context(_replaced(module, "apply_rotary_pos_emb", recorder.on_rotation))
+        for rule in (name for name in _DELTA if hasattr(module, name)):
+            stack.enter_context(_replaced(module, rule, recorder.on_delta_rule))
         yield recorder.acts
 
 
@@ -185,9 +190,9 @@ class _Recorder:
         for layer in dict.fromkeys(point.layer for point in self.wanted if point.layer is not None):
             yield f"model.layers.{layer}", self._enter(f"blocks.{layer}")
         for point in self.wanted:
-            path, end, _ = _source(point)
+            path, end, index = _source(point)
             if end == "input":
-                yield path, self._on_input(point)
+                yield path, self._on_input(point, index)
 
     def after(self) -> Iterator[tuple[str, Callable[..., None]]]:
         for point in self.wanted:
@@ -202,21 +207,34 @@ class _Recorder:
                 self._keep(point, rotated[point.call].transpose(1, 2))  # (B, N, T, D) -> (B, T, N, D)
         return rotated
 
+    def on_delta_rule(self, rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = rule(*args, **kwargs)
+        q, k, v = args
+        seen = {"q": q, "k": k, "v": v, "decay": kwargs["g"].exp(), "beta": kwargs["beta"], "out": out[0]}
+        for point in self.wanted:
+            if point.place == "gated_delta_rule" and point.name.startswith(f"{self.layer}."):
+                self._keep(point, seen[point.short])
+        return out
+
     def _enter(self, layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.layer, self.lead = layer, args[0].shape[:2]
 
         return hook
 
-    def _on_input(self, point: Point) -> Callable[..., None]:
-        return lambda module, args: self._keep(point, args[0])
+    def _on_input(self, point: Point, index: int) -> Callable[..., None]:
+        return lambda module, args: self._keep(point, args[index])
 
     def _on_output(self, point: Point, index: int) -> Callable[..., None]:
         return lambda module, args, output: self._keep(point, output if isinstance(output, Tensor) else output[index])
 
     def _keep(self, point: Point, value: Tensor) -> None:
-        if point.dims in ("BTND", "BTKD") and value.dim() == 3:
+        if point.part is not None:
+            value = point.part(value)
+        elif point.dims in ("BTND", "BTKD") and value.dim() == 3:
             value = value.unflatten(-1, (-1, self.head_dim))
+        elif point.path.endswith("linear_attn.norm"):  # transformers flattens the heads before this norm
+            value = value.unflatten(0, (*self.lead, -1))
         elif value.dim() == 2:
             value = value.unflatten(0, self.lead)
         self.acts[point.name] = value.detach().clone()
@@ -226,7 +244,8 @@ def _source(point: Point) -> tuple[str, str, int]:
     """Where transformers shows a point: module, "input" or "output" or "rope", and which element of a tuple."""
     elsewhere = {
         "pattern": (point.path, "output", 1),  # attention returns (out, probabilities)
-        "z": (f"{point.path}.o_proj", "input", 0),
+        "z": (f"{point.path}.o_proj", "input", 0) if point.place == "attention" else (point.path, point.place, 0),
+        "gate": (point.path, "input", 1) if point.place == "gated_rms_norm" else (point.path, point.place, 0),
         "topk_weights": (f"{point.path}.gate", "output", 1),  # the router returns (logits, weights, indices)
         "topk_idx": (f"{point.path}.gate", "output", 2),
     }
@@ -243,8 +262,3 @@ def _replaced(module: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[N
         yield
     finally:
         setattr(module, name, real)
-
-
-def _head_dim(model: nn.Module) -> int:
-    attention: Any = model.get_submodule("model.layers.0.self_attn")
-    return attention.head_dim
