@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,43 @@ def oracle(ours: Any, config: dict[str, Any], dtype: torch.dtype):
     for name, p in theirs.named_parameters():
         p.data.copy_(weights[name])
     return theirs.requires_grad_(False)
+
+
+@contextmanager
+def casts_lifted(model):
+    """transformers computes norms, softmax and decays in fp32 even in an fp64 model. Inside, its module sees a `torch`
+    whose float32 is float64, and `.float()` leaves fp64 as it is, so that an fp64 run of it is one. Rotary angles, made
+    from integers, stay fp32 on both sides."""
+    module = sys.modules[type(model).__module__]
+
+    class Lifted:
+        float32 = float = torch.float64
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    real, module.torch = module.torch, Lifted()
+    real_float = torch.Tensor.float
+    torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else real_float(x)
+    real_rope = type(model.model.rotary_emb).forward
+    type(model.model.rotary_emb).forward = with_torch(module, real, real_rope)
+    try:
+        yield
+    finally:
+        module.torch = real
+        torch.Tensor.float = real_float
+        type(model.model.rotary_emb).forward = real_rope
+
+
+def with_torch(module, torch_module, function):
+    def run(*args, **kwargs):
+        lifted, module.torch = module.torch, torch_module
+        try:
+            return function(*args, **kwargs)
+        finally:
+            module.torch = lifted
+
+    return run
 
 
 @pytest.fixture(scope="session")

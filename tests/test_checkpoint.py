@@ -75,7 +75,8 @@ def test_what_we_save_transformers_loads_and_back(name, tie, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
         expected = model(IDS)
-        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        atol = 1e-4 if "linear_num_key_heads" in config else 1e-5  # of logits to 10: see test_parity.test_fp32
+        torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-5, atol=atol)
         theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
         assert (tmp_path / "theirs" / INDEX).exists()
         for folder in ("ours", "theirs"):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_pair
+from conftest import TINY, casts_lifted, make_pair
 from torch import nn
 
 import qwen_ref as qr
@@ -50,7 +50,7 @@ def test_names_are_complete_and_in_order_of_computation(config):
         model(IDS)
     assert called == model.list_hooks()
     shapes = {"B": 2, "T": 9, "S": 9, "H": config["hidden_size"], "N": 6, "K": 2, "D": model.config.head_dim, "I": model.config.intermediate_size,
-              "E": 7, "k": 3, "V": 211, "1": 1}  # fmt: skip
+              "E": 7, "k": config.get("num_experts_per_tok"), "V": 211, "1": 1, "G": 3, "P": 9, "c": 14, "d": 10}  # fmt: skip
     _, acts = model.run_with_cache(IDS, "*hook_*")
     for name, point in points(model).items():
         assert list(acts[name].shape) == [shapes[letter] for letter in point.dims], name
@@ -75,12 +75,13 @@ def test_names_are_transformerlens_names(dense, moe):
 
 @pytest.mark.parametrize("config", ALL)
 def test_captured_values_are_those_of_transformers(config):
-    ours, theirs = make_pair(config)
+    ours, theirs = make_pair(config, torch.float64)
     logits, acts = ours.run_with_cache(IDS, "*hook_*")
-    expected = capture(theirs, IDS)
+    with casts_lifted(theirs):
+        expected = capture(theirs, IDS)
 
     def close(name, value):
-        torch.testing.assert_close(acts[name].reshape(value.shape), value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(acts[name].reshape(value.shape), value, atol=1e-10, rtol=1e-9)
 
     close("hook_embed", expected["model.embed_tokens"])
     close("hook_logits", expected["lm_head"])
@@ -88,10 +89,18 @@ def test_captured_values_are_those_of_transformers(config):
     for i in range(3):
         path, name = f"model.layers.{i}", f"blocks.{i}"
         close(f"{name}.ln1.hook_out", expected[f"{path}.input_layernorm"])
-        for part in "qkv":
-            close(f"{name}.attn.hook_{part}", expected[f"{path}.self_attn.{part}_proj"])
-        close(f"{name}.attn.hook_pattern", expected[f"{path}.self_attn[1]"])  # eager attention returns it
-        close(f"{name}.hook_attn_out", expected[f"{path}.self_attn"])
+        if linear := hasattr(ours.model.layers[i], "linear_attn"):
+            close(f"{name}.attn.hook_z", expected[f"{path}.linear_attn.norm"])
+        else:
+            q = expected[f"{path}.self_attn.q_proj"]
+            if "linear_num_key_heads" in config:  # with the gate, head by head
+                q, gate = q.unflatten(-1, (6, -1)).chunk(2, -1)
+                close(f"{name}.attn.hook_gate", gate)
+            close(f"{name}.attn.hook_q", q)
+            for part in "kv":
+                close(f"{name}.attn.hook_{part}", expected[f"{path}.self_attn.{part}_proj"])
+            close(f"{name}.attn.hook_pattern", expected[f"{path}.self_attn[1]"])  # eager attention returns it
+        close(f"{name}.hook_attn_out", expected[f"{path}.{'linear_attn' if linear else 'self_attn'}"])
         close(f"{name}.hook_mlp_out", expected[f"{path}.mlp"])
         close(f"{name}.hook_resid_post", expected[path])
     close("ln_final.hook_out", expected["model.norm"])
@@ -208,6 +217,13 @@ def test_decode_token_by_token_captures_what_prefill_captures(config):
     for t in range(9):
         steps.append(model.run_with_cache(IDS[:, t : t + 1], "*hook_*", cache=cache)[1])
     for name, point in points(model).items():
+        if name.endswith("attn.hook_state"):  # after the last token of a pass
+            torch.testing.assert_close(steps[-1][name], whole[name], atol=1e-11, rtol=1e-9)
+            continue
+        if point.dims == "BPTT":  # the delta rule as attention among the tokens of one pass
+            for t, step in enumerate(steps):
+                torch.testing.assert_close(step[name][..., 0], whole[name][..., t, t, None], atol=1e-11, rtol=1e-9)
+            continue
         for t, step in enumerate(steps):
             expected = whole[name].narrow(point.dims.index("T"), t, 1)
             if "S" in point.dims:
@@ -272,8 +288,16 @@ def test_every_point_can_be_edited_and_an_identity_edit_changes_nothing(config):
     assert torch.equal(same, plain)
     for name, point in points(model).items():
         if not point.editable:
-            with pytest.raises(RequestError, match="hook_router_logits"):
+            with pytest.raises(RequestError, match=f"edit {point.instead} instead"):
                 model.run_with_hooks(IDS, [(name, lambda value, hook: value * 0)])
+            continue
+        if name.endswith("attn.hook_state"):  # the next pass begins with it
+            cache = model.make_cache()
+            model(IDS[:, :4], cache=cache)
+            with model.hooks([(name, lambda value, hook: value * 0.5 + 0.1)]):
+                again = model.make_cache()
+                model(IDS[:, :4], cache=again)
+            assert not torch.allclose(model(IDS[:, 4:], cache=again), model(IDS[:, 4:], cache=cache), atol=1e-3)
             continue
         if name.endswith("topk_idx"):
             edited = model.run_with_hooks(IDS, [(name, lambda value, hook: (value + 1) % 7)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY, make_pair
+from conftest import TINY, casts_lifted, make_pair
 
 import qwen_ref as qr
 
@@ -117,9 +117,9 @@ def test_gradients_are_those_of_transformers(kind):
     ours.requires_grad_(True)
     theirs.requires_grad_(True)
     ours(ids)[..., 3].sum().backward()
-    theirs(ids).logits[..., 3].sum().backward()
+    with casts_lifted(theirs):
+        theirs(ids).logits[..., 3].sum().backward()
     expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         scale = expected[name].grad.abs().max().clamp_min(1e-12)
-        # transformers computes norms and softmax in fp32 even in an fp64 model
-        assert float((p.grad - expected[name].grad).abs().max() / scale) < 1e-5, name
+        assert float((p.grad - expected[name].grad).abs().max() / scale) < 1e-10, name

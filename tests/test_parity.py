@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
-
 import pytest
 import torch
-from conftest import TINY, make_pair
+from conftest import TINY, casts_lifted, make_pair
 
 from qwen_ref import backend, ops
 from qwen_ref.verify import capture
@@ -44,43 +41,6 @@ VARIANTS = {
 }
 ids_of = torch.Generator().manual_seed(1)
 IDS = torch.randint(0, 211, (2, 23), generator=ids_of)
-
-
-@contextmanager
-def casts_lifted(model):
-    """transformers computes norms, softmax and decays in fp32 even in an fp64 model. Inside, its module sees a `torch`
-    whose float32 is float64, and `.float()` leaves fp64 as it is, so that an fp64 run of it is one. Rotary angles, made
-    from integers, stay fp32 on both sides."""
-    module = sys.modules[type(model).__module__]
-
-    class Lifted:
-        float32 = float = torch.float64
-
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-    real, module.torch = module.torch, Lifted()
-    real_float = torch.Tensor.float
-    torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else real_float(x)
-    real_rope = type(model.model.rotary_emb).forward
-    type(model.model.rotary_emb).forward = with_torch(module, real, real_rope)
-    try:
-        yield
-    finally:
-        module.torch = real
-        torch.Tensor.float = real_float
-        type(model.model.rotary_emb).forward = real_rope
-
-
-def with_torch(module, torch_module, function):
-    def run(*args, **kwargs):
-        lifted, module.torch = module.torch, torch_module
-        try:
-            return function(*args, **kwargs)
-        finally:
-            module.torch = lifted
-
-    return run
 
 
 def compare(ours, theirs, bound: float) -> int:
