@@ -39,6 +39,10 @@ ULPS = {
     "linear": 2,  # the sum and its rounding
     "rms_norm": 2,  # two roundings (normed, weighted) and an fp32 mean
     "add_rms_norm": 3,  # one more, of the sum
+    "zero_centred_rms_norm": 2,  # one rounding, and an fp32 mean
+    "gated_rms_norm": 4,  # those of rms_norm, and the product
+    "causal_conv1d": 4,  # the sum and its rounding, silu and its
+    "gated_delta_rule": 4,  # the output's, and decays multiplied up
     "rope": 2,  # two products, one sum
     "swiglu": 4,  # exp, quotient and product
     "attention": 4,  # two dot products, and the probabilities' rounding
@@ -118,6 +122,8 @@ def _growing_error(name: str, wide: tuple[Any, ...], eps: float) -> float:
     wider = min(eps, torch.finfo(torch.float32).eps)  # half precision accumulates in fp32
     if name in ("linear", "moe_experts") or name in PACKED:
         return wider * math.sqrt(wide[0].shape[-1]) / 4
+    if name == "gated_delta_rule":  # a read sums over Dk, and what it gets wrong is written back, T times
+        return wider * math.sqrt(wide[0].shape[-1] * wide[0].shape[1]) / 4
     if name == "attention":
         q, k, _, mask = wide
         scores = ops.attention_scores(q, k, mask)
@@ -155,7 +161,19 @@ def _random(dtype: torch.dtype, device: torch.device, seed: int, magnitude: floa
 def _applies(name: str, label: str, config: Any) -> bool:
     if name in ("router_topk", "moe_experts"):
         return config.num_experts > 0
+    hybrid = hasattr(config, "linear_num_key_heads")
+    if name in _HYBRID:
+        return hybrid
+    if name in ("rms_norm", "add_rms_norm"):
+        return not hybrid
+    if label == "down":
+        return _inner(config) > 0
     return label != "window" or _window(config) is not None
+
+
+def _inner(config: Any) -> int:
+    """The width of a feed-forward that every token passes."""
+    return config.intermediate_size or config.shared_expert_intermediate_size
 
 
 def _window(config: Any) -> int | None:
@@ -168,7 +186,7 @@ def _linear_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
 
 
 def _down_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
-    inner = c.intermediate_size
+    inner = _inner(c)
     return rand(1, t, inner), rand(min(c.hidden_size, _COLUMNS), inner, scale=inner**-0.5)
 
 
@@ -205,11 +223,15 @@ def _window_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
 
 
 def _swiglu_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
-    return rand(1, t, c.intermediate_size), rand(1, t, c.intermediate_size)
+    return rand(1, t, _inner(c)), rand(1, t, _inner(c))
 
 
 def _router_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
-    return rand(t, c.num_experts), c.num_experts_per_tok, c.norm_topk_prob
+    return rand(t, c.num_experts), c.num_experts_per_tok, _normalize(c)
+
+
+def _normalize(c: Any) -> bool:
+    return getattr(c, "norm_topk_prob", True)  # Qwen3.5 always does and has no field for it
 
 
 def _experts_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
@@ -217,8 +239,26 @@ def _experts_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
     experts = min(c.num_experts, max(2, _EXPERT_ELEMENTS // (3 * hidden * inner)))
     x = rand(t, hidden)
     gate_up, down = rand(experts, 2 * inner, hidden, scale=hidden**-0.5), rand(experts, hidden, inner, scale=inner**-0.5)
-    weights, chosen = ops.router_topk(rand(t, experts, scale=1.0), min(c.num_experts_per_tok, experts), c.norm_topk_prob)
+    weights, chosen = ops.router_topk(rand(t, experts, scale=1.0), min(c.num_experts_per_tok, experts), _normalize(c))
     return x, gate_up, down, weights, chosen
+
+
+def _gated_norm_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    heads = (1, t, c.linear_num_value_heads, c.linear_value_head_dim)
+    return rand(*heads), rand(*heads, scale=1.0), rand(c.linear_value_head_dim, scale=1.0), c.rms_norm_eps
+
+
+def _conv_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    channels, width = 2 * c.linear_num_key_heads * c.linear_key_head_dim, c.linear_conv_kernel_dim
+    return rand(1, t, channels), rand(channels, width, scale=width**-0.5), rand(1, channels, width)
+
+
+def _delta_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    heads, key, value = c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim
+    q, k = rand(1, t, c.linear_num_key_heads, key), rand(1, t, c.linear_num_key_heads, key)
+    a, b = rand(1, t, heads, scale=1.0), rand(1, t, heads, scale=1.0)
+    g, beta = ops.delta_gates(a, b, rand(heads, scale=1.0), rand(heads, scale=1.0))
+    return q, k, rand(1, t, heads, value), g, beta, rand(1, heads, key, value).to(g.dtype)
 
 
 def _packed_arguments(model: LanguageModel) -> dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]]:
@@ -238,7 +278,7 @@ def _packed_linear_arguments(module: PackedLinear, c: Any, t: int, rand: Rand) -
 
 
 def _packed_experts_arguments(module: PackedExperts, c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
-    weights, chosen = ops.router_topk(rand(t, module.experts, scale=1.0), c.num_experts_per_tok, c.norm_topk_prob)
+    weights, chosen = ops.router_topk(rand(t, module.experts, scale=1.0), c.num_experts_per_tok, _normalize(c))
     return rand(t, module.hidden), module.gate_up, module.down, weights, chosen
 
 
@@ -246,9 +286,14 @@ ARGUMENTS: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {
     "linear": {"with bias": _linear_arguments, "down": _down_arguments},
     "rms_norm": {"hidden": _norm_arguments, "heads": _head_norm_arguments},
     "add_rms_norm": {"": _add_norm_arguments},
+    "zero_centred_rms_norm": {"hidden": _norm_arguments, "heads": _head_norm_arguments},
+    "gated_rms_norm": {"": _gated_norm_arguments},
+    "causal_conv1d": {"": _conv_arguments},
+    "gated_delta_rule": {"": _delta_arguments},
     "rope": {"": _rope_arguments},
     "attention": {"": _attention_arguments, "window": _window_arguments},
     "swiglu": {"": _swiglu_arguments},
     "router_topk": {"": _router_arguments},
     "moe_experts": {"": _experts_arguments},
 }
+_HYBRID = ("zero_centred_rms_norm", "gated_rms_norm", "causal_conv1d", "gated_delta_rule")
