@@ -47,7 +47,7 @@ class Point:
     name: str
     path: str  # the module it belongs to, by its official name
     place: str  # "output" or "input" of that module, or the operation inside it
-    dims: str  # letters of `ops`, one per axis; S keys, V vocabulary, c and d the key and value dimensions of a delta net
+    dims: str  # letters of `ops`, one per axis; S keys, V vocabulary, c and d are Dk and Dv: see `letter_sizes`
     call: int = 0  # which of the operation's calls inside the module
     instead: str = ""  # of a point that can be read but not edited: what to edit instead
     part: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)  # of the output, as a view of it; None = all
@@ -565,6 +565,17 @@ def _stopping_before(block: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def letter_sizes(config: Any) -> dict[str, int]:
+    """What the letters of a point's dims stand for in a model, but for B, T and S."""
+    return {
+        "H": config.hidden_size, "N": config.num_attention_heads, "K": config.num_key_value_heads, "D": config.head_dim,
+        "R": config.rope.width(config.head_dim), "I": config.intermediate_size, "V": config.vocab_size, "1": 1,
+        "E": config.num_experts, "k": config.num_experts_per_tok,
+        "G": getattr(config, "linear_num_key_heads", 0), "P": getattr(config, "linear_num_value_heads", 0),
+        "c": getattr(config, "linear_key_head_dim", 0), "d": getattr(config, "linear_value_head_dim", 0),
+    }  # fmt: skip
+
+
 def _widths(config: Any) -> dict[str, int]:
     """Numbers per head, for each kind of head."""
     return {"N": config.head_dim, "P": getattr(config, "linear_value_head_dim", 0)}
@@ -589,14 +600,9 @@ def _check_edit(point: Point, value: Tensor, edited: Any) -> None:
 
 def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache: Cache | None,
                  kept: slice | None, dtype: torch.dtype | None, max_bytes: int) -> None:
-    config, tokens = model.config, ids.shape[1]
-    sizes = {
-        "B": ids.shape[0], "T": len(range(tokens)[kept]) if kept else tokens, "H": config.hidden_size,
-        "N": config.num_attention_heads, "K": config.num_key_value_heads, "D": config.head_dim,
-        "G": getattr(config, "linear_num_key_heads", 0), "P": getattr(config, "linear_num_value_heads", 0),
-        "c": getattr(config, "linear_key_head_dim", 0), "d": getattr(config, "linear_value_head_dim", 0),
-        "S": tokens + (cache.length if cache is not None else 0), "I": config.intermediate_size,
-        "E": config.num_experts, "k": config.num_experts_per_tok, "V": config.vocab_size, "1": 1,
+    tokens, past = ids.shape[1], cache.length if cache is not None else 0
+    sizes = letter_sizes(model.config) | {
+        "B": ids.shape[0], "T": len(range(tokens)[kept]) if kept else tokens, "S": tokens + past
     }  # fmt: skip
     total = 0
     for point in chosen:

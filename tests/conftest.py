@@ -99,6 +99,13 @@ def with_torch(module, torch_module, function):
     return run
 
 
+def patch_formula(monkeypatch, name: str, wrong: Any) -> None:
+    """Replace a formula wherever it is looked up: as `ops.name`, and by the other formulas of its file."""
+    for module in ("qwen_ref.ops", *(key for key in sys.modules if key.startswith("qwen_ref.ops."))):
+        if hasattr(sys.modules[module], name):
+            monkeypatch.setattr(sys.modules[module], name, wrong)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of official tokenizers, templates and configs."""

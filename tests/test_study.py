@@ -93,7 +93,8 @@ def test_shares_sum_to_the_logit(config, dtype, close):
         expected = logits[30] - (logits[9] if versus is not None else 0)
         assert torch.equal(result.logit, expected) and result.logit.dtype == dtype
         assert abs(float(result.total - expected)) < close
-        assert result.heads.shape == (3, 6) and result.mlp.shape == (3,) and not result.bias.any()
+        assert result.heads.shape == ((5, 9) if "linear_num_key_heads" in config else (3, 6))
+        assert result.mlp.shape == (len(model.model.layers),) and not result.bias.any()
 
 
 def test_a_head_s_share_is_what_its_own_writing_adds_to_the_logit():
@@ -354,7 +355,10 @@ def test_profiles_by_hand(config):
     for i in range(3):
         torch.testing.assert_close(result.attn_norm[i], acts["attn_out", i][0].norm(dim=-1))
         torch.testing.assert_close(result.mlp_norm[i], acts["mlp_out", i][0].norm(dim=-1))
-        pattern = acts["pattern", i][0]
+    attention = [i for i, block in enumerate(model.model.layers) if hasattr(block, "self_attn")]
+    assert len(result.sink) == len(result.received) == len(attention)
+    for i, layer in enumerate(attention):
+        pattern = acts["pattern", layer][0]
         torch.testing.assert_close(result.sink[i], pattern[:, 1:, 0].mean(-1))
         by_hand = torch.stack([pattern[:, s:, s].mean() for s in range(11)])
         torch.testing.assert_close(result.received[i], by_hand)

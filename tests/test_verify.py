@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, make_pair
+from conftest import TINY, make_pair, patch_formula
 
 import qwen_ref as qr
 from qwen_ref import backend, cli, layers, ops
@@ -65,7 +65,7 @@ def rms_without_root(model, monkeypatch):
 def shift_rope_by_one(model, monkeypatch):
     """Attention sees only differences of positions: no output but the tables themselves can show this one."""
     real = ops.rope_tables
-    monkeypatch.setattr(ops, "rope_tables", lambda p, *rest: real(p + 1, *rest))
+    patch_formula(monkeypatch, "rope_tables", lambda p, *rest: real(p + 1, *rest))
 
 
 def drop_yarn_scale(model, monkeypatch):
@@ -94,22 +94,22 @@ def interleaved_rope(model, monkeypatch):
 
 def swap_kv_heads(model, monkeypatch):
     """kv head n % K instead of n // (N/K)."""
-    monkeypatch.setattr(ops, "repeat_kv", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1))
+    patch_formula(monkeypatch, "repeat_kv", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1))
 
 
 def unscaled_scores(model, monkeypatch):
     """1/sqrt(H/N) instead of 1/sqrt(D)."""
     real = ops.attention_scores
-    monkeypatch.setattr(ops, "attention_scores", lambda q, k, mask: real(q * (20 / 8) ** 0.5, k, mask))
+    patch_formula(monkeypatch, "attention_scores", lambda q, k, mask: real(q * (20 / 8) ** 0.5, k, mask))
 
 
 def attend_to_the_future(model, monkeypatch):
-    monkeypatch.setattr(ops, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
+    patch_formula(monkeypatch, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
 
 
 def wider_window(model, monkeypatch):
     real = ops.visible
-    monkeypatch.setattr(ops, "visible", lambda q, k, window=None: real(q, k, window and window + 1))
+    patch_formula(monkeypatch, "visible", lambda q, k, window=None: real(q, k, window and window + 1))
 
 
 def values_of_the_wrong_head(model, monkeypatch):
@@ -166,7 +166,7 @@ def softmax_after_topk(model, monkeypatch):
 
         return choose
 
-    monkeypatch.setattr(ops, "router_topk", wrong(None))
+    patch_formula(monkeypatch, "router_topk", wrong(None))
     monkeypatch.setitem(backend.router_topk.implementations, "eager", backend.Implementation("eager", lambda: wrong(None)))
     backend.router_topk.choose(None, False)
 
@@ -289,7 +289,7 @@ def padding_attended(monkeypatch):
         seen = k[:, None, :] <= q[:, :, None]
         return (seen if window is None else seen & (k[:, None, :] > q[:, :, None] - window))[:, None]
 
-    monkeypatch.setattr(ops, "visible", visible)
+    patch_formula(monkeypatch, "visible", visible)
 
 
 def rows_of_a_batch_mixed(monkeypatch):
@@ -679,7 +679,7 @@ def test_a_bundle_gives_the_same_rows_without_transformers(folder, tmp_path, dty
     assert report.ok and report.rows == live.rows and "L0" in report.skipped
     assert [c for c in report.checks if c.level != "L0"] == [c for c in live.checks if c.level != "L0"]
     assert report.dtype == dtype and "o.safetensors" in report.against
-    monkeypatch.setattr(ops, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
+    patch_formula(monkeypatch, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
     assert verify(folder, against=tmp_path / "o.safetensors", levels="L2").first_difference == "blocks.0.attn.hook_pattern"
 
 
@@ -751,7 +751,7 @@ def test_a_bundle_is_written_and_read_block_by_block(folder, tmp_path, dtype, mo
     swapped.save(tmp_path / "other")
     with pytest.raises(CheckpointError, match="other weights"):
         verify(tmp_path / "other", against=whole, streaming=True)
-    monkeypatch.setattr(ops, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
+    patch_formula(monkeypatch, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
     assert verify(folder, against=whole, streaming=True).first_difference == "blocks.0.attn.hook_pattern"
 
 
@@ -772,7 +772,7 @@ def test_command_status_0_1_2(folder, tmp_path, monkeypatch, capsys):
     assert json.loads(data.read_text())["ok"] and Page(page.read_text()).open == []
     assert cli.main([*run, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["levels"] == ["L0", "L1", "L2", "L3"]
-    monkeypatch.setattr(ops, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
+    patch_formula(monkeypatch, "causal_mask", lambda t, s, d: torch.ones(1, 1, t, s, dtype=torch.bool))
     assert cli.main([*run, "--json", str(data)]) == 1
     assert json.loads(data.read_text())["first_difference"] == "blocks.0.attn.hook_pattern"
     out = capsys.readouterr().out

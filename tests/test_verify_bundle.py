@@ -29,6 +29,8 @@ def write(path, ours, dtype=torch.float32, **options):
 
 
 def model_of(name, dtype=torch.float32, seed=0, **changes):
+    if "linear_num_key_heads" in TINY[name][1]:  # a hybrid has no sliding windows
+        changes = {key: value for key, value in changes.items() if key not in SLIDING}
     return make_pair({**TINY[name][1], **changes}, dtype, seed)[0]
 
 
@@ -96,6 +98,7 @@ def test_a_planted_fault_is_found_through_a_bundle(written, monkeypatch):
 @pytest.mark.parametrize("name", TINY)
 def test_both_sides_see_left_padding_alike(name):
     ours = model_of(name, **SLIDING)
+    bound = 3e-5 if "linear_num_key_heads" in TINY[name][1] else 1e-6  # see `Tolerances.recurrent`
     positions = torch.arange(13).repeat(2, 1)
     positions[1] -= 5
     ids = torch.randint(0, 211, (2, 13), generator=torch.Generator().manual_seed(3))
@@ -106,7 +109,7 @@ def test_both_sides_see_left_padding_alike(name):
             continue  # padding has no angle that means anything
         tokens = oracle.points(ours)[key].dims.index("T")
         a, b = (x.movedim(tokens, 1)[positions >= 0].double() for x in (value, theirs[key]))
-        assert value.shape == theirs[key].shape and (a - b).norm() <= 1e-6 * b.norm(), key
+        assert value.shape == theirs[key].shape and (a - b).norm() <= bound * b.norm(), key
 
 
 def test_capturing_leaves_transformers_as_it_was(monkeypatch):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_pair
+from conftest import TINY, make_pair, patch_formula
 
-from qwen_ref import loading, ops
+from qwen_ref import loading
 from qwen_ref.checkpoint import SafetensorsFile, write_safetensors
 from qwen_ref.errors import CheckpointError, RequestError
 from qwen_ref.verify import levels, oracle, streaming
@@ -136,7 +136,7 @@ def test_a_few_blocks_only(tmp_path):
 def test_a_fault_in_a_formula_is_found_and_named(tmp_path, monkeypatch):
     folder = saved(tmp_path / "m", TINY["qwen2"][1])
     assert first_difference(stream(folder)) is None
-    monkeypatch.setattr(ops, "repeat_kv", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1))
+    patch_formula(monkeypatch, "repeat_kv", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1))
     rows = list(streaming.verify_streaming(folder, torch.float32, "cpu", IDS))
     assert next(row.name for row in rows if not row.ok) == "blocks.0.attn.hook_pattern"
 

@@ -221,7 +221,7 @@ class SparseMoE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.top_k = config.num_experts_per_tok
+        self.top_k, self.normalize = config.num_experts_per_tok, True  # always, without a field in the config
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
@@ -229,7 +229,7 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # (M, H)
-        weights, experts = backend.router_topk(self.gate(tokens), self.top_k, normalize=True)  # (M, k) each
+        weights, experts = backend.router_topk(self.gate(tokens), self.top_k, self.normalize)  # (M, k) each
         shared = torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)  # (M, H)
         return (self.experts(tokens, weights, experts) + shared).view_as(x)  # (B, T, H)
 

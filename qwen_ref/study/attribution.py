@@ -16,14 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..hooks import run_with_cache
+from ..layers import ZeroCentredRMSNorm
 from .inputs import Ids, head_of, one_position, one_sequence, one_token
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shares of one logit (or difference of two), at least fp32, on the CPU. L layers, N heads. They sum to `logit`."""
+    """Shares of one logit (or difference of two), at least fp32, on the CPU. L layers, N heads. They sum to `logit`.
+
+    A hybrid's layers have different numbers of heads: N is the largest, and the rows of the others end in zeros.
+    """
 
     embed: Tensor  # ()
     heads: Tensor  # (L, N)
@@ -68,7 +73,9 @@ def attribute(model: Any, ids: Ids, token: int, versus: int | None = None, posit
     read = {name: value[0, 0].to(direction.dtype) for name, value in acts.items()}
     direction = direction / read["ln_final.hook_scale"]
     count = len(model.model.layers)
-    outputs = [block.self_attn.o_proj for block in model.model.layers]
+    outputs = [
+        block.linear_attn.out_proj if hasattr(block, "linear_attn") else block.self_attn.o_proj for block in model.model.layers
+    ]
     heads = [_heads(read[f"blocks.{i}.attn.hook_z"], o_proj, direction) for i, o_proj in enumerate(outputs)]
     bias = [o_proj.bias.to(direction.dtype) @ direction if o_proj.bias is not None else direction.new_zeros(())
             for o_proj in outputs]  # fmt: skip
@@ -76,7 +83,7 @@ def attribute(model: Any, ids: Ids, token: int, versus: int | None = None, posit
     logit = logits[0, at, token] - (logits[0, at, versus] if versus is not None else 0)
     return Attribution(
         embed=(read["blocks.0.hook_resid_pre"] @ direction).cpu(),
-        heads=torch.stack(heads).cpu(),
+        heads=pad_sequence(heads, batch_first=True).cpu(),
         bias=torch.stack(bias).cpu(),
         mlp=torch.stack(mlp).cpu(),
         logit=logit.to(direction.dtype).cpu(),
@@ -86,7 +93,9 @@ def attribute(model: Any, ids: Ids, token: int, versus: int | None = None, posit
 def _output_direction(model: Any, token: int) -> Tensor:
     """The direction of the normalised residual stream that a token's logit reads: norm weight * lm_head[token]. (H,)"""
     wide = torch.promote_types(model.dtype, torch.float32)
-    return model.model.norm.weight.to(wide) * head_of(model).weight[token].to(wide)
+    weight = model.model.norm.weight.to(wide)
+    weight = 1 + weight if isinstance(model.model.norm, ZeroCentredRMSNorm) else weight
+    return weight * head_of(model).weight[token].to(wide)
 
 
 def _heads(z: Tensor, o_proj: Any, direction: Tensor) -> Tensor:

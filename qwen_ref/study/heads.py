@@ -18,13 +18,13 @@ from torch import Tensor
 
 from .. import backend
 from ..errors import RequestError
-from ..hooks import run_with_cache
+from ..hooks import points, run_with_cache
 from .inputs import Ids, one_sequence
 
 
 @dataclass(frozen=True)
 class HeadSummary:
-    """(L, N) each: layers, heads; fp32 on the CPU."""
+    """(L, N) each: layers with softmax attention, heads; fp32 on the CPU."""
 
     previous: Tensor
     first: Tensor
@@ -43,10 +43,18 @@ def summary(model: Any, ids: Ids, *, period: int = 32, seed: int = 0) -> HeadSum
 
 @torch.no_grad()
 def patterns(model: Any, ids: Ids) -> Tensor:
-    """The attention pattern of every head on one sequence: (L, N, T, T) fp32 on the CPU."""
+    """The attention pattern of every head on one sequence: (L, N, T, T) fp32 on the CPU.
+
+    Of a hybrid, L are its layers with softmax attention; what the others amount to is no average, see `hooks`.
+    """
     with backend.use({"attention": "eager"}):  # the fused kernels never hold a pattern
-        _, acts = run_with_cache(model, one_sequence(model, ids), "blocks.*.attn.hook_pattern", device="cpu")
+        _, acts = run_with_cache(model, one_sequence(model, ids), pattern_names(model), device="cpu")
     return acts.stack("pattern")[:, 0].float()
+
+
+def pattern_names(model: Any) -> list[str]:
+    """The points at which softmax attention shows its pattern."""
+    return [name for name, point in points(model).items() if point.place == "attention" and point.short == "pattern"]
 
 
 def repeated_tokens(vocab: int, period: int = 32, *, seed: int = 0) -> Tensor:

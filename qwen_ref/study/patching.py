@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..hooks import Filter, Point, points, run_with_cache, run_with_hooks, select
+from ..hooks import Filter, Point, letter_sizes, points, run_with_cache, run_with_hooks, select
 from .inputs import Ids, one_position, one_sequence, one_token
 
 Metric = Callable[[Tensor], Tensor | float]  # logits (T, V) of one sequence -> a number
+HEADS = "NKGP"  # letters of axes that are heads
 ROWS = 16  # cells computed in one batch
 
 
@@ -116,7 +117,7 @@ def _put(clean: Tensor, cells: Sequence[Cell]) -> Callable[..., Tensor]:
 
 
 def _head_axis(point: Point) -> int:
-    return max(point.dims.find("N"), point.dims.find("K"))
+    return max(point.dims.find(letter) for letter in HEADS)
 
 
 def _points(model: Any, names: Filter, by: str) -> list[Point]:
@@ -128,16 +129,16 @@ def _points(model: Any, names: Filter, by: str) -> list[Point]:
     if not chosen or len(chosen) < len(selected):
         raise RequestError("patching works on named points (model.list_hooks()), not on module paths")
     for point in chosen:
-        if not point.editable or (by == "head" and _head_axis(point) < 0):
+        if not point.editable or "T" not in point.dims or (by == "head" and _head_axis(point) < 0):
             raise RequestError(f"{point.name} cannot be patched by {by}: its axes are {point.dims}")
     return chosen
 
 
 def _heads(model: Any, chosen: Sequence[Point]) -> int:
-    sizes = {"N" if "N" in point.dims else "K" for point in chosen}
-    if len(sizes) > 1:
-        raise RequestError("patch query heads and kv heads in separate calls: they are not equally many")
-    return model.config.num_attention_heads if sizes == {"N"} else model.config.num_key_value_heads
+    kinds = {point.dims[_head_axis(point)] for point in chosen}
+    if len(kinds) > 1:
+        raise RequestError("patch query heads, kv heads and linear heads in separate calls: they are not equally many")
+    return letter_sizes(model.config)[kinds.pop()]
 
 
 def _positions(clean: Tensor, corrupted: Tensor, positions: Sequence[int] | None) -> list[int]:

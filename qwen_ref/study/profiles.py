@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backend
 from ..hooks import run_with_cache
-from .heads import first_token
+from .heads import first_token, pattern_names
 from .inputs import Ids, one_sequence
 
 
@@ -32,6 +32,7 @@ class Profile:
     resid_max: Tensor  # (L+1, T) max |x| of the token's channels
     resid_channel: Tensor  # (L+1, T) int64: which channel that is
     resid_median: Tensor  # (L+1,) median |x| of all tokens and channels
+    # of the layers with softmax attention
     sink: Tensor  # (L, N) mean attention to the first token, from the second on
     received: Tensor  # (L, T) mean attention token s gets from those that see it (s itself and later), over heads
 
@@ -46,7 +47,7 @@ def profile(model: Any, ids: Ids) -> Profile:
     row = one_sequence(model, ids, at_least=2)
     names = [f"blocks.*.hook_{what}" for what in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
     with backend.use({"attention": "eager"}):  # the fused kernels never hold a pattern
-        _, acts = run_with_cache(model, row, [*names, "blocks.*.attn.hook_pattern"], device="cpu")
+        _, acts = run_with_cache(model, row, [*names, *pattern_names(model)], device="cpu")
     pre, post = acts.stack("resid_pre")[:1, 0].float(), acts.stack("resid_post")[:, 0].float()
     residual = torch.cat((pre, post))  # (L+1, T, H)
     attn, mlp = acts.stack("attn_out")[:, 0].float(), acts.stack("mlp_out")[:, 0].float()  # (L, T, H)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import SafetensorsFile, parse_json, write_safetensors
 from ..errors import CheckpointError, NumericsError, RequestError
+from ..hooks import letter_sizes
 from ..models.common import LanguageModel
 from . import oracle
 
@@ -117,15 +118,13 @@ class Bundle:
             return {name: file.read(f"{side}.{i}.{name}") for name in self.names}
 
     def _check_shapes(self, ours: LanguageModel) -> None:
-        c = ours.config
-        sizes = {"B": 1, "H": c.hidden_size, "N": c.num_attention_heads, "K": c.num_key_value_heads, "D": c.head_dim,
-                 "I": c.intermediate_size, "E": c.num_experts, "k": c.num_experts_per_tok, "V": c.vocab_size, "1": 1}
+        sizes = letter_sizes(ours.config) | {"B": 1}
         points = oracle.points(ours)
         with SafetensorsFile(self.path) as file:
             for key, info in file.tensors.items():
                 side, _, rest = key.partition(".")
                 if side == "greedy":
-                    fits = info.shape == (len(self.about["greedy"]["tokens"]), c.vocab_size)
+                    fits = info.shape == (len(self.about["greedy"]["tokens"]), ours.config.vocab_size)
                 else:
                     i, _, name = rest.partition(".")
                     tokens = len(self.about["prompts"][int(i)])

@@ -4,7 +4,9 @@
 It grows as the square root of depth: `EXACT_ULPS` eps sqrt(1 + layer). With every sum in another order (fused attention;
 an fp64 run) the small models, random and trained, lose 3 to 5 of these units; the rest of the margin is for attention
 scores of real models, whose rounding a softmax multiplies by their size. In fp64 transformers still takes norms and
-softmax in fp32, so the unit stays fp32's eps, and fewer of them are spent.
+softmax in fp32, so the unit stays fp32's eps, and fewer of them are spent. A Gated DeltaNet norms what it reads from its
+memory, which is small where nothing was stored under that key: the rounding of a small difference of large numbers is
+scaled up with it. Random hybrids lose a third of `recurrent` times as much.
 
 **Half precision** cannot agree exactly, so it is bounded by the oracle itself: our error against the fp32 run may be
 `HALF_RATIO` times that of transformers in the same dtype. Where transformers loses less than a quarter of eps (an
@@ -48,18 +50,23 @@ class Tolerances:
 
     exact_ulps: float = 32.0  # fp32, in eps sqrt(1 + layer)
     fp64_ulps: float = 8.0  # fp64, in fp32's eps sqrt(1 + layer)
+    recurrent: float = 4.0  # times exact_ulps in a model with Gated DeltaNets
     half_ratio: float = 1.25  # half precision: of transformers' own error
     extreme_ratio: float = 2.0  # the same for a maximum or a last percentile, which scatter more than a mean
     logits_max: float = 1e-4  # fp32: largest difference, in units of the largest logit
     kl: float = 1e-8  # fp32: nats
     one_minus_cosine: float = 1e-4  # half precision: of the logits, unless transformers itself loses more
 
-    def relative_l2(self, dtype: torch.dtype, layer: int, own: float, count: int = 1 << 30) -> float:
+    def relative_l2(
+        self, dtype: torch.dtype, layer: int, own: float, count: int = 1 << 30, *, recurrent: bool = False
+    ) -> float:
         """The bound on an activation of `count` numbers after `layer` blocks, of which the oracle itself loses `own`."""
         if dtype in HALF:
             scatter = 1 + 2 / math.sqrt(max(count, 1))
             return self.half_ratio * scatter * max(own, torch.finfo(dtype).eps / 4)
         units = self.fp64_ulps if dtype == torch.float64 else self.exact_ulps
+        if recurrent:  # in fp64 as well: there transformers computes the rule in fp32
+            units = self.recurrent * self.exact_ulps
         return units * torch.finfo(torch.float32).eps * math.sqrt(1 + layer)
 
     def uncertainty(self, theirs: Tensor, exact: Tensor, dtype: torch.dtype, bound: float) -> Tensor:
@@ -82,6 +89,11 @@ class Tolerances:
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether a model has Gated DeltaNets: either side's."""
+    return any(hasattr(block, "linear_attn") for block in model.model.layers)  # type: ignore[union-attr]
 
 
 class Oracle(Protocol):
@@ -224,6 +236,7 @@ class Comparison:
 
     def __init__(self, model: LanguageModel, tolerances: Tolerances, dtype: torch.dtype) -> None:
         self.points, self.layers = oracle.points(model), len(model.model.layers)
+        self.recurrent = is_recurrent(model)
         self.tolerances, self.dtype = tolerances, dtype
         self.sums: dict[str, _Sums] = {}
 
@@ -234,7 +247,7 @@ class Comparison:
                 sums.add(value, theirs[name], exact[name])
             else:
                 logits = name.replace("topk_idx", "router_logits")
-                bound = self.tolerances.relative_l2(self.dtype, self._depth(name), 0.0)
+                bound = self.tolerances.relative_l2(self.dtype, self._depth(name), 0.0, recurrent=self.recurrent)
                 unsure = self.tolerances.uncertainty(theirs[logits], exact[logits], self.dtype, bound)
                 sums.add_choices(value, exact[name], exact[logits], unsure)
 
@@ -245,7 +258,8 @@ class Comparison:
 
     def _row(self, name: str, sums: _Sums) -> Row:
         depth = self._depth(name)
-        allowed = 0.0 if sums.choices else self.tolerances.relative_l2(self.dtype, depth, sums.own, sums.count)
+        allowed = 0.0 if sums.choices else self.tolerances.relative_l2(
+            self.dtype, depth, sums.own, sums.count, recurrent=self.recurrent)
         return Row(name, self.points[name].path, sums.relative_l2, sums.max_abs, sums.cosine, allowed)
 
     def _depth(self, name: str) -> int:

@@ -99,7 +99,7 @@ def points(model: nn.Module) -> dict[str, Point]:
         if not name.endswith(_UNSEEN) and not inside_rule:
             found[name] = point
         if name == "hook_embed":
-            found.update({f"rotary.hook_{table}": Point(f"rotary.hook_{table}", ROTARY, "output", "BTD", call=i)
+            found.update({f"rotary.hook_{table}": Point(f"rotary.hook_{table}", ROTARY, "output", "BTR", call=i)
                           for i, table in enumerate(("cos", "sin"))})
     return found
 

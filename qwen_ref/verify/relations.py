@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backend
 from ..backend import OPERATIONS
 from ..models.common import LanguageModel
-from .levels import HALF, Choice, Tolerances, following, run
+from .levels import HALF, Choice, Tolerances, following, is_recurrent, run
 from .report import Check
 
 _SHORT = 24  # tokens of the prompt that L5 cuts at every point
@@ -37,7 +37,8 @@ class Relations:
         self.exact = copy.deepcopy(model).float() if self.half else model
         self.prompts = [_short(prompt, model.config.windows) for prompt in prompts]
         self.ids = self.prompts[0]
-        self.rounding = tolerances.relative_l2(torch.float32, len(model.model.layers), 0.0)
+        self.rounding = tolerances.relative_l2(
+            torch.float32, len(model.model.layers), 0.0, recurrent=is_recurrent(model))
         if model.dtype == torch.float64:  # both sides are ours here, and fp64 throughout
             self.rounding *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
