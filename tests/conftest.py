@@ -13,6 +13,10 @@ import torch
 
 from qwen_ref.models import qwen2, qwen3, qwen3_5, qwen3_next
 
+if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several processes that share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 TINY = {
     "qwen2": (qwen2, qwen2.TINY),
     "qwen2_moe": (qwen2, qwen2.TINY_MOE),
