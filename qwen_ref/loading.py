@@ -32,6 +32,7 @@ EXTRA_FILES = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "qwen.tiktoken",
     "chat_template.jinja",
     "generation_config.json",
 )

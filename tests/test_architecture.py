@@ -52,6 +52,7 @@ ALLOWED = {
     "hub": {"checkpoint", "errors"},
     "models": {"errors"},
     "models.common": {"cache", "layers", "checkpoint", "errors", "hooks", "quant.layers"},  # hooks inside the methods that offer it
+    "models.qwen1": {"backend", "ops", "cache", "config", "layers", "models.common"},
     "models.qwen2": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3_next": {"backend", "cache", "config", "layers", "models.common", "ops"},
