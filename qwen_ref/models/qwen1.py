@@ -295,7 +295,7 @@ class Model(LanguageModel):
         """
         return self.lm_head(self.model(input_ids, positions, cache))
 
-    def make_cache(self) -> NtkCache:
+    def make_cache(self, rewind: int = 0) -> NtkCache:
         return NtkCache([KVCache() for _ in self.model.layers], self.model.rotary_emb)
 
     def canonical_name(self, name: str) -> str:
