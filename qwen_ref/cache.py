@@ -179,7 +179,7 @@ class Cache:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
-        self.expected: Tensor | None = None  # (B,), see `expect`
+        self.expected: list[int] | None = None  # see `expect`
 
     @property
     def length(self) -> int:
@@ -208,13 +208,13 @@ class Cache:
         self._positions = torch.cat((before, positions.expand(before.shape[0], -1)), dim=1)
         return self._positions
 
-    def expect(self, lengths: Tensor) -> None:
-        """Say how many tokens each sequence will hold once its prompt is read, (B,) integers, before its first chunk is.
+    def expect(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens each sequence will hold once its prompt is read, padding not counted, before it is.
 
         Qwen 1's rotary base and the length scaling of dual chunk attention depend on it. Without it they go by what the
         first call (Qwen 1) or every call (dual chunk) has seen; other models do not ask. Holds until `truncate`.
         """
-        self.expected = lengths
+        self.expected = list(lengths)
 
     def reachable(self, length: int) -> int:
         """The most of the first `length` tokens that `truncate` can keep: all of them where every layer keeps keys, else
@@ -260,7 +260,7 @@ class Cache:
         if self._positions is not None:
             self._positions = self._positions[rows]
         if self.expected is not None:
-            self.expected = self.expected[rows]
+            self.expected = [self.expected[row] for row in rows.tolist()]
 
     def nbytes(self) -> int:
         """Bytes allocated for all layers."""

@@ -88,7 +88,7 @@ class Session:
             if held != wanted:
                 break
             common += 1
-        self.cache.expect(torch.tensor([len(prompt)]))  # which decides whether its keys can serve this prompt too
+        self.cache.expect([len(prompt)])  # which decides whether its keys can serve this prompt too
         common = self.cache.reachable(common)
         self.cache.truncate(common)
         self.ids = prompt[:common]
@@ -378,7 +378,7 @@ def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chu
     if any(len(row) < longest for row in rows):  # padding stands at position -1, which nothing attends to
         spans = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
         positions = torch.tensor(spans, device=model.device)
-    cache.expect(torch.tensor([len(s.prompt) for s in sequences], device=model.device))
+    cache.expect([len(s.prompt) for s in sequences])
     edges = {*range(0, longest, chunk), longest}
     if mark:
         edges.add((longest - 1) // 64 * 64)

@@ -185,5 +185,6 @@ def test_auto_map_and_unknown_keys_are_ignored():
 
 
 def test_dual_chunk_attention_is_refused_not_ignored():
+    """Where a generation does not have it: Qwen3's config_1m.json."""
     with pytest.raises(ConfigError, match="dual_chunk_attention_config"):
-        build({**TINY["qwen2"][1], "dual_chunk_attention_config": {"chunk_size": 262144}})
+        build({**TINY["qwen3"][1], "dual_chunk_attention_config": {"chunk_size": 262144}})

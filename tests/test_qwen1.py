@@ -186,7 +186,7 @@ def read(model: qwen1.Model, ids: torch.Tensor, cuts: list[int], positions: torc
     """(logits, cache) of ids read in pieces."""
     cache, parts = model.make_cache(), []
     if expect is not None:
-        cache.expect(torch.tensor(expect))
+        cache.expect(expect)
     for a, b in pairwise([0, *cuts, ids.shape[1]]):
         parts.append(model(ids[:, a:b], None if positions is None else positions[:, a:b], cache))
     return torch.cat(parts, 1), cache

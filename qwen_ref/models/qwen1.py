@@ -148,7 +148,7 @@ class NtkRotary(nn.Module):
         if cache is None:
             frequencies = self.of_lengths(self.lengths(positions), positions.device)
         elif cache.frequencies is None:
-            lengths = self.lengths(positions) if cache.expected is None else cache.expected.tolist()
+            lengths = self.lengths(positions) if cache.expected is None else cache.expected
             frequencies = cache.frequencies = self.of_lengths(lengths, positions.device)
         else:
             frequencies = cache.frequencies
@@ -176,7 +176,7 @@ class NtkCache(Cache):
     def reachable(self, length: int) -> int:
         """Nothing where a prompt is expected whose length asks for other frequencies: none of the keys can serve it."""
         if self.expected is not None and self.frequencies is not None:
-            wanted = self._rotary.of_lengths(self.expected.tolist(), self.frequencies.device)
+            wanted = self._rotary.of_lengths(self.expected, self.frequencies.device)
             if not bool((self.frequencies == wanted).all()):
                 return 0
         return super().reachable(length)
