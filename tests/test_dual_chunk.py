@@ -314,6 +314,31 @@ def test_generate_reads_the_prompt_in_chunks_at_its_whole_length():
         assert [r.token_ids for r in results] == expected
 
 
+# ------------------------------------------------------------------------------------------------- hooks and verify
+
+
+@pytest.mark.parametrize("count", [8, 37])
+def test_hooks_see_both_kinds_of_attention(count):
+    ids = IDS[:, :count]
+    with backend.use("eager"):
+        logits, acts = SCALED.run_with_cache(ids, "*hook_*")
+        assert torch.equal(logits, SCALED(ids)) and set(acts) == set(SCALED.list_hooks())
+    values = ops.repeat_kv(acts["v", 1].transpose(1, 2), 6)
+    pattern = acts["pattern", 1]
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(3, 6, count))
+    torch.testing.assert_close(acts["z", 1], (pattern @ values).transpose(1, 2))
+    assert acts["rot_q", 1].shape == (3, count, 6, 16) and acts["rot_k", 1].shape == (3, count, 2, 16)
+    with backend.use("eager"):
+        edited = SCALED.run_with_hooks(ids, [("blocks.1.attn.hook_pattern", lambda x, hook: x * 0)])
+        assert torch.equal(edited, SCALED.run_with_hooks(ids, [("blocks.1.attn.hook_z", lambda x, hook: x * 0)]))
+
+
+def test_transformers_agrees_as_far_as_it_goes():
+    """It ignores the chunks, and in the first one there is nothing to ignore."""
+    report = qr.verify(make(chunk_size=256, original_max_position_embeddings=128), progress=False)
+    assert report.ok, report.table()
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 

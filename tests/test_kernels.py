@@ -21,7 +21,7 @@ from qwen_ref import backend, ops
 from qwen_ref.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = tuple(backend.OPERATIONS)
+KERNELS = tuple(op.name for op in backend.OPERATIONS.values() if "triton" in op.implementations)
 LAYOUTS = ("int4", "int8", "fp8", "code4", "gguf")
 PACKED_LINEAR = (*(f"linear_{layout}" for layout in LAYOUTS), "linear_fp8_dynamic")
 PACKED = (*PACKED_LINEAR, *(f"moe_{layout}" for layout in LAYOUTS))

@@ -21,7 +21,7 @@ from qwen_ref import backend, ops
 from qwen_ref.errors import ConfigError, RequestError
 from qwen_ref.generate import Session, end_tokens
 from qwen_ref.loading import ASSETS, build, load_model
-from qwen_ref.models import qwen1
+from qwen_ref.models import qwen1, qwen2
 from qwen_ref.tokenizer import Tokenizer
 from qwen_ref.verify import write_oracle
 
@@ -395,6 +395,64 @@ def test_qwen_vl_is_refused(data):
     raw = json.loads((data / "configs" / "Qwen--Qwen-VL-Chat-Int4_config.json").read_text(encoding="utf-8"))
     with pytest.raises(ConfigError, match="visual is set"):
         build(raw)
+
+
+# ------------------------------------------------------------------------------------------------- hooks
+
+
+def test_every_point_holds_what_its_name_says():
+    model = make(SHORT)
+    with backend.use("eager"):
+        logits, acts = model.run_with_cache(IDS, "*hook_*")
+        assert torch.equal(logits, model(IDS))
+    assert set(acts) == set(model.list_hooks())
+    assert model.list_hooks() == build(qwen2.TINY).list_hooks(), "the same names in every generation"
+    before = acts["hook_embed"]
+    for i, block in enumerate(model.model.layers):
+        attn, mlp = f"blocks.{i}.attn.hook", f"blocks.{i}.mlp.hook"
+        assert torch.equal(acts[f"blocks.{i}.hook_resid_pre"], before)
+        fused = torch.cat([acts[f"{attn}_{part}"].flatten(2) for part in "qkv"], -1)  # (B, T, 3H)
+        assert torch.equal(fused, block.attn.c_attn(acts[f"blocks.{i}.ln1.hook_out"]))
+        assert acts[f"{attn}_q"].shape == acts[f"{attn}_rot_k"].shape == acts[f"{attn}_z"].shape == (3, 23, 6, 16)
+        cos, sin = model.model.rotary_emb(torch.arange(23)[None], torch.float32, None)
+        for part in "qk":
+            turned = ops.rope(acts[f"{attn}_{part}"].transpose(1, 2), cos, sin).transpose(1, 2)
+            assert torch.equal(acts[f"{attn}_rot_{part}"], turned)
+        logn = ops.logn_scale(torch.arange(23)[None], 8, torch.float32)
+        scores = (turned_q := acts[f"{attn}_rot_q"].transpose(1, 2) * logn) @ acts[f"{attn}_rot_k"].permute(0, 2, 3, 1) / 4
+        assert turned_q.shape == (3, 6, 23, 16)
+        seen = torch.ones(23, 23, dtype=torch.bool).tril()
+        torch.testing.assert_close(acts[f"{attn}_attn_scores"][..., seen], scores[..., seen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(acts[f"{attn}_pattern"], scores.masked_fill(~seen, -math.inf).softmax(-1))
+        torch.testing.assert_close(acts[f"{attn}_z"], (acts[f"{attn}_pattern"] @ acts[f"{attn}_v"].transpose(1, 2)).transpose(1, 2))
+        torch.testing.assert_close(acts[f"{attn}_result"].sum(2), acts[f"blocks.{i}.hook_attn_out"], rtol=1e-4, atol=1e-5)
+        middle = before + acts[f"blocks.{i}.hook_attn_out"]
+        assert torch.equal(acts[f"blocks.{i}.hook_resid_mid"], middle)
+        gated = torch.nn.functional.silu(acts[f"{mlp}_pre"]) * acts[f"{mlp}_pre_linear"]
+        assert torch.equal(acts[f"{mlp}_post"], gated) and gated.shape == (3, 23, 88)
+        assert torch.equal(acts[f"{mlp}_pre"], block.mlp.w2(acts[f"blocks.{i}.ln2.hook_out"]))
+        before = middle + acts[f"blocks.{i}.hook_mlp_out"]
+        assert torch.equal(acts[f"blocks.{i}.hook_resid_post"], before)
+
+
+def test_every_point_can_be_edited_and_an_identity_edit_changes_nothing():
+    model = make(SHORT)
+    with backend.use("eager"):
+        plain = model(IDS)
+        for name in model.list_hooks():
+            assert torch.equal(model.run_with_hooks(IDS, [(name, lambda x, hook: x.clone())]), plain), name
+            assert not torch.equal(model.run_with_hooks(IDS, [(name, lambda x, hook: x * 1.5 + 0.5)]), plain) or name.endswith(
+                "attn_scores"), name  # softmax does not see what is added to all, nor the mask's lowest number times 1.5
+
+        def no_third_head(x, hook):
+            x[:, :, 2] = 0
+
+        for part, rows in (("q", slice(32, 48)), ("k", slice(96 + 32, 96 + 48)), ("v", slice(192 + 32, 192 + 48))):
+            pruned = make(SHORT)
+            pruned.model.layers[1].attn.c_attn.weight[rows] = 0
+            pruned.model.layers[1].attn.c_attn.bias[rows] = 0
+            edited = model.run_with_hooks(IDS, [(f"blocks.1.attn.hook_{part}", no_third_head)])
+            torch.testing.assert_close(edited, pruned(IDS), rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- verify
