@@ -339,6 +339,19 @@ def test_transformers_agrees_as_far_as_it_goes():
     assert report.ok, report.table()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_knows_the_operation(dtype, monkeypatch):
+    """L1 tries it, and L5 holds far beyond the first chunk: it says how long the prompt is."""
+    model = make(dtype=dtype)
+    report = qr.verify(model, levels="L1,L5", backend={"dual_chunk_attention": "torch"}, progress=False)
+    names = [check.name for check in report.checks]
+    assert report.ok and any(name.startswith("dual_chunk_attention[torch] arguments") for name in names)
+    assert "dual_chunk_attention[torch] = eager" in names
+    wrong = backend.Implementation("wrong", lambda: lambda *args: ops.dual_chunk_attention(*args[:5], args[5] + 1, args[6]))
+    monkeypatch.setitem(backend.dual_chunk_attention.implementations, "wrong", wrong)
+    assert not qr.verify(model, levels="L1", backend={"dual_chunk_attention": "wrong"}, progress=False).ok
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 
