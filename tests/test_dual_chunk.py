@@ -18,6 +18,7 @@ from qwen_ref import backend, ops
 from qwen_ref.errors import ConfigError
 from qwen_ref.loading import ASSETS, build, load_model
 from qwen_ref.models import qwen2
+from qwen_ref.quant.gguf_meta import write_config
 from qwen_ref.tokenizer import Tokenizer
 
 IDS = torch.randint(0, 211, (3, 37), generator=torch.Generator().manual_seed(2))
@@ -388,6 +389,11 @@ def test_a_wrong_value_is_named(chunks, message):
 def test_it_is_refused_beside_other_ways_to_read_far(beside):
     with pytest.raises(ConfigError, match="beside YaRN or a sliding window"):
         build({**qwen2.TINY_1M, **beside})
+
+
+def test_gguf_has_no_counterpart():
+    with pytest.raises(ConfigError, match="dual_chunk_attention_config has no counterpart in GGUF"):
+        write_config(SCALED.config.to_json())
 
 
 def test_saved_read_back_and_the_approximation_of_engines_noted(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 
 import qwen_ref as qr
 from qwen_ref import backend, ops
+from qwen_ref.describe import describe
 from qwen_ref.errors import ConfigError, RequestError
 from qwen_ref.generate import Session, end_tokens
 from qwen_ref.loading import ASSETS, build, load_model
 from qwen_ref.models import qwen1, qwen2
+from qwen_ref.quantize import quantize
 from qwen_ref.tokenizer import Tokenizer
 from qwen_ref.verify import write_oracle
 
@@ -334,6 +337,30 @@ def test_shards_and_the_first_files_buffers_load(tmp_path):
     again = load_model(tmp_path / "m", device="cpu")
     assert torch.equal(again(IDS), model(IDS))
     assert sorted(again.load_report.ignored) == ["transformer.h.1.attn.masked_bias", "transformer.rotary_emb.inv_freq"]
+
+
+def test_inspect_knows_its_parts_and_ends(tmp_path):
+    model = make(SHORT)
+    model.extra_files = {"generation_config.json": b'{"chat_format": "chatml", "eos_token_id": 151643}'}
+    model.save(tmp_path / "m")
+    found = describe(tmp_path / "m")
+    assert found.parameters == {"embedding": 211 * 96, "attention": 3 * (4 * 96 * 96 + 3 * 96), "feed-forward": 3 * 3 * 96 * 88,
+                                "norms": 7 * 96, "head": 211 * 96}  # fmt: skip
+    assert found.kv_bytes_per_token == 2 * 3 * 96 * 4
+    assert found.end_tokens["generation_config.json"] == [151643, "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_under_the_official_names(tmp_path, kind):
+    """The fused projection is rounded like any other matrix; the rounded checkpoint is read back as what it was rounded to."""
+    model = make({**SHORT, "hidden_size": 128, "kv_channels": 32, "num_attention_heads": 4, "intermediate_size": 256})
+    model.save(tmp_path / "m")
+    quantize(tmp_path / "m", tmp_path / "q", kind, progress=False)
+    names = {name for path in (tmp_path / "q").glob("*.safetensors") for name in load_file(path)}
+    assert any(re.fullmatch(r"transformer\.h\.2\.attn\.c_attn\.(qweight|weight_packed|weight)", name) for name in names), names
+    packed, plain = (load_model(tmp_path / "q", device="cpu", dequantize=d, progress=False) for d in (False, True))
+    assert "packed" in str(type(packed.model.layers[0].attn.c_attn)).lower()
+    torch.testing.assert_close(packed(IDS), plain(IDS), rtol=1e-3, atol=1e-3)
 
 
 OFFICIAL = {  # hidden, layers, heads, intermediate_size, vocabulary -> parameters
