@@ -135,7 +135,7 @@ def test_the_definition_pair_by_pair(run, sizes):
     torch.testing.assert_close(ours.transpose(1, 2)[seen], expected.transpose(1, 2)[seen], rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes=SIZES, held=st.integers(1, 40), share=st.floats(0, 1), tile=st.integers(1, 200), groups=st.sampled_from([(4, 2), (3, 3), (6, 1)]),
        padding=st.tuples(st.integers(0, 9), st.integers(0, 9)), seed=st.integers(0, 9))  # fmt: skip
 def test_tiles_of_any_size_are_the_exact_formula(sizes, held, share, tile, groups, padding, seed):
@@ -180,13 +180,13 @@ def test_the_tiled_one_never_holds_the_score_matrix():
                     self.numel = max(self.numel, x.numel())
             return result
 
-    args, _ = inputs(1, 2, 1, 1500, 1500, (300, 50), dtype=torch.float32, dim=4)
+    args, _ = inputs(1, 2, 1, 700, 700, (200, 50), dtype=torch.float32, dim=4)
     with Largest() as tiled:
-        ours = ops.dual_chunk_blocked(*args, tile=4096)
+        ours = ops.dual_chunk_blocked(*args, tile=1024)
     with Largest() as exact:
         truth = ops.dual_chunk_attention(*args)
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
-    assert exact.numel >= 3 * 2 * 1500 * 1500 and tiled.numel <= args[0].numel()  # the queries themselves
+    assert exact.numel >= 3 * 2 * 700 * 700 and tiled.numel <= args[0].numel()  # the queries themselves
 
 
 FAULTS = {
@@ -235,16 +235,17 @@ def read(model, ids, cuts, positions=None, expect=None):
 @pytest.mark.parametrize("name", ["unscaled", "scaled"])
 def test_every_split_point_and_token_by_token(name, implementation):
     """Across the borders of chunks of 8 tokens; where scores grow with the length, the prompt's length is said first."""
-    model, expect = (UNSCALED, None) if name == "unscaled" else (SCALED, [37] * 3)
+    model, expect = (UNSCALED, None) if name == "unscaled" else (SCALED, [29])
+    ids = IDS[:1, :29]
     with backend.use(implementation):
-        whole = model(IDS)
-        for split in range(1, 37):
-            torch.testing.assert_close(read(model, IDS, [split], expect=expect)[0], whole, **CLOSE)
-        torch.testing.assert_close(read(model, IDS, list(range(1, 37)), expect=expect)[0], whole, **CLOSE)
+        whole = model(ids)
+        for split in range(1, 29):
+            torch.testing.assert_close(read(model, ids, [split], expect=expect)[0], whole, **CLOSE)
+        torch.testing.assert_close(read(model, ids, list(range(1, 29)), expect=expect)[0], whole, **CLOSE)
 
 
 @given(cuts=st.sets(st.integers(1, 36), max_size=4), padding=st.tuples(*[st.integers(0, 30)] * 2), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("implementation", ["eager", "torch"])
 def test_padded_rows_are_the_rows_alone(implementation, cuts, padding, seed):
     ids = torch.randint(0, 211, (2, 37), generator=torch.Generator().manual_seed(seed))

@@ -79,39 +79,57 @@ def dual_chunk_blocked(
     """`dual_chunk_attention` without the T x S scores: tiles of at most `tile` of them per head, merged by log-sum-exp.
 
     Of a tile only those of the three products are taken that some pair in it needs; where all keys are later than all
-    queries there is none. Scores, softmax and sums are at least fp32; probabilities are rounded before they meet the values.
+    queries there is none. Scores, softmax and sums are at least fp32.
     """
     batch, heads, _, count, dim = q.shape
-    groups, wide = (k.shape[1], heads // k.shape[1]), at_least_fp32(q.dtype)
+    kv_heads, group, wide = k.shape[1], heads // k.shape[1], at_least_fp32(q.dtype)
+    # A processor without units for half precision multiplies fp32 some twenty times as fast.
+    product = wide if q.device.type == "cpu" else q.dtype
     rows = max(1, min(count, math.isqrt(tile)))
-    columns = max(1, tile // rows)
-    q = q.unflatten(1, groups)  # (B, K, N/K, 3, T, D)
-    out = q.new_empty(batch, *groups, count, dim)
-    key_tiles = list(_tiles(k_positions, columns))
+    key_tiles = list(_tiles(k_positions, max(1, min(tile // rows, span))))
+    out = torch.empty(batch, kv_heads, group, count, dim, dtype=q.dtype, device=q.device)
     for some, lowest, highest in _tiles(q_positions, rows):
-        peak = torch.full((batch, *groups, some.stop - some.start), torch.finfo(wide).min, dtype=wide, device=q.device)
+        # The heads that share keys are rows of one product: (B, 3, K, N/K * t, D).
+        queries = q[:, :, :, some].unflatten(1, (kv_heads, group)).permute(0, 3, 1, 2, 4, 5).flatten(3, 4).to(product)
+        peak = torch.full((batch, kv_heads, queries.shape[3]), torch.finfo(wide).min, dtype=wide, device=q.device)
         total, mixed = torch.zeros_like(peak), torch.zeros(*peak.shape, dim, dtype=wide, device=q.device)
         for held, first, last in key_tiles:
             if first > highest:
                 continue
-            keys = _scaled(k[:, :, held], scale)[:, :, None].transpose(-1, -2)  # (B, K, 1, D, s)
-            apart = _chunks_apart(q_positions[:, some], k_positions[:, held], span)[:, None, None]  # (B or 1, 1, 1, t, s)
-            kinds = range(*(min(max(n, 0), 2) + more for n, more in
-                            ((lowest // span - last // span, 0), (highest // span - first // span, 1))))
-            scores = q[..., kinds[0], some, :] @ keys  # (B, K, N/K, t, s)
-            for kind in kinds[1:]:
-                scores = torch.where(apart >= kind, q[..., kind, some, :] @ keys, scores)
-            scores = scores.to(wide) * _softmax_scale(scale, q)[..., None]
-            seen = visible(q_positions[:, some], k_positions[:, held])[:, None]  # (B or 1, 1, 1, t, s)
-            scores = scores.masked_fill(~seen, -math.inf)
+            keys = _scaled(k[:, :, held], scale).to(product).transpose(-1, -2)  # (B, K, D, s)
+            kinds = (min(max(n, 0), 2) for n in (lowest // span - last // span, highest // span - first // span))
+            scores = _tile_scores(queries, keys, q_positions[:, some], k_positions[:, held], span, *kinds)
+            scores = scores.to(wide) * _softmax_scale(scale, q)  # (B, K, N/K * t, s)
             higher = peak.maximum(scores.amax(-1))
             weights, kept = (scores - higher[..., None]).exp(), (peak - higher).exp()
             total = total * kept + weights.sum(-1)
-            mixed = mixed * kept[..., None] + (weights.to(v.dtype) @ v[:, :, None, held]).to(wide)
+            mixed = mixed * kept[..., None] + (weights.to(product) @ v[:, :, held].to(product)).to(wide)
             peak = higher
         # A padding query may have seen nothing: zero, for nobody reads it, but it must be finite.
-        out[..., some, :] = (mixed / total.clamp_min(torch.finfo(wide).tiny)[..., None]).to(out.dtype)
+        mixed = mixed / total.clamp_min(torch.finfo(wide).tiny)[..., None]
+        out[:, :, :, some] = mixed.unflatten(2, (group, -1)).to(out.dtype)
     return out.flatten(1, 2)
+
+
+def _tile_scores(
+    queries: Tensor, keys: Tensor, q_positions: Tensor, k_positions: Tensor, span: int, nearest: int, furthest: int
+) -> Tensor:
+    """q k^T of a tile whose pairs are from `nearest` to `furthest` chunks apart, -inf where a key is hidden.
+
+    (B, 3, K, n t, D), (B, K, D, s) -> (B, K, n t, s).
+    """
+    group = queries.shape[3] // q_positions.shape[1]
+    scores = queries[:, nearest] @ keys
+    if nearest < furthest:
+        apart = _for_every_head(_chunks_apart(q_positions, k_positions, span), group)
+        for kind in range(nearest + 1, furthest + 1):
+            scores = torch.where(apart >= kind, queries[:, kind] @ keys, scores)
+    return scores.masked_fill(~_for_every_head(visible(q_positions, k_positions)[:, 0], group), -math.inf)
+
+
+def _for_every_head(pairs: Tensor, group: int) -> Tensor:
+    """(B or 1, t, s) -> (B or 1, 1, group * t, s)."""
+    return pairs[:, None].repeat(1, 1, group, 1)
 
 
 def _chunks_apart(q_positions: Tensor, k_positions: Tensor, span: int) -> Tensor:
