@@ -165,12 +165,14 @@ def _operation(name: str) -> Operation:
 
 
 def _operation_of(
-    formula: Callable[..., Any], *, preferred: Callable[..., Any] | None = None, also: Callable[..., Any] | None = None
-) -> Operation:
-    """A formula and what competes with it: PyTorch's fused kernel, chosen by default or not, and the Triton kernel."""
+    formula: Callable[..., Any], *, preferred: Callable[..., Any] | None = None, also: Callable[..., Any] | None = None,
+    kernel: bool = True,
+) -> Operation:  # fmt: skip
+    """A formula and what competes with it: one made of PyTorch's fused kernels, chosen by default or not, and the Triton
+    kernel, if there is one."""
     runs = {"torch": preferred, "eager": formula} if preferred else {"eager": formula, "torch": also}
     operation = Operation(formula.__name__, {name: Implementation(name, _given(run)) for name, run in runs.items() if run})
-    return _with_kernel(operation)
+    return _with_kernel(operation) if kernel else operation
 
 
 def _operation_of_packed(
@@ -236,6 +238,7 @@ attention = _operation_of(ops.attention, preferred=torch_ops.attention)
 attention_prefill = _operation_of(ops.attention_prefill, also=torch_ops.attention_prefill)
 attention_decode = _operation_of(ops.attention_decode)
 attention_paged = _operation_of(ops.attention_paged)
+dual_chunk_attention = _operation_of(ops.dual_chunk_attention, preferred=ops.dual_chunk_blocked, kernel=False)
 swiglu = _operation_of(ops.swiglu)
 router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
@@ -257,7 +260,7 @@ OPERATIONS: dict[str, Operation] = {
     op.name: op
     for op in (
         linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
-        attention, attention_prefill, attention_decode, attention_paged, causal_conv1d, gated_delta_rule,
+        attention, attention_prefill, attention_decode, attention_paged, dual_chunk_attention, causal_conv1d, gated_delta_rule,
         swiglu, router_topk, moe_experts, sample, cross_entropy,
         linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
         moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,

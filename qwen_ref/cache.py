@@ -179,6 +179,7 @@ class Cache:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
+        self.expected: list[int] | None = None  # see `expect`
 
     @property
     def length(self) -> int:
@@ -207,6 +208,14 @@ class Cache:
         self._positions = torch.cat((before, positions.expand(before.shape[0], -1)), dim=1)
         return self._positions
 
+    def expect(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens each sequence will hold once its prompt is read, padding not counted, before it is.
+
+        Qwen 1's rotary base and the length scaling of dual chunk attention depend on it. Without it they go by what the
+        first call (Qwen 1) or every call (dual chunk) has seen; other models do not ask. Holds until `truncate`.
+        """
+        self.expected = list(lengths)
+
     def reachable(self, length: int) -> int:
         """The most of the first `length` tokens that `truncate` can keep: all of them where every layer keeps keys, else
         the last length that a layer without keys remembers."""
@@ -222,6 +231,7 @@ class Cache:
                                f"keys or states already dropped; {self.reachable(length)} can be kept")
         for layer in self.layers:
             layer.truncate(length)
+        self.expected = None
         if self._positions is not None:
             self._positions = self._positions[:, :length]
 
@@ -241,8 +251,7 @@ class Cache:
 
     def restore(self, snapshot: Cache) -> None:
         """Hold exactly what `snapshot` does. It can be restored again, and into other caches of the same model."""
-        kept = snapshot.snapshot()
-        self.layers, self._positions = kept.layers, kept._positions
+        vars(self).update(vars(snapshot.snapshot()))
 
     def select(self, rows: Tensor) -> None:
         """Keep only these sequences of the batch, in this order. `rows` (B',) int64."""
@@ -250,6 +259,8 @@ class Cache:
             layer.select(rows)
         if self._positions is not None:
             self._positions = self._positions[rows]
+        if self.expected is not None:
+            self.expected = [self.expected[row] for row in rows.tolist()]
 
     def nbytes(self) -> int:
         """Bytes allocated for all layers."""

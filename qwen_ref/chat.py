@@ -32,6 +32,17 @@ _RESERVED = frozenset((
     "raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner",
     "loop", "self", "caller", "varargs", "kwargs",
 ))
+# What "chat_format": "chatml" in generation_config.json stands for, Qwen 1's only way to name a template: the official
+# make_context. (It encodes role, line break and content one by one, so that a content which begins with a line break has
+# two tokens for the two breaks; in the template's text, as in every later generation's, they are one.)
+CHATML = """\
+{%- if tools %}{{ raise_exception("Qwen 1 was trained without a format for tools: describe them in a message") }}{% endif %}
+{%- for message in messages %}
+{%- if loop.first and message.role != "system" %}{{ "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" }}{% endif %}
+{{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>" }}
+{%- if not loop.last or add_generation_prompt %}{{ "\n" }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""
 # Other names for a message's reasoning, in the order in which transformers looks for it.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 

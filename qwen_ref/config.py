@@ -182,6 +182,36 @@ class Rope:
         }
 
 
+@dataclass(frozen=True)
+class DualChunk:
+    """Sizes of dual chunk attention (`ops.dual_chunk`), in tokens."""
+
+    chunk: int  # no rotation is beyond this position
+    local: int  # how far back distances across a chunk's border are the true ones
+    original_context: int = 0  # beyond it, scores grow with the length; 0 = never
+
+    @property
+    def span(self) -> int:
+        """Tokens that share a chunk."""
+        return self.chunk - self.local
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> DualChunk | None:
+        """`dual_chunk_attention_config`, None if it is absent. Its sparse attention, for which it may name each head's
+        pattern, is an engine's approximation of this attention, not a part of the model, and is not read."""
+        f = fields.object("dual_chunk_attention_config")
+        if not f.data:
+            return None
+        chunk = f.integer("chunk_size", 8192, low=2, high=1 << 40)
+        local = f.integer("local_size", 1024, high=1 << 40)
+        if local >= chunk:
+            raise f.error("local_size", f"is {local}; it must be below the chunk_size {chunk}")
+        return cls(chunk, local, f.integer("original_max_position_embeddings", 0, low=0, high=1 << 40))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"chunk_size": self.chunk, "local_size": self.local, "original_max_position_embeddings": self.original_context}
+
+
 def layer_types(
     fields: Fields, layers: int, default: list[str], known: Sequence[str] = ("full_attention", "sliding_attention")
 ) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ def size(count: float) -> str:
 
 def _part(name: str) -> str:
     for key, part in (("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"),
+                      (".attn.", "attention"),
                       ("experts", "experts"), ("shared_expert", "shared expert"), ("mlp.gate.", "router"),
                       ("mlp", "feed-forward")):  # fmt: skip
         if key in name:
@@ -126,7 +127,8 @@ def _idle(network: LanguageModel) -> int:
 
 def _eos(content: bytes | None) -> Any:
     data = parse_object(content, "tokenizer or generation config", ConfigError) if content else {}
-    return data.get("eos_token_id", data.get("eos_token"))
+    named = data.get("eos_token_id", data.get("eos_token"))
+    return [named, "<|im_end|>", "<|im_start|>"] if data.get("chat_format") == "chatml" else named  # see `generate.end_tokens`
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Format | None, dict[str, Any]]:

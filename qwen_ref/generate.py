@@ -88,6 +88,7 @@ class Session:
             if held != wanted:
                 break
             common += 1
+        self.cache.expect([len(prompt)])  # which decides whether its keys can serve this prompt too
         common = self.cache.reachable(common)
         self.cache.truncate(common)
         self.ids = prompt[:common]
@@ -185,7 +186,10 @@ def encode_prompt(
 
 
 def end_tokens(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """The end-of-sequence ids each of the three places names; generation stops at any of them."""
+    """The end-of-sequence ids each of the three places names; generation stops at any of them.
+
+    In Qwen 1's generation_config.json `chat_format` names two more: "chatml" ends at either mark of a turn.
+    """
     places = {
         "generation_config.json": model.generation_config.get("eos_token_id"),
         "config.json": model.raw_config.get("eos_token_id"),
@@ -197,6 +201,9 @@ def end_tokens(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, list[int
         if any(type(i) is not int or i < 0 for i in ids):
             raise ConfigError(f"{place}: eos_token_id is {value!r}, not a token id or a list of them")
         found[place] = ids
+    if model.generation_config.get("chat_format") == "chatml":
+        marks = (tokenizer.id_of(token) for token in ("<|im_end|>", "<|im_start|>"))
+        found["generation_config.json"] = found["generation_config.json"] + [id for id in marks if id is not None]
     return found
 
 
@@ -371,6 +378,7 @@ def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chu
     if any(len(row) < longest for row in rows):  # padding stands at position -1, which nothing attends to
         spans = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
         positions = torch.tensor(spans, device=model.device)
+    cache.expect([len(s.prompt) for s in sequences])
     edges = {*range(0, longest, chunk), longest}
     if mark:
         edges.add((longest - 1) // 64 * 64)

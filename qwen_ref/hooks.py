@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,22 +78,18 @@ def points(model: nn.Module) -> dict[str, Point]:
 
 
 def _block_points(name: str, path: str, block: Any) -> list[Point]:
-    mlp = f"{path}.mlp"
-    if hasattr(block, "linear_attn"):
-        mixer = f"{path}.linear_attn"
-        inside = _delta_points(f"{name}.attn.hook", mixer)
-    else:
-        mixer = f"{path}.self_attn"
-        inside = _attention_points(f"{name}.attn.hook", mixer, block.self_attn)
+    mixer, inside = next((kind, points) for kind, points in _MIXERS.items() if hasattr(block, kind))
+    first, second = ("ln_1", "ln_2") if hasattr(block, "ln_1") else ("input_layernorm", "post_attention_layernorm")
+    mlp = _moe_points if hasattr(block.mlp, "experts") else _mlp_points
     return [
         Point(f"{name}.hook_resid_pre", path, "input", "BTH"),
-        *_norm_points(f"{name}.ln1", f"{path}.input_layernorm", block.input_layernorm),
-        *inside,
-        Point(f"{name}.hook_attn_out", mixer, "output", "BTH"),
-        Point(f"{name}.hook_resid_mid", f"{path}.post_attention_layernorm", "residual", "BTH"),
-        *_norm_points(f"{name}.ln2", f"{path}.post_attention_layernorm", block.post_attention_layernorm),
-        *(_moe_points(name, mlp, block.mlp) if hasattr(block.mlp, "experts") else _mlp_points(f"{name}.mlp", mlp)),
-        Point(f"{name}.hook_mlp_out", mlp, "output", "BTH"),
+        *_norm_points(f"{name}.ln1", f"{path}.{first}", getattr(block, first)),
+        *inside(f"{name}.attn.hook", f"{path}.{mixer}", getattr(block, mixer)),
+        Point(f"{name}.hook_attn_out", f"{path}.{mixer}", "output", "BTH"),
+        Point(f"{name}.hook_resid_mid", f"{path}.{second}", "residual", "BTH"),
+        *_norm_points(f"{name}.ln2", f"{path}.{second}", getattr(block, second)),
+        *mlp(f"{name}.mlp", f"{path}.mlp", block.mlp),
+        Point(f"{name}.hook_mlp_out", f"{path}.mlp", "output", "BTH"),
         Point(f"{name}.hook_resid_post", path, "output", "BTH"),
     ]
 
@@ -112,17 +109,39 @@ def _attention_points(a: str, path: str, attn: Any) -> list[Point]:
         Point(f"{a}_k", f"{path}.k_proj", "output", "BTKD"),
         *([Point(f"{a}_k_normed", f"{path}.k_norm", "output", "BTKD")] if normed else []),
         Point(f"{a}_v", f"{path}.v_proj", "output", "BTKD"),
-        Point(f"{a}_rot_q", path, "rope", "BTND", call=0),
-        Point(f"{a}_rot_k", path, "rope", "BTKD", call=1),
-        Point(f"{a}_attn_scores", path, "attention", "BNTS"),
-        Point(f"{a}_pattern", path, "attention", "BNTS"),
+        *_score_points(a, path),
         # What o_proj reads: after the gate, where there is one.
         Point(f"{a}_z", f"{path}.o_proj", "input", "BTND") if gated else Point(f"{a}_z", path, "attention", "BTND"),
         Point(f"{a}_result", f"{path}.o_proj", "heads", "BTNH"),
     ]
 
 
-def _delta_points(a: str, path: str) -> list[Point]:
+def _fused_attention_points(a: str, path: str, attn: Any) -> list[Point]:
+    """Of Qwen 1: q, k and v are thirds of one projection."""
+
+    def third(i: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.chunk(3, dim=-1)[i].unflatten(-1, (-1, attn.head_dim))
+
+    return [
+        Point(f"{a}_q", f"{path}.c_attn", "output", "BTND", part=third(0)),
+        Point(f"{a}_k", f"{path}.c_attn", "output", "BTKD", part=third(1)),
+        Point(f"{a}_v", f"{path}.c_attn", "output", "BTKD", part=third(2)),
+        *_score_points(a, path),
+        Point(f"{a}_z", path, "attention", "BTND"),
+        Point(f"{a}_result", f"{path}.c_proj", "heads", "BTNH"),
+    ]
+
+
+def _score_points(a: str, path: str) -> list[Point]:
+    return [
+        Point(f"{a}_rot_q", path, "rope", "BTND", call=0),  # of dual chunk attention: as rotated for keys of its own chunk
+        Point(f"{a}_rot_k", path, "rope", "BTKD", call=1),
+        Point(f"{a}_attn_scores", path, "attention", "BNTS"),
+        Point(f"{a}_pattern", path, "attention", "BNTS"),
+    ]
+
+
+def _delta_points(a: str, path: str, delta: Any) -> list[Point]:
     """Of a Gated DeltaNet. q, k and v after the convolution, before q and k are scaled to length one."""
     rule = "gated_delta_rule"
     return [
@@ -141,6 +160,9 @@ def _delta_points(a: str, path: str) -> list[Point]:
     ]
 
 
+_MIXERS = {"linear_attn": _delta_points, "self_attn": _attention_points, "attn": _fused_attention_points}
+
+
 def _norm_points(name: str, path: str, norm: Any) -> list[Point]:
     operation = getattr(norm, "operation", "rms_norm")
     return [
@@ -150,16 +172,16 @@ def _norm_points(name: str, path: str, norm: Any) -> list[Point]:
     ]
 
 
-def _mlp_points(name: str, path: str) -> list[Point]:
+def _mlp_points(name: str, path: str, mlp: Any) -> list[Point]:
+    gate, up, down = ("w2", "w1", "c_proj") if hasattr(mlp, "w2") else ("gate_proj", "up_proj", "down_proj")
     return [
-        Point(f"{name}.hook_pre", f"{path}.gate_proj", "output", "BTI"),
-        Point(f"{name}.hook_pre_linear", f"{path}.up_proj", "output", "BTI"),
-        Point(f"{name}.hook_post", f"{path}.down_proj", "input", "BTI"),
+        Point(f"{name}.hook_pre", f"{path}.{gate}", "output", "BTI"),
+        Point(f"{name}.hook_pre_linear", f"{path}.{up}", "output", "BTI"),
+        Point(f"{name}.hook_post", f"{path}.{down}", "input", "BTI"),
     ]
 
 
 def _moe_points(name: str, path: str, mlp: Any) -> list[Point]:
-    name = f"{name}.mlp"
     found = [
         Point(f"{name}.hook_router_logits", f"{path}.gate", "output", "BTE"),
         Point(f"{name}.hook_router_probs", path, "router_topk", "BTE", instead="hook_router_logits"),
@@ -346,7 +368,8 @@ class _Session:
     # which modules and operations are concerned
 
     def operations(self) -> set[str]:
-        return {point.place for point in self.points.values() if point.place in backend.OPERATIONS}
+        places = {point.place for point in self.points.values() if point.place in backend.OPERATIONS}
+        return places | ({"dual_chunk_attention"} if "attention" in places else set())  # which a model calls in its place
 
     def framed(self) -> set[str]:
         inside = {point.path for point in self.points.values() if point.place in backend.OPERATIONS}
@@ -461,7 +484,8 @@ class _Session:
     def on_operation(self, operation: str) -> Callable[..., Any]:
         handles: dict[str, Callable[..., Any]] = {
             "rms_norm": self._rms_norm, "zero_centred_rms_norm": self._zero_centred, "gated_rms_norm": self._gated_rms_norm,
-            "rope": self._rope, "attention": self._attention, "gated_delta_rule": self._gated_delta_rule,
+            "rope": self._rope, "attention": partial(self._attention, ops.attention_scores),
+            "dual_chunk_attention": partial(self._attention, ops.dual_chunk_scores), "gated_delta_rule": self._gated_delta_rule,
             "router_topk": self._router_topk,
         }  # fmt: skip
         handle = handles[operation]
@@ -516,19 +540,22 @@ class _Session:
         return passes("out", out), passes("state", state)
 
     def _rope(self, frame: _Frame, run: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        point = self.wants(frame.path, ("rot_q", "rot_k")[frame.calls["rope"]])  # every Attention rotates q, then k
+        names = ("rot_q", "rot_k", "")  # every Attention rotates q, then k; dual chunk attention q again, for older chunks
+        point = self.wants(frame.path, names[frame.calls["rope"]])
         frame.calls["rope"] += 1
         rotated = run(x, cos, sin)  # (B, N, T, D)
         shown = rotated.transpose(1, 2)
         edited = self.passes(point, shown)
         return rotated if edited is shown else edited.transpose(1, 2)
 
-    def _attention(self, frame: _Frame, run: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _attention(
+        self, scores_of: Callable[..., Tensor], frame: _Frame, run: Callable, q: Tensor, k: Tensor, v: Tensor, *seen: Any
+    ) -> Tensor:
         scores_point, pattern_point = self.wants(frame.path, "attn_scores"), self.wants(frame.path, "pattern")
         if scores_point is None and pattern_point is None:
-            out = run(q, k, v, mask)  # (B, N, T, D)
+            out = run(q, k, v, *seen)  # (B, N, T, D)
         else:
-            scores = self.passes(scores_point, ops.attention_scores(q, k, mask))  # (B, N, T, S)
+            scores = self.passes(scores_point, scores_of(q, k, *seen))  # (B, N, T, S)
             pattern = self.passes(pattern_point, ops.attention_softmax(scores))
             out = pattern @ ops.repeat_kv(v, q.shape[1])
         shown = out.transpose(1, 2)

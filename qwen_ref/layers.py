@@ -145,6 +145,18 @@ class Rotary(nn.Module):
         return ops.rope_tables(positions, self.frequencies, self.scale, dtype)
 
 
+def stand(tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, bool]:
+    """Where the T new tokens stand, and all S tokens so far; the cache takes note of it. Arguments as for `place`.
+
+    Returns: positions (B or 1, T); those of all keys (B or 1, S); whether these are simply 0..S-1.
+    """
+    count, device = tokens.shape[1], tokens.device
+    contiguous = positions is None and (cache is None or cache.contiguous)
+    if positions is None:
+        positions = cache.next_positions(count, device) if cache is not None else torch.arange(count, device=device)[None]
+    return positions, cache.extend(positions, contiguous) if cache is not None else positions, contiguous
+
+
 def place(
     tokens: Tensor, positions: Tensor | None, cache: Cache | None, windows: set[int | None]
 ) -> tuple[Tensor, dict[int | None, Tensor | None]]:
@@ -156,12 +168,8 @@ def place(
         windows: the sliding windows in use, None standing for full attention.
     Returns: positions (B or 1, T), and per window a mask for `ops.attention`; None = plain causal.
     """
-    count, device = tokens.shape[1], tokens.device
-    contiguous = positions is None and (cache is None or cache.contiguous)
-    past = cache.length if cache is not None else 0
-    if positions is None:
-        positions = cache.next_positions(count, device) if cache is not None else torch.arange(count, device=device)[None]
-    keys = cache.extend(positions, contiguous) if cache is not None else positions  # (B or 1, S)
+    count, past = tokens.shape[1], cache.length if cache is not None else 0
+    positions, keys, contiguous = stand(tokens, positions, cache)
     masks: dict[int | None, Tensor | None] = {}
     for window in windows:
         held = past if window is None else min(past, window - 1)  # what SlidingKVCache keeps

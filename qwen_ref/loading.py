@@ -32,6 +32,7 @@ EXTRA_FILES = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "qwen.tiktoken",
     "chat_template.jinja",
     "generation_config.json",
 )
@@ -106,6 +107,9 @@ def load_model(
             pack(network, dtype)
         network.to(device)
     network.load_report.notes += notes
+    if _names_sparse_attention(raw):
+        network.load_report.notes.append("the sparse attention of dual_chunk_attention_config approximates the model: "
+                                         "attention is exact here")
     return network.eval()
 
 
@@ -222,6 +226,11 @@ def _note_dtypes(report: LoadReport, raw: dict[str, Any]) -> None:
     for dtype, count in report.dtypes.items():
         if claimed and dtype != claimed:
             report.notes.append(f"config.json says {claimed}, {count} tensors are {dtype}")
+
+
+def _names_sparse_attention(raw: dict[str, Any]) -> bool:
+    chunks = raw.get("dual_chunk_attention_config")
+    return isinstance(chunks, dict) and any(chunks.get(f"sparse_attention_{name}") for name in ("enabled", "config"))
 
 
 def _attach(network: LanguageModel, path: Path) -> Tokenizer:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import ChatTemplate, Segment
+from .chat import CHATML, ChatTemplate, Segment
 from .errors import TemplateError, TokenizerError
 from .limits import LIMITS
 
@@ -89,7 +89,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read tokenizer.json, else vocab.json + merges.txt, else a single *.tiktoken; and tokenizer_config.json and
-        chat_template.jinja where they exist (the latter replaces the former's template, as in transformers).
+        chat_template.jinja where they exist (the latter replaces the former's template, as in transformers). Beside a
+        *.tiktoken, whose generation knew no templates, `"chat_format": "chatml"` in generation_config.json is one.
 
         Raises: TokenizerError naming the file and what is wrong with it.
         """
@@ -102,6 +103,8 @@ class Tokenizer:
         if not isinstance(template, str | None):
             raise TokenizerError(f"{config_path}: chat_template is not a string; put the one to use in {template_path}")
         spec, path = _read_spec(folder, config)
+        if template is None and path.suffix == ".tiktoken" and _chat_format(folder) == "chatml":
+            template = CHATML
         return cls(spec, config, template, str(path))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -294,6 +297,11 @@ def _read_spec(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Pa
         problem = f"holds {len(found)} *.tiktoken files" if found else "has no tokenizer.json, vocab.json or *.tiktoken"
         raise TokenizerError(f"{folder} {problem}; is it the folder of a Qwen checkpoint?")
     return _spec_from_ranks(_read_ranks(found[0]), found[0]), found[0]
+
+
+def _chat_format(folder: Path) -> Any:
+    path = folder / "generation_config.json"
+    return _read_json(path).get("chat_format") if path.exists() else None
 
 
 def _spec(vocab: dict[str, int], merges: list[list[str]], pattern: str, special: Iterable[str]) -> dict[str, Any]:

@@ -32,10 +32,12 @@ from qwen_ref.bench.measure import environment
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+KERNELS = [op.name for op in backend.OPERATIONS.values() if "triton" in op.implementations]
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operations", nargs="*", metavar="OP", help=f"default: all of {', '.join(backend.OPERATIONS)}")
+    parser.add_argument("operations", nargs="*", metavar="OP", help=f"default: all of {', '.join(KERNELS)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "kernels" / "results")
     parser.add_argument("--model", help="whose sizes; default Qwen3-8B, or Qwen3-30B-A3B for mixtures")
     parser.add_argument("--seeds", type=int, default=5)
@@ -46,7 +48,7 @@ def main() -> int:
         return 2
     wrong: list[str] = []
     tables, results = [], []
-    for operation in args.operations or backend.OPERATIONS:
+    for operation in args.operations or KERNELS:
         wrong += checked(operation, args.model, args.seeds)
         if not args.only_check:
             result = bench(operation, model=args.model)

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import ConfigError
 
 FILES = {
+    "qwen": "qwen1",  # Qwen 1: 1.8B, 7B, 14B, 72B
     "qwen2": "qwen2",  # Qwen1.5, Qwen2, Qwen2.5, Coder, Math, QwQ
     "qwen2_moe": "qwen2",  # Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B
     "qwen3": "qwen3",  # Qwen3 dense, Qwen3-Embedding, Qwen3-Reranker

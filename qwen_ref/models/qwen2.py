@@ -1,22 +1,24 @@
 """Qwen1.5, Qwen2 and Qwen2.5 (2024), dense and mixture of experts: model_type `qwen2` and `qwen2_moe`.
 
 From Qwen 1: separate q, k, v projections with bias, grouped kv heads, a SwiGLU of three plain projections, and optional
-sliding windows and YaRN. The MoE adds to its routed experts a shared one behind a sigmoid gate and does not renormalise
-the top-k weights. Qwen2 Technical Report, arXiv 2407.10671; config.json of Qwen/Qwen2.5-7B and Qwen/Qwen1.5-MoE-A2.7B.
+sliding windows and YaRN. Qwen2.5-1M (2025) reads a million tokens by dual chunk attention. The MoE adds to its routed
+experts a shared one behind a sigmoid gate and does not renormalise the top-k weights. Qwen2 Technical Report, arXiv
+2407.10671; Qwen2.5-1M Technical Report, arXiv 2501.15383; config.json of Qwen/Qwen2.5-7B and Qwen/Qwen1.5-MoE-A2.7B.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import backend
+from .. import backend, ops
 from ..cache import Cache, KVCache, SlidingKVCache
-from ..config import Fields, Rope, layer_types, sparse_layers
-from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place
+from ..config import DualChunk, Fields, Rope, layer_types, sparse_layers
+from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place, stand
 from .common import LanguageModel
 
 
@@ -37,6 +39,7 @@ class Config:
     tie_word_embeddings: bool
     sliding_window: int | None
     layer_types: tuple[str, ...]
+    dual_chunk: DualChunk | None
     # mixture of experts; all layers dense in `qwen2`
     sparse_layers: tuple[bool, ...]
     num_experts: int = 0
@@ -61,7 +64,6 @@ class Config:
             raise f.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
         if head_dim % 2:
             raise f.error("head_dim", f"is {head_dim}; rotary embedding needs an even one")
-        f.refuse("dual_chunk_attention_config")
         experts = f.integer("num_experts", 60) if moe else 0
         top_k = f.integer("num_experts_per_tok", 4) if moe else 0
         if top_k > experts:
@@ -74,6 +76,9 @@ class Config:
         if window is None and "sliding_attention" in types:
             raise f.error("layer_types", "holds sliding_attention, but use_sliding_window is not set")
         max_position = f.integer("max_position_embeddings", 32768, high=1 << 40)
+        rope, dual_chunk = Rope.from_json(f, max_position), DualChunk.from_json(f)
+        if dual_chunk is not None and (window is not None or rope.factor is not None):
+            raise f.error("dual_chunk_attention_config", "is set beside YaRN or a sliding window, which is not implemented")
         return cls(
             model_type=model_type,
             vocab_size=f.integer("vocab_size", 151936),
@@ -85,11 +90,12 @@ class Config:
             head_dim=head_dim,
             max_position_embeddings=max_position,
             rms_norm_eps=f.positive("rms_norm_eps", 1e-6),
-            rope=Rope.from_json(f, max_position),
+            rope=rope,
             qkv_bias=f.flag("qkv_bias", True) if moe else True,
             tie_word_embeddings=f.flag("tie_word_embeddings", False),
             sliding_window=window,
             layer_types=types,
+            dual_chunk=dual_chunk,
             sparse_layers=sparse_layers(f, layers) if moe else (False,) * layers,
             num_experts=experts,
             num_experts_per_tok=top_k,
@@ -133,6 +139,7 @@ class Config:
             "use_sliding_window": self.sliding_window is not None,
             "sliding_window": self.sliding_window,
             "layer_types": list(self.layer_types),
+            **({"dual_chunk_attention_config": self.dual_chunk.to_json()} if self.dual_chunk else {}),
             **(moe if self.num_experts else {}),
         }
 
@@ -163,6 +170,39 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H)
 
 
+@dataclass(frozen=True)
+class ChunkedRope:
+    """What the layers of a pass need for dual chunk attention."""
+
+    own: tuple[Tensor, Tensor]  # cos, sin at the place inside the chunk, for keys too: (B or 1, T, D)
+    before: tuple[Tensor, Tensor]  # for keys of the chunk before, then of earlier ones: (B or 1, 2T, D)
+    positions: Tensor  # of the queries, (B or 1, T)
+    keys: Tensor  # positions of all keys, (B or 1, S)
+    span: int
+    scale: Tensor  # (B or 1,)
+
+
+class DualChunkAttention(Attention):
+    """Grouped-query attention over contexts longer than the rotation was trained on: `ops.dual_chunk`."""
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | ChunkedRope, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        if not isinstance(rope, ChunkedRope):  # there is one chunk yet
+            return super().forward(x, rope, mask, cache)
+        heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, N, T, D)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        own, k = backend.rope(q, *rope.own), backend.rope(k, *rope.own)
+        before = backend.rope(q.repeat(1, 1, 2, 1), *rope.before)  # (B, N, 2T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, D)
+        q = torch.stack((own, *before.chunk(2, dim=2)), dim=2)  # (B, N, 3, T, D)
+        out = backend.dual_chunk_attention(q, k, v, rope.positions, rope.keys, rope.span, rope.scale)  # (B, N, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H)
+
+
 class SparseMoE(nn.Module):
     """k of E feed-forwards per token, mixed by the router's probabilities, plus one that every token takes."""
 
@@ -187,7 +227,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = DualChunkAttention(config) if config.dual_chunk else Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         sparse = config.sparse_layers[layer]
         self.mlp = SparseMoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
@@ -219,12 +259,54 @@ class Decoder(nn.Module):
         return self.norm(x)  # (B, T, H)
 
 
+class DualChunkDecoder(Decoder):
+    """The decoder of Qwen2.5-1M: plain attention within the first chunk and the original context, then dual chunk attention.
+
+    Scores grow with the sequence's length T (`ops.length_scale`), which is the prompt's as far as it was announced
+    (`Cache.expect`, as `generate` does) and otherwise the number of tokens read so far. So once T is beyond the original
+    context, T + 1 tokens at once, and T tokens, then one, are two computations: in the first, earlier queries have the
+    larger scale too. Keys are cached without it, and all of them get the one of the pass that reads them. (Engines scale
+    a key when they store it and leave it so: while decoding, older keys keep the prompt's.)
+    """
+
+    def __init__(self, config: Config, chunks: DualChunk) -> None:
+        super().__init__(config)
+        self.chunks = chunks
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        if self._is_plain(input_ids, positions, cache):
+            return super().forward(input_ids, positions, cache)
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        positions, keys, _ = stand(x, positions, cache)  # (B or 1, T), (B or 1, S)
+        rope = self._chunked_rope(positions, keys, x.dtype, cache)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, None, cache.layers[i] if cache is not None else None)
+        return self.norm(x)  # (B, T, H)
+
+    def _is_plain(self, input_ids: Tensor, positions: Tensor | None, cache: Cache | None) -> bool:
+        """Whether all tokens so far are one chunk, and not scaled."""
+        end = input_ids.shape[1] + (cache.length if cache is not None else 0)
+        if positions is not None:
+            end = max(end, int(positions.max()) + 1)
+        announced = max(cache.expected) if cache is not None and cache.expected else 0
+        return end <= self.chunks.span and max(end, announced) <= (self.chunks.original_context or math.inf)
+
+    def _chunked_rope(self, positions: Tensor, keys: Tensor, dtype: torch.dtype, cache: Cache | None) -> ChunkedRope:
+        c = self.chunks
+        own, *before = ops.dual_chunk_positions(positions, c.chunk, c.local).unbind(1)
+        lengths = positions.amax(-1) + 1  # (B or 1,)
+        if cache is not None and cache.expected:
+            lengths = lengths.maximum(torch.tensor(cache.expected, device=lengths.device))
+        return ChunkedRope(self.rotary_emb(own, dtype), self.rotary_emb(torch.cat(before, 1), dtype), positions, keys, c.span,
+                           ops.length_scale(lengths, c.original_context))
+
+
 class Model(LanguageModel):
     config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.model = Decoder(config)
+        self.model = DualChunkDecoder(config, config.dual_chunk) if config.dual_chunk else Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -254,6 +336,11 @@ TINY = {  # sizes all different, so that a swapped axis cannot hide
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "rope_theta": 10000.0,
+}
+
+TINY_1M = {  # chunks of 8 tokens
+    **TINY,
+    "dual_chunk_attention_config": {"chunk_size": 11, "local_size": 3, "original_max_position_embeddings": 13},
 }
 
 TINY_MOE = {

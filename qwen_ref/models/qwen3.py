@@ -51,6 +51,7 @@ class Config:
         model_type = f.choice("model_type", ("qwen3", "qwen3_moe"))
         moe = model_type == "qwen3_moe"
         f.choice("hidden_act", ("silu",), "silu")
+        f.refuse("dual_chunk_attention_config")  # of the config_1m.json beside the config.json of the 2507 releases
         hidden = f.integer("hidden_size", 2048 if moe else 4096)
         layers = f.integer("num_hidden_layers", 24 if moe else 32, high=4096)
         heads = f.integer("num_attention_heads", 32)

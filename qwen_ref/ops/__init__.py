@@ -17,6 +17,7 @@ from .attention import (
     attention_scores,
     attention_softmax,
     causal_mask,
+    logn_scale,
     repeat_kv,
     visible,
 )
@@ -28,7 +29,8 @@ from .delta import (
     gated_delta_rule,
 )
 from .dtypes import at_least_fp32
+from .dual_chunk import dual_chunk_attention, dual_chunk_blocked, dual_chunk_positions, dual_chunk_scores, length_scale
 from .feed_forward import linear, moe_experts, router_topk, swiglu
 from .norms import add_rms_norm, gated_rms_norm, l2_norm, rms_norm, zero_centred_rms_norm
-from .rotary import norm_rope_write, rope, rope_frequencies, rope_tables, yarn_frequencies
+from .rotary import norm_rope_write, ntk_alpha, rope, rope_frequencies, rope_tables, yarn_frequencies
 from .tokens import cross_entropy, last_token, sample

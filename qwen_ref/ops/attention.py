@@ -1,5 +1,7 @@
 """Softmax attention, its masks, and its forms for a packed prefill and for decoding."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,16 @@ def attention_scores(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor
 def attention_softmax(scores: Tensor) -> Tensor:
     """Softmax over the keys, at least in fp32, rounded to the scores' dtype."""
     return F.softmax(scores, dim=-1, dtype=at_least_fp32(scores.dtype)).to(scores.dtype)
+
+
+def logn_scale(positions: Tensor, trained: int, dtype: torch.dtype) -> Tensor:
+    """log_trained(p + 1) where that is above 1, else 1: what queries beyond the `trained` length are multiplied by, so that
+    the entropy of attention does not grow with the number of keys (Su 2021, Chiang & Cholak 2022).
+
+    Args: positions (B, T) integers, -1 = padding. Returns (B, 1, T, 1), rounded to `dtype` as Qwen 1 rounds its table.
+    """
+    wide = torch.log((positions + 1).clamp_min(1).double()) / math.log(trained)
+    return wide.clamp_min(1).to(dtype)[:, None, :, None]
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -44,10 +44,18 @@ def yarn_frequencies(
     return (1.0 / (factor * period)) * ramp + (1.0 / period) * (1 - ramp)
 
 
+def ntk_alpha(length: int, trained: int) -> int:
+    """Qwen 1's dynamic NTK: by which alpha the rotary base grows, theta alpha^(D/(D-2)), for a prompt of `length` tokens.
+
+    max(1, 2^ceil(log2(length / trained) + 1) - 1): 1 up to the `trained` length, 3 up to twice that, 7 up to four times.
+    """
+    return max(1, 2 ** math.ceil(math.log(length / trained, 2) + 1) - 1)
+
+
 def rope_tables(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each frequency twice: (B, T, D) in `dtype`.
 
-    `positions` (B, T) integers, `frequencies` (D/2,) fp32. Angles and the attention `scale` of YaRN are fp32;
+    `positions` (B, T) integers, `frequencies` (D/2,) or (B, 1, D/2) fp32. Angles and the attention `scale` of YaRN are fp32;
     the tables are rounded to the activation dtype, where the rotation itself then runs.
     """
     angles = positions[..., None].float() * frequencies  # (B, T, D/2)

@@ -152,6 +152,8 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
     f.choice("hidden_act", ("silu",), "silu")
     if f.flag("use_sliding_window", False) or "sliding_attention" in f.array("layer_types", []):
         raise f.error("use_sliding_window", "has no counterpart in GGUF: llama.cpp attends to everything")
+    if f.data.get("dual_chunk_attention_config"):
+        raise f.error("dual_chunk_attention_config", "has no counterpart in GGUF: llama.cpp attends plainly at any length")
     if arch == "qwen3":
         f.refuse("attention_bias")
     values = {

@@ -87,8 +87,8 @@ def verify(
         progress: lines and bars on stderr when it is a terminal; a function is given each Row and Check; False: none.
     Returns: a Report; `.ok`, `.verdict`, `.table()`, `.to_json()`, `.html()`.
     Raises: RequestError for an argument that cannot be (an unknown level or implementation, a prompt beyond the context,
-        a model too large), or if transformers is not installed; CheckpointError and ConfigError as `load`, and for a
-        bundle that is damaged or belongs to another model.
+        a model too large), or if transformers is not installed or has no such model; CheckpointError and ConfigError as
+        `load`, and for a bundle that is damaged or belongs to another model.
     """
     if new_tokens < 1:
         raise RequestError(f"new_tokens is {new_tokens}; at least one is needed")
@@ -99,6 +99,8 @@ def verify(
     elif prompts is not None:
         raise RequestError(f"{against} holds the prompts it was written for; leave out prompts")
     source = _open(model, dtype or (file.dtype if file else None), _device(device))
+    if file is None and {"L0", "L2", "L3", "L4"} & set(wanted):
+        oracle.check_knows(source.config.model_type)
     ids = _prompts(prompts, source, seed) if file is None else [row.to(source.device) for row in file.prompts]
     _check_context(ids, source.config, new_tokens if "L4" in wanted and file is None else 0)
     streamed = _streams(source, wanted, streaming, live=file is None)
@@ -139,6 +141,7 @@ def write_oracle(
     """
     oracle.require()
     source = _open(model, dtype, _device(device))
+    oracle.check_knows(source.config.model_type)
     ids = _prompts(prompts, source, seed)
     streamed = _streams(source, ("L2",), streaming, live=True)
     _check_context(ids, source.config, 0 if streamed else new_tokens)

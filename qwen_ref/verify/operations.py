@@ -46,6 +46,7 @@ ULPS = {
     "rope": 2,  # two products, one sum
     "swiglu": 4,  # exp, quotient and product
     "attention": 4,  # two dot products, and the probabilities' rounding
+    "dual_chunk_attention": 5,  # one more, of the scaled key
     "router_topk": 4,  # exp, sum, two quotients
     "moe_experts": 6,  # two matrix products, swiglu, weight, and the sum over experts
 }
@@ -124,9 +125,9 @@ def _growing_error(name: str, wide: tuple[Any, ...], eps: float) -> float:
         return wider * math.sqrt(wide[0].shape[-1]) / 4
     if name == "gated_delta_rule":  # a read sums over Dk, and what it gets wrong is written back, T times
         return wider * math.sqrt(wide[0].shape[-1] * wide[0].shape[1]) / 4
-    if name == "attention":
-        q, k, _, mask = wide
-        scores = ops.attention_scores(q, k, mask)
+    if name in ("attention", "dual_chunk_attention"):
+        q, k, _, *seen = wide
+        scores = (ops.attention_scores if name == "attention" else ops.dual_chunk_scores)(q, k, *seen)
         return 2 * eps * float(scores[scores > torch.finfo(scores.dtype).min].abs().max())
     if name == "router_topk":  # softmax subtracts the maximum in at least fp32
         return 2 * wider * float(wide[0].abs().max())
@@ -161,6 +162,8 @@ def _random(dtype: torch.dtype, device: torch.device, seed: int, magnitude: floa
 def _applies(name: str, label: str, config: Any) -> bool:
     if name in ("router_topk", "moe_experts"):
         return config.num_experts > 0
+    if name == "dual_chunk_attention":
+        return getattr(config, "dual_chunk", None) is not None
     hybrid = hasattr(config, "linear_num_key_heads")
     if name in _HYBRID:
         return hybrid
@@ -216,6 +219,14 @@ def _attention_arguments(c: Any, t: int, rand: Rand, window: int | None = None) 
     v = rand(1, keys, c.num_key_value_heads, c.head_dim).transpose(1, 2)
     positions = torch.arange(keys, device=q.device)[None]
     return q, k, v, None if window is None else ops.visible(positions[:, keys - t :], positions, window)
+
+
+def _dual_chunk_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    q, k, v, _ = _attention_arguments(c, t, rand)
+    others = rand(1, t, 2 * c.num_attention_heads, c.head_dim, scale=2.0).transpose(1, 2).unflatten(1, (-1, 2))
+    positions = torch.arange(k.shape[2], device=q.device)[None]
+    scale = torch.full((1,), 1.1, device=q.device)
+    return torch.cat((q[:, :, None], others), 2), k, v, positions[:, -t:], positions, 4, scale
 
 
 def _window_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
@@ -292,6 +303,7 @@ ARGUMENTS: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {
     "gated_delta_rule": {"": _delta_arguments},
     "rope": {"": _rope_arguments},
     "attention": {"": _attention_arguments, "window": _window_arguments},
+    "dual_chunk_attention": {"": _dual_chunk_arguments},
     "swiglu": {"": _swiglu_arguments},
     "router_topk": {"": _router_arguments},
     "moe_experts": {"": _experts_arguments},

@@ -45,6 +45,13 @@ def require() -> Any:
     return transformers
 
 
+def check_knows(model_type: str) -> None:
+    """RequestError if transformers has no model of this type."""
+    if model_type not in require().CONFIG_MAPPING:
+        raise RequestError(f"transformers has no model of model_type {model_type!r} to compare with (its code came with the "
+                           "checkpoints): L1 and L5 need no other side, levels=\"L1,L5\"")
+
+
 def config_of(raw: dict[str, Any]) -> Any:
     """transformers' config object for the fields of a config.json."""
     fields = {key: value for key, value in raw.items() if key != "model_type"}

@@ -68,6 +68,8 @@ class Relations:
 
     def _read(self, pieces: Sequence[Tensor], positions: Tensor | None = None) -> Tensor:
         cache, out = self.exact.make_cache(), []
+        padding = [0] * len(pieces[0]) if positions is None else (positions < 0).sum(-1).tolist()
+        cache.expect([sum(piece.shape[1] for piece in pieces) - pad for pad in padding])
         for piece in pieces:
             out.append(run(self.exact, piece, positions, cache))
             positions = None

@@ -6,7 +6,7 @@ All tensors of a case are drawn from a seed. Bytes count what must be read once 
 from __future__ import annotations
 
 from ...errors import RequestError
-from . import attention, linear, moe, norms, packed, rotary, tokens
+from . import attention, dual_chunk, linear, moe, norms, packed, rotary, tokens
 from .common import Case, Cost, Draw, Subject, as_tuple
 
 __all__ = ["SUBJECTS", "Case", "Cost", "Draw", "Subject", "as_tuple", "subject"]
@@ -24,6 +24,7 @@ SUBJECTS = {
         attention.ATTENTION_PREFILL,
         attention.ATTENTION_DECODE,
         attention.ATTENTION_PAGED,
+        dual_chunk.DUAL_CHUNK_ATTENTION,
         moe.ROUTER_TOPK,
         moe.MOE_EXPERTS,
         tokens.SAMPLE,
