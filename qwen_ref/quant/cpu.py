@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, torch_ops
 from . import packed
 from .packed import Int4, Int8, Packed
 
@@ -36,8 +36,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "linear": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER),
+    "attention": (_POINTER, _POINTER, _POINTER, _INT, *6 * (_LONG,), _POINTER, _POINTER),
     "rms_norm": (_POINTER, _POINTER, _INT, ctypes.c_float, _LONG, _LONG, _POINTER),
     "rope": (_POINTER, _POINTER, _POINTER, _INT, *8 * (_LONG,), _POINTER),
+    "swiglu": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
 }
 
 
@@ -111,6 +113,32 @@ def moe_compiled(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, expe
     return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`ops.attention` in fp32 throughout, a kv head's keys and values read once for all the queries that share it.
+
+    With a mask, or heads of other sizes than multiples of eight, PyTorch's runs.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
+        return torch_ops.attention(q, k, v, mask)
+    out = q.new_empty(q.shape)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+    _functions().attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim,
+                           (_LONG * 9)(*strides), out.data_ptr())  # fmt: skip
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`ops.swiglu` in one call."""
+    if gate.dtype != up.dtype or gate.shape != up.shape or _learns(gate) or _learns(up):
+        return ops.swiglu(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _functions().swiglu(gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], gate.numel(), out.data_ptr())
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` in one call: what it costs with one token is calls, not arithmetic."""
     if x.dtype != weight.dtype or _learns(x) or _learns(weight):
@@ -135,6 +163,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _functions().rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[x.dtype], batch, heads, tokens, dim,
                       x.stride(0), x.stride(1), x.stride(2), table, out.data_ptr())  # fmt: skip
     return out
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are what cpu.cpp reads: one type, last axes contiguous, keys and values of the same shape."""
+    return (
+        q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1 and not (_learns(q) or _learns(k) or _learns(v))
+    )  # fmt: skip
 
 
 def _learns(x: Tensor) -> bool:
