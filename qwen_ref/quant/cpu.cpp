@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;  // columns under one scale of x; their largest sum, 256 * 255 * 32767, fits 32 bits
-constexpr int64_t STEP = 32;    // columns read at once; groups are whole multiples of it
+constexpr int64_t STEP = 32;    // the smallest group; others are whole multiples of it
 constexpr int64_t PANEL = 16;   // rows that one thread takes at a time
 constexpr int64_t TILE = 6;     // tokens multiplied with them at once: 2 * 6 sums in registers
 constexpr int64_t CHUNK = 512;  // tokens rounded together
@@ -133,9 +133,8 @@ struct Matrix {
     int64_t group_at(int64_t k) const { return std::min(k / group, groups - 1); }
 };
 
-// Up to BLOCK numbers in 16 bits, zeros behind them; returns their scale. `split`: of every STEP the even columns come
-// first, then the odd ones, as 4-bit codes are widened.
-float round_block(const void* x, int64_t first, int type, int64_t count, bool split, int16_t* out) {
+// Up to BLOCK numbers in 16 bits, zeros behind them; returns their scale.
+float round_block(const void* x, int64_t first, int type, int64_t count, int16_t* out) {
     alignas(32) float values[BLOCK];
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256i most = _mm256_setzero_si256();
@@ -155,50 +154,39 @@ float round_block(const void* x, int64_t first, int type, int64_t count, bool sp
         __m256i codes = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), codes);
     }
-    if (split)
-        for (int64_t k = 0; k < BLOCK; k += STEP) {
-            __m256i pick = _mm256_set1_epi32(0x0000ffff), a = load(out + k), b = load(out + k + 16);
-            __m256i even = _mm256_packus_epi32(_mm256_and_si256(a, pick), _mm256_and_si256(b, pick));
-            __m256i odd = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), _mm256_permute4x64_epi64(even, 0xd8));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k + 16), _mm256_permute4x64_epi64(odd, 0xd8));
-        }
     return largest / 32767;
 }
 
-// STEP codes in 16 bits. Of 4-bit codes, `a` gets the even columns and `b` the odd ones.
-template <int BITS>
-void widen(const uint8_t* codes, __m256i& a, __m256i& b) {
-    if (BITS == 4) {
-        __m256i pairs = _mm256_cvtepu8_epi16(load_half(codes));
-        a = _mm256_and_si256(pairs, _mm256_set1_epi16(15)), b = _mm256_srli_epi16(pairs, 4);
-    } else {
-        a = _mm256_cvtepi8_epi16(load_half(codes)), b = _mm256_cvtepi8_epi16(load_half(codes + 16));
-    }
-}
-
-// One token, ready to be multiplied. Every `span` columns of a row have one scale and one zero.
+// One token, ready to be multiplied. Every `span` columns are summed in integers; both halves of the register that holds
+// their sums have a scale and a zero of their own, since 4-bit groups can be half as long as what one register reads.
 struct Token {
     int64_t span, spans;
     std::vector<int16_t> codes;
     std::vector<float> scale;    // (spans)
-    std::vector<int64_t> group;  // (spans): of the weights
+    std::vector<int64_t> group;  // (spans, 2): of the weights
     std::vector<int32_t> shift;  // (spans, 8): minus the sums of the codes, lane by lane as the products are summed
 };
 
 template <int BITS>
+constexpr int64_t READ = BITS == 4 ? 2 * STEP : STEP;  // columns of one step
+
+template <int BITS>
 Token round_token(const Matrix& w, const void* x, int type) {
-    int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, span = std::min(w.group, BLOCK), spans = (w.columns + span - 1) / span;
-    Token token = {span, spans, std::vector<int16_t>(blocks * BLOCK), std::vector<float>(spans), std::vector<int64_t>(spans),
-                   std::vector<int32_t>(spans * 8)};
+    int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, span = std::max(std::min(w.group, BLOCK), READ<BITS>);
+    int64_t spans = (w.columns + span - 1) / span;
+    Token token = {span, spans, std::vector<int16_t>(blocks * BLOCK), std::vector<float>(spans),
+                   std::vector<int64_t>(spans * 2), std::vector<int32_t>(spans * 8)};
     std::vector<float> scale(blocks);
     for (int64_t i = 0; i < blocks; i++) {
-        int64_t first = i * BLOCK;
-        scale[i] = round_block(x, first, type, std::min(BLOCK, w.columns - first), BITS == 4, &token.codes[first]);
+        int16_t codes[BLOCK], *to = &token.codes[i * BLOCK];
+        scale[i] = round_block(x, i * BLOCK, type, std::min(BLOCK, w.columns - i * BLOCK), codes);
+        for (int64_t k = 0; k < BLOCK; k += 64)  // four columns share 16 bits of 4-bit codes: first every first, ...
+            for (int64_t j = 0; j < 64; j++) to[k + j] = codes[BITS == 4 ? k + j % 16 * 4 + j / 16 : k + j];
     }
     const __m256i by = _mm256_set1_epi16(w.zero ? -1 : BITS == 4 ? -8 : 0);
     for (int64_t s = 0; s < spans; s++) {
-        token.scale[s] = scale[s * span / BLOCK], token.group[s] = w.group_at(s * span);
+        token.scale[s] = scale[s * span / BLOCK];
+        token.group[2 * s] = w.group_at(s * span), token.group[2 * s + 1] = w.group_at(s * span + READ<BITS> / 2);
         __m256i sum = _mm256_setzero_si256();
         for (int64_t k = s * span; k < std::min((s + 1) * span, w.columns); k += 16)
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(load(&token.codes[k]), by));
@@ -207,32 +195,42 @@ Token round_token(const Matrix& w, const void* x, int type) {
     return token;
 }
 
-// One token times one row. Columns are whole STEPs.
+// One token times one row, whose columns are whole steps. Four-bit codes are not all shifted down: with the second and the
+// third of sixteen bits where they are, the products are 16 and 256 times too large, which 32 bits can hold.
 template <int BITS, int SCALE>
 float multiply_row(const Matrix& w, int64_t row, const Token& token) {
-    constexpr int64_t BYTES = STEP * BITS / 8;
     const uint8_t* codes = w.codes + row * w.width;
     const int16_t* x = token.codes.data();
-    const int64_t groups = row * w.groups, span = token.span;
+    const int64_t groups = row * w.groups;
     __m256 sum = _mm256_setzero_ps();
     for (int64_t s = 0; s < token.spans; s++) {
-        int64_t group = groups + token.group[s], steps = std::min(span, w.columns - s * span) / STEP;
-        __m256i odd = _mm256_setzero_si256(), even = load(&token.shift[s * 8]);
-        if (w.zero) even = _mm256_mullo_epi32(even, _mm256_set1_epi32(w.zero[group]));
-        auto step = [&](int64_t i) {
-            __m256i a, b;
-            widen<BITS>(codes + i * BYTES, a, b);
-            even = _mm256_add_epi32(even, _mm256_madd_epi16(a, load(x + i * STEP)));
-            odd = _mm256_add_epi32(odd, _mm256_madd_epi16(b, load(x + i * STEP + 16)));
-        };
-        for (; steps >= 4; steps -= 4, codes += 4 * BYTES, x += 4 * STEP) {
-            for (int64_t line = 0; line < 4 * BYTES; line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(codes + line + AHEAD), _MM_HINT_T0);
-            step(0), step(1), step(2), step(3);
+        int64_t first = groups + token.group[2 * s], second = groups + token.group[2 * s + 1];
+        __m256i part = load(&token.shift[s * 8]), more = _mm256_setzero_si256(), most = more;
+        if (w.zero) {
+            __m256i zero = _mm256_set_m128i(_mm_set1_epi32(w.zero[second]), _mm_set1_epi32(w.zero[first]));
+            part = _mm256_mullo_epi32(part, zero);
         }
-        for (; steps > 0; steps--, codes += BYTES, x += STEP) step(0);
-        __m256 both = _mm256_set1_ps(get(w.scale, group, SCALE) * token.scale[s]);
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), both, sum);
+        auto add = [&](__m256i& to, __m256i a, int64_t at) { to = _mm256_add_epi32(to, _mm256_madd_epi16(a, load(x + at))); };
+        int64_t steps = std::min(token.span, w.columns - s * token.span) / READ<BITS>;
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < steps; i++, codes += 32, x += READ<BITS>) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + AHEAD), _MM_HINT_T0);
+            if constexpr (BITS == 4) {
+                __m256i four = load(codes);
+                add(part, _mm256_and_si256(four, _mm256_set1_epi16(0x000f)), 0);
+                add(more, _mm256_and_si256(four, _mm256_set1_epi16(0x00f0)), 16);
+                add(most, _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), 32);
+                add(part, _mm256_srli_epi16(four, 12), 48);
+            } else {
+                add(part, _mm256_cvtepi8_epi16(load_half(codes)), 0);
+                add(more, _mm256_cvtepi8_epi16(load_half(codes + 16)), 16);
+            }
+        }
+        if constexpr (BITS == 4) more = _mm256_add_epi32(_mm256_srai_epi32(more, 4), _mm256_srai_epi32(most, 8));
+        float low = get(w.scale, first, SCALE) * token.scale[s];
+        float high = second == first ? low : get(w.scale, second, SCALE) * token.scale[s];
+        __m256 both = _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part, more)), both, sum);
     }
     return total(sum);
 }
@@ -273,7 +271,10 @@ __m256i widen_row(const Matrix& w, int64_t row, int64_t k) {
 
 void transpose(__m256i v[8]) {
     __m256i a[8], b[8];
-    for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]), a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
             b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
@@ -347,7 +348,7 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
 #pragma omp for
             for (int64_t i = 0; i < count * blocks; i++) {
                 int64_t k = i / count * BLOCK, first = (start + i % count) * w.columns + k;
-                x_scale[i] = round_block(x, first, type, std::min(BLOCK, w.columns - k), false, &x_codes[i * BLOCK]);
+                x_scale[i] = round_block(x, first, type, std::min(BLOCK, w.columns - k), &x_codes[i * BLOCK]);
             }
             alignas(32) int16_t panel[PANEL * BLOCK];
             alignas(32) float scale[BLOCK / STEP * PANEL], offset[PANEL];
@@ -488,11 +489,11 @@ void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t k
 
 }  // namespace
 
-extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows, int64_t columns,
-                       int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias, int bias_type,
-                       void* out) {
+extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows,
+                       int64_t columns, int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias,
+                       int bias_type, void* out) {
     Matrix w = {codes, scale, scale_type, zero, rows, columns, group, (columns * bits + 7) / 8, (columns + group - 1) / group};
-    if (tokens == 1 && columns % STEP == 0)
+    if (tokens == 1 && columns % (bits == 4 ? READ<4> : READ<8>) == 0)
         (bits == 4 ? product_of_one<4> : product_of_one<8>)(w, x, type, bias, bias_type, out);
     else
         (bits == 4 ? product_of_many<4> : product_of_many<8>)(w, x, type, tokens, bias, bias_type, out);
@@ -501,9 +502,9 @@ extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, 
 // `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
 // dim a multiple of eight. Everything is fp32 until the result is rounded.
 extern "C" void attention(const void* q, const void* k, const void* v, int type, int64_t batch, int64_t heads, int64_t kv_heads,
-                          int64_t queries, int64_t keys, int64_t dim, const int64_t* strides, void* out) {
-    Heads qh = {q, strides[0], strides[1], strides[2]}, kh = {k, strides[3], strides[4], strides[5]};
-    Heads vh = {v, strides[6], strides[7], strides[8]};
+                          int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2, int64_t k0, int64_t k1,
+                          int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
+    Heads qh = {q, q0, q1, q2}, kh = {k, k0, k1, k2}, vh = {v, v0, v1, v2};
     int64_t shared = heads / kv_heads, tokens = std::min(queries, std::max<int64_t>(QUERIES / shared, 1));
     int64_t tiles = (queries + tokens - 1) / tokens, rows = shared * tokens + 1;
     with_type(type, [&](auto known) {

@@ -36,7 +36,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "linear": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER),
-    "attention": (_POINTER, _POINTER, _POINTER, _INT, *6 * (_LONG,), _POINTER, _POINTER),
+    "attention": (_POINTER, _POINTER, _POINTER, _INT, *15 * (_LONG,), _POINTER),
     "rms_norm": (_POINTER, _POINTER, _INT, ctypes.c_float, _LONG, _LONG, _POINTER),
     "rope": (_POINTER, _POINTER, _POINTER, _INT, *8 * (_LONG,), _POINTER),
     "swiglu": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
@@ -122,10 +122,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     kv_heads, keys = k.shape[1:3]
     if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
         return torch_ops.attention(q, k, v, mask)
-    out = q.new_empty(q.shape)
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _functions().attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim,
-                           (_LONG * 9)(*strides), out.data_ptr())  # fmt: skip
+                           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.data_ptr())  # fmt: skip
     return out
 
 
