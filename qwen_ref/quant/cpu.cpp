@@ -173,7 +173,8 @@ constexpr int64_t READ = BITS == 4 ? 2 * STEP : STEP;  // columns of one step
 template <int BITS>
 Token round_token(const Matrix& w, const void* x, int type) {
     int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, span = std::max(std::min(w.group, BLOCK), READ<BITS>);
-    int64_t spans = (w.columns + span - 1) / span;
+    while (w.columns % span) span /= 2;
+    int64_t spans = w.columns / span;
     Token token = {span, spans, std::vector<int16_t>(blocks * BLOCK), std::vector<float>(spans),
                    std::vector<int64_t>(spans * 2), std::vector<int32_t>(spans * 8)};
     std::vector<float> scale(blocks);
@@ -188,67 +189,67 @@ Token round_token(const Matrix& w, const void* x, int type) {
         token.scale[s] = scale[s * span / BLOCK];
         token.group[2 * s] = w.group_at(s * span), token.group[2 * s + 1] = w.group_at(s * span + READ<BITS> / 2);
         __m256i sum = _mm256_setzero_si256();
-        for (int64_t k = s * span; k < std::min((s + 1) * span, w.columns); k += 16)
+        for (int64_t k = s * span; k < (s + 1) * span; k += 16)
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(load(&token.codes[k]), by));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(&token.shift[s * 8]), sum);
     }
     return token;
 }
 
-// One token times one row, whose columns are whole steps. Four-bit codes are not all shifted down: with the second and the
-// third of sixteen bits where they are, the products are 16 and 256 times too large, which 32 bits can hold.
-template <int BITS, int SCALE>
+// One token times one row, STEPS registers of codes to a span. Four-bit codes are not all shifted down: with the second and
+// the third of sixteen bits where they are, the products are 16 and 256 times too large, which 32 bits can hold.
+template <int BITS, int STEPS>
 float multiply_row(const Matrix& w, int64_t row, const Token& token) {
+    constexpr bool HALVES = BITS == 4 && STEPS == 1;  // the halves of the register may be of two groups
     const uint8_t* codes = w.codes + row * w.width;
     const int16_t* x = token.codes.data();
-    const int64_t groups = row * w.groups;
     __m256 sum = _mm256_setzero_ps();
-    for (int64_t s = 0; s < token.spans; s++) {
-        int64_t first = groups + token.group[2 * s], second = groups + token.group[2 * s + 1];
+    for (int64_t s = 0; s < token.spans; s++, codes += 32 * STEPS, x += READ<BITS> * STEPS) {
+        int64_t low = row * w.groups + token.group[2 * s], high = row * w.groups + token.group[2 * s + 1];
         __m256i part = load(&token.shift[s * 8]), more = _mm256_setzero_si256(), most = more;
         if (w.zero) {
-            __m256i zero = _mm256_set_m128i(_mm_set1_epi32(w.zero[second]), _mm_set1_epi32(w.zero[first]));
-            part = _mm256_mullo_epi32(part, zero);
+            __m128i zero = _mm_set1_epi32(w.zero[low]), other = HALVES ? _mm_set1_epi32(w.zero[high]) : zero;
+            part = _mm256_mullo_epi32(part, _mm256_set_m128i(other, zero));
         }
-        auto add = [&](__m256i& to, __m256i a, int64_t at) { to = _mm256_add_epi32(to, _mm256_madd_epi16(a, load(x + at))); };
-        int64_t steps = std::min(token.span, w.columns - s * token.span) / READ<BITS>;
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < steps; i++, codes += 32, x += READ<BITS>) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes + AHEAD), _MM_HINT_T0);
+        auto add = [](__m256i& to, __m256i a, const int16_t* b) { to = _mm256_add_epi32(to, _mm256_madd_epi16(a, load(b))); };
+#pragma GCC unroll 8
+        for (int i = 0; i < STEPS; i++) {
+            const uint8_t* from = codes + 32 * i;
+            const int16_t* by = x + READ<BITS> * i;
+            if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
             if constexpr (BITS == 4) {
-                __m256i four = load(codes);
-                add(part, _mm256_and_si256(four, _mm256_set1_epi16(0x000f)), 0);
-                add(more, _mm256_and_si256(four, _mm256_set1_epi16(0x00f0)), 16);
-                add(most, _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), 32);
-                add(part, _mm256_srli_epi16(four, 12), 48);
+                __m256i four = load(from);
+                add(part, _mm256_and_si256(four, _mm256_set1_epi16(0x000f)), by);
+                add(more, _mm256_and_si256(four, _mm256_set1_epi16(0x00f0)), by + 16);
+                add(most, _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), by + 32);
+                add(part, _mm256_srli_epi16(four, 12), by + 48);
             } else {
-                add(part, _mm256_cvtepi8_epi16(load_half(codes)), 0);
-                add(more, _mm256_cvtepi8_epi16(load_half(codes + 16)), 16);
+                add(part, _mm256_cvtepi8_epi16(load_half(from)), by);
+                add(more, _mm256_cvtepi8_epi16(load_half(from + 16)), by + 16);
             }
         }
         if constexpr (BITS == 4) more = _mm256_add_epi32(_mm256_srai_epi32(more, 4), _mm256_srai_epi32(most, 8));
-        float low = get(w.scale, first, SCALE) * token.scale[s];
-        float high = second == first ? low : get(w.scale, second, SCALE) * token.scale[s];
-        __m256 both = _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part, more)), both, sum);
+        __m256 scale = _mm256_set1_ps(get(w.scale, low, w.scale_type));
+        if (HALVES) scale = _mm256_insertf128_ps(scale, _mm_set1_ps(get(w.scale, high, w.scale_type)), 1);
+        scale = _mm256_mul_ps(scale, _mm256_set1_ps(token.scale[s]));
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part, more)), scale, sum);
     }
     return total(sum);
 }
 
-template <int BITS>
-void product_of_one(const Matrix& w, const void* x, int type, const void* bias, int bias_type, void* out) {
-    const Token token = round_token<BITS>(w, x, type);
-    with_type(w.scale_type, [&](auto known) {
+template <int BITS, int STEPS = 256 / READ<BITS>>
+void product_of_one(const Matrix& w, const Token& token, int type, const void* bias, int bias_type, void* out) {
+    if constexpr (STEPS > 1)
+        if (token.span < STEPS * READ<BITS>) return product_of_one<BITS, STEPS / 2>(w, token, type, bias, bias_type, out);
 #pragma omp parallel for schedule(dynamic, 4) if (w.rows * w.columns > SMALL)
-        for (int64_t first = 0; first < w.rows; first += 8) {
-            alignas(32) float y[8] = {};
-            int64_t count = std::min<int64_t>(8, w.rows - first);
-            for (int64_t i = 0; i < count; i++)
-                y[i] = multiply_row<BITS, decltype(known)::value>(w, first + i, token)
-                     + (bias ? get(bias, first + i, bias_type) : 0);
-            put8(out, first, type, _mm256_load_ps(y), count);
-        }
-    });
+    for (int64_t first = 0; first < w.rows; first += 8) {
+        const Matrix matrix = w;  // in registers
+        alignas(32) float y[8] = {};
+        int64_t count = std::min<int64_t>(8, w.rows - first);
+        for (int64_t i = 0; i < count; i++)
+            y[i] = multiply_row<BITS, STEPS>(matrix, first + i, token) + (bias ? get(bias, first + i, bias_type) : 0);
+        put8(out, first, type, _mm256_load_ps(y), count);
+    }
 }
 
 // Sixteen codes of a row less their zero, from column k on; zeros behind the last.
@@ -493,10 +494,12 @@ extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, 
                        int64_t columns, int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias,
                        int bias_type, void* out) {
     Matrix w = {codes, scale, scale_type, zero, rows, columns, group, (columns * bits + 7) / 8, (columns + group - 1) / group};
-    if (tokens == 1 && columns % (bits == 4 ? READ<4> : READ<8>) == 0)
-        (bits == 4 ? product_of_one<4> : product_of_one<8>)(w, x, type, bias, bias_type, out);
-    else
-        (bits == 4 ? product_of_many<4> : product_of_many<8>)(w, x, type, tokens, bias, bias_type, out);
+    if (bits == 4) {
+        if (tokens == 1 && columns % READ<4> == 0) return product_of_one<4>(w, round_token<4>(w, x, type), type, bias, bias_type, out);
+        return product_of_many<4>(w, x, type, tokens, bias, bias_type, out);
+    }
+    if (tokens == 1 && columns % READ<8> == 0) return product_of_one<8>(w, round_token<8>(w, x, type), type, bias, bias_type, out);
+    product_of_many<8>(w, x, type, tokens, bias, bias_type, out);
 }
 
 // `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
