@@ -117,6 +117,24 @@ def test_strided_empty_and_outlying_inputs():
 
 
 @needs_compiler
+def test_a_bias_with_gaps_is_read_where_it_is():
+    weight, values = random_int(8, 24, 256, 64)
+    x, bias = torch.randn(3, 256), torch.randn(48)[::2]
+    assert off(cpu.linear_int8(x, weight, bias), x, values, bias) < 2e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("fields", [{"scale": (24, 3)}, {"codes": (24, 128)}, {"zero": (23, 4)}, {"bias": (23,)}], ids=str)
+def test_shapes_that_do_not_fit_never_reach_the_kernel(fields):
+    weight, _ = random_int(8, 24, 256, 64)
+    bias = torch.randn(fields.get("bias", (24,)))
+    for name in fields.keys() - {"bias"}:
+        weight = weight._replace(**{name: getattr(weight, name)[: fields[name][0], : fields[name][1]]})
+    with pytest.raises(RuntimeError):
+        cpu.linear_int8(torch.randn(2, 256), weight, bias)
+
+
+@needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_so(bad):
     weight, _ = random_int(4, 24, 256, 64)

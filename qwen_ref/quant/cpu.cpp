@@ -378,6 +378,14 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
     }
 }
 
+template <int BITS>
+void product(const Matrix& w, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
+    if (tokens == 1 && w.columns % READ<BITS> == 0)
+        product_of_one<BITS>(w, round_token<BITS>(w, x, type), type, bias, bias_type, out);
+    else
+        product_of_many<BITS>(w, x, type, tokens, bias, bias_type, out);
+}
+
 // ------------------------------------------------------------------------------------------------ attention
 
 constexpr int64_t KEYS = 32;     // keys and values in fp32 at a time
@@ -494,19 +502,17 @@ extern "C" void linear(const uint8_t* codes, const void* scale, int scale_type, 
                        int64_t columns, int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias,
                        int bias_type, void* out) {
     Matrix w = {codes, scale, scale_type, zero, rows, columns, group, (columns * bits + 7) / 8, (columns + group - 1) / group};
-    if (bits == 4) {
-        if (tokens == 1 && columns % READ<4> == 0) return product_of_one<4>(w, round_token<4>(w, x, type), type, bias, bias_type, out);
-        return product_of_many<4>(w, x, type, tokens, bias, bias_type, out);
-    }
-    if (tokens == 1 && columns % READ<8> == 0) return product_of_one<8>(w, round_token<8>(w, x, type), type, bias, bias_type, out);
-    product_of_many<8>(w, x, type, tokens, bias, bias_type, out);
+    if (bits == 4)
+        product<4>(w, x, type, tokens, bias, bias_type, out);
+    else
+        product<8>(w, x, type, tokens, bias, bias_type, out);
 }
 
 // `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
 // dim a multiple of eight. Everything is fp32 until the result is rounded.
-extern "C" void attention(const void* q, const void* k, const void* v, int type, int64_t batch, int64_t heads, int64_t kv_heads,
-                          int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2, int64_t k0, int64_t k1,
-                          int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
+extern "C" void attention(const void* q, const void* k, const void* v, int type, int64_t batch, int64_t heads,
+                          int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2,
+                          int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
     Heads qh = {q, q0, q1, q2}, kh = {k, k0, k1, k2}, vh = {v, v0, v1, v2};
     int64_t shared = heads / kv_heads, tokens = std::min(queries, std::max<int64_t>(QUERIES / shared, 1));
     int64_t tiles = (queries + tokens - 1) / tokens, rows = shared * tokens + 1;

@@ -140,7 +140,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` in one call: what it costs with one token is calls, not arithmetic."""
-    if x.dtype != weight.dtype or _learns(x) or _learns(weight):
+    if x.dtype != weight.dtype or weight.shape != x.shape[-1:] or _learns(x) or _learns(weight):
         return ops.rms_norm(x, weight, eps)
     x, library = x.contiguous(), _functions()
     out = torch.empty_like(x)
@@ -153,9 +153,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`ops.rope` in one call."""
-    if x.stride(-1) != 1 or x.dtype != cos.dtype or _learns(x):
-        return ops.rope(x, cos, sin)
     batch, heads, tokens, dim = x.shape
+    tables = cos.shape == sin.shape and cos.shape in ((1, tokens, dim), (batch, tokens, dim)) and dim % 2 == 0
+    if not tables or x.stride(-1) != 1 or not x.dtype == cos.dtype == sin.dtype or _learns(x):
+        return ops.rope(x, cos, sin)
     out = x.new_empty(x.shape)
     cos, sin = cos.contiguous(), sin.contiguous()
     table = tokens * dim if cos.shape[0] > 1 else 0
@@ -181,19 +182,14 @@ def _linear_any(x: Tensor, weight: Packed) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
-    bits = 4 if isinstance(weight, Int4) else 8
-    columns = x.shape[-1]
-    count = x.shape[:-1].numel()
-    group = weight.group if weight.group < columns else max(COLUMNS, columns)
-    if (
-        not ((COLUMNS % group == 0 and group % STEP == 0) or group % COLUMNS == 0 or group >= columns)
-        or _learns(x)
-        or (count > COMPILED_ROWS and _native(torch.bfloat16))
-    ):
+    count, columns = x.shape[:-1].numel(), x.shape[-1]
+    if not _reads(x, weight, bias) or _learns(x) or (count > COMPILED_ROWS and _native(torch.bfloat16)):
         return linear_blocked(x, weight, bias)
-    codes, scale, zero = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero
+    bits = 4 if isinstance(weight, Int4) else 8
+    group = weight.group if weight.group < columns else max(COLUMNS, columns)
+    codes, scale, zero, x = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero, x.contiguous()
     zero = None if zero is None else zero.contiguous()
-    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], codes.shape[0])
     _functions().linear(
         codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), codes.shape[0],
@@ -201,6 +197,19 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
         0 if bias is None else TYPES[bias.dtype], out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _reads(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> bool:
+    """Whether cpu.cpp has this length of groups, and all that it would read is there; what is not, PyTorch refuses."""
+    columns, group = x.shape[-1], weight.group
+    known = group >= columns or group % COLUMNS == 0 or (COLUMNS % group == 0 and group % STEP == 0)
+    rows, groups = weight.codes.shape[0], -(-columns // group)
+    width = -(-columns // 2) if isinstance(weight, Int4) else columns
+    return (
+        known and weight.codes.shape == (rows, width) and weight.scale.shape == (rows, groups) and weight.codes.is_cpu
+        and weight.scale.dtype in TYPES and (weight.zero is None or weight.zero.shape == (rows, groups))
+        and (bias is None or (bias.shape == (rows,) and bias.dtype in TYPES))
+    )  # fmt: skip
 
 
 @cache
