@@ -3,6 +3,10 @@
 `linear_int4` and `linear_int8` are compiled from `cpu.cpp` when they are first chosen, if there is a C++ compiler and
 the CPU has AVX2: the library is kept in the user's cache folder, and loading it again takes no time. `linear_blocked`
 needs nothing and takes every layout: a few rows are dequantised and multiplied at a time.
+
+What lies between the products costs a token as much as int4's products do if it runs as many small calls. The same
+library has `attention`, `swiglu`, `rms_norm` and `rope`, which `backend.use("cpp")` chooses together: each rounds where its
+formula does, except that attention rounds only its result.
 """
 
 from __future__ import annotations
