@@ -267,5 +267,7 @@ OPERATIONS: dict[str, Operation] = {
     )
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
+register("attention", "cpp", supports=cpu.supports_compiled)(cpu.attention)
+register("swiglu", "cpp", supports=cpu.supports_compiled)(cpu.swiglu)
 register("rms_norm", "cpp", supports=cpu.supports_compiled)(cpu.rms_norm)
 register("rope", "cpp", supports=cpu.supports_compiled)(cpu.rope)

@@ -26,7 +26,7 @@ ALLOWED = {
     "quant": set(),
     "quant.gguf_blocks": set(),
     "quant.packed": {"ops", "quant.gguf_blocks"},
-    "quant.cpu": {"ops", "quant", "quant.packed"},
+    "quant.cpu": {"ops", "torch_ops", "quant", "quant.packed"},
     "quant.format": {"config", "errors", "quant.packed"},
     **{f"quant.{name}": {"config", "errors", "quant.format", "quant.packed"}
        for name in ("awq", "gptq", "fp8", "bitsandbytes")},

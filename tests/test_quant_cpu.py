@@ -52,6 +52,7 @@ def off(y, x, values, bias=None):
 SHAPES = [  # tokens, rows, columns, group
     (1, 8, 256, 32), (1, 24, 1024, 128), (1, 16, 512, 512), (1, 37, 352, 32), (1, 9, 1000, 1000), (2, 40, 256, 64),
     (3, 5, 17, 17), (5, 7, 33, 33), (4, 21, 768, 256), (7, 13, 1536, 512), (6, 11, 320, 64), (263, 19, 384, 128), (1, 1, 1, 1),
+    (1, 11, 896, 896), (1, 10, 416, 32), (520, 18, 288, 32), (8, 16, 48, 48),
 ]  # fmt: skip
 
 
@@ -116,6 +117,24 @@ def test_strided_empty_and_outlying_inputs():
 
 
 @needs_compiler
+def test_a_bias_with_gaps_is_read_where_it_is():
+    weight, values = random_int(8, 24, 256, 64)
+    x, bias = torch.randn(3, 256), torch.randn(48)[::2]
+    assert off(cpu.linear_int8(x, weight, bias), x, values, bias) < 2e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("fields", [{"scale": (24, 3)}, {"codes": (24, 128)}, {"zero": (23, 4)}, {"bias": (23,)}], ids=str)
+def test_shapes_that_do_not_fit_never_reach_the_kernel(fields):
+    weight, _ = random_int(8, 24, 256, 64)
+    bias = torch.randn(fields.get("bias", (24,)))
+    for name in fields.keys() - {"bias"}:
+        weight = weight._replace(**{name: getattr(weight, name)[: fields[name][0], : fields[name][1]]})
+    with pytest.raises(RuntimeError):
+        cpu.linear_int8(torch.randn(2, 256), weight, bias)
+
+
+@needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_so(bad):
     weight, _ = random_int(4, 24, 256, 64)
@@ -157,6 +176,79 @@ def test_norm_and_rotation_round_where_the_formulas_do(dtype):
         angles = torch.randn(tables, 7, 20)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         assert torch.equal(cpu.rope(x, cos, sin), ops.rope(x, cos, sin))
+
+
+HEADS = [  # batch, heads, kv heads, queries, keys, dim
+    (1, 16, 8, 1, 77, 128), (2, 6, 2, 5, 9, 24), (1, 4, 4, 33, 33, 64), (1, 14, 2, 40, 90, 40), (2, 3, 1, 7, 7, 8),
+    (1, 40, 2, 3, 64, 16),
+]  # fmt: skip
+
+
+def heads(shape, dtype, scale=2.0):
+    """q, k, v as a model has them: heads and tokens exchanged, keys and values the beginning of a longer buffer."""
+    batch, count, kv, queries, keys, dim = shape
+    q = torch.randn(batch, queries, count, dim).transpose(1, 2)
+    k, v = torch.randn(2, batch, kv, keys + 5, dim)[:, :, :, :keys]
+    return [(x * scale).to(dtype) if i < 2 else x.to(dtype) for i, x in enumerate((q, k, v))]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_attention_is_closer_than_the_formula(shape, dtype):
+    q, k, v = heads(shape, dtype)
+    exact = ops.attention(q.double(), k.double(), v.double())
+    y = cpu.attention(q, k, v)
+    assert y.dtype == dtype and y.shape == exact.shape
+    off = (y.double() - exact).abs()
+    # Rounded once to its type; before that fp32's sums of a few hundred terms, in the scores (up to 100) as in the result.
+    assert (off <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-5).all()
+    if dtype != torch.float32:
+        assert off.norm() < (ops.attention(q, k, v).double() - exact).norm()
+
+
+@needs_compiler
+def test_attention_at_the_extremes():
+    q, k, v = heads((1, 4, 2, 40, 70, 16), torch.bfloat16, scale=60)  # scores of thousands: one key has all the weight
+    exact = ops.attention(q.double(), k.double(), v.double())
+    assert ((cpu.attention(q, k, v).double() - exact).norm() < 5e-3 * exact.norm())
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        q, k, v = heads((1, 4, 2, 3, 50, 16), torch.bfloat16)
+        k[0, 1, 47] = bad  # the first query that sees it is the first of all; kv head 0 does not
+        y = cpu.attention(q, k, v)
+        assert y[:, :2].isfinite().all() and (bad < 0 or y[:, 2:].isnan().any())
+        k[0, 1, 47], k[0, 1, 49] = 0, bad  # now only the last query sees it
+        assert cpu.attention(q, k, v)[:, :, :2].isfinite().all()
+
+
+@needs_compiler
+def test_attention_it_has_not_goes_another_way():
+    torch.manual_seed(3)
+    mask = torch.rand(1, 1, 5, 9) > 0.3
+    mask[..., 0] = True
+    for shape, seen in (((2, 6, 2, 5, 9, 24), mask), ((2, 6, 2, 5, 9, 20), None), ((1, 2, 2, 0, 3, 8), None)):
+        q, k, v = heads(shape, torch.float32)
+        torch.testing.assert_close(cpu.attention(q, k, v, seen), ops.attention(q, k, v, seen))
+    q, k, v = heads((1, 2, 1, 3, 3, 8), torch.float32)
+    q.requires_grad_(), v.requires_grad_()
+    cpu.attention(q, k, v).sum().backward()
+    torch.testing.assert_close(v.grad.sum(), torch.tensor(48.0))  # every query's weights sum to one
+    assert q.grad is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_swiglu_rounds_where_the_formula_does(dtype):
+    special = torch.tensor([0.0, 100.0, -100.0, 88.5, -88.5, 3e4, -3e4, float("inf"), float("nan")])
+    gate, up = torch.cat((torch.randn(4000) * 6, special)).to(dtype), torch.randn(4009).to(dtype)
+    y, formula = cpu.swiglu(gate, up), ops.swiglu(gate, up)
+    eps, right = torch.finfo(dtype).eps, ops.swiglu(gate.double(), up.double())
+    # Twice rounded, and e^x to two units of fp32; below the type's normal numbers steps are absolute.
+    near = (y.double() - right).abs() <= (eps + 4e-7) * right.abs() + torch.finfo(dtype).smallest_normal
+    assert (near | ~right.isfinite())[:-2].all() and y[-2].isinf() and y[-1].isnan()
+    assert (y == formula).float().mean() > (0.5 if dtype == torch.float32 else 0.99)
+    torch.testing.assert_close(cpu.swiglu(gate[::2], up[::2]), formula[::2], equal_nan=True)
+    assert cpu.swiglu(gate[:0], up[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,10 @@
 `linear_int4` and `linear_int8` are compiled from `cpu.cpp` when they are first chosen, if there is a C++ compiler and
 the CPU has AVX2: the library is kept in the user's cache folder, and loading it again takes no time. `linear_blocked`
 needs nothing and takes every layout: a few rows are dequantised and multiplied at a time.
+
+What lies between the products costs a token as much as int4's products do if it runs as many small calls. The same
+library has `attention`, `swiglu`, `rms_norm` and `rope`, which `backend.use("cpp")` chooses together: each rounds where its
+formula does, except that attention rounds only its result.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, torch_ops
 from . import packed
 from .packed import Int4, Int8, Packed
 
@@ -36,8 +40,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "linear": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER),
+    "attention": (_POINTER, _POINTER, _POINTER, _INT, *15 * (_LONG,), _POINTER),
     "rms_norm": (_POINTER, _POINTER, _INT, ctypes.c_float, _LONG, _LONG, _POINTER),
     "rope": (_POINTER, _POINTER, _POINTER, _INT, *8 * (_LONG,), _POINTER),
+    "swiglu": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
 }
 
 
@@ -111,9 +117,34 @@ def moe_compiled(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, expe
     return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`ops.attention` in fp32 throughout, a kv head's keys and values read once for all the queries that share it.
+
+    With a mask, or heads of other sizes than multiples of eight, PyTorch's runs.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
+        return torch_ops.attention(q, k, v, mask)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _functions().attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim,
+                           *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.data_ptr())  # fmt: skip
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`ops.swiglu` in one call."""
+    if gate.dtype != up.dtype or gate.shape != up.shape or _learns(gate) or _learns(up):
+        return ops.swiglu(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _functions().swiglu(gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], gate.numel(), out.data_ptr())
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` in one call: what it costs with one token is calls, not arithmetic."""
-    if x.dtype != weight.dtype or _learns(x) or _learns(weight):
+    if x.dtype != weight.dtype or weight.shape != x.shape[-1:] or _learns(x) or _learns(weight):
         return ops.rms_norm(x, weight, eps)
     x, library = x.contiguous(), _functions()
     out = torch.empty_like(x)
@@ -126,15 +157,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`ops.rope` in one call."""
-    if x.stride(-1) != 1 or x.dtype != cos.dtype or _learns(x):
-        return ops.rope(x, cos, sin)
     batch, heads, tokens, dim = x.shape
+    tables = cos.shape == sin.shape and cos.shape in ((1, tokens, dim), (batch, tokens, dim)) and dim % 2 == 0
+    if not tables or x.stride(-1) != 1 or not x.dtype == cos.dtype == sin.dtype or _learns(x):
+        return ops.rope(x, cos, sin)
     out = x.new_empty(x.shape)
     cos, sin = cos.contiguous(), sin.contiguous()
     table = tokens * dim if cos.shape[0] > 1 else 0
     _functions().rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), TYPES[x.dtype], batch, heads, tokens, dim,
                       x.stride(0), x.stride(1), x.stride(2), table, out.data_ptr())  # fmt: skip
     return out
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are what cpu.cpp reads: one type, last axes contiguous, keys and values of the same shape."""
+    return (
+        q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1 and not (_learns(q) or _learns(k) or _learns(v))
+    )  # fmt: skip
 
 
 def _learns(x: Tensor) -> bool:
@@ -146,19 +186,14 @@ def _linear_any(x: Tensor, weight: Packed) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
-    bits = 4 if isinstance(weight, Int4) else 8
-    columns = x.shape[-1]
-    count = x.shape[:-1].numel()
-    group = weight.group if weight.group < columns else max(COLUMNS, columns)
-    if (
-        not ((COLUMNS % group == 0 and group % STEP == 0) or group % COLUMNS == 0 or group >= columns)
-        or _learns(x)
-        or (count > COMPILED_ROWS and _native(torch.bfloat16))
-    ):
+    count, columns = x.shape[:-1].numel(), x.shape[-1]
+    if not _reads(x, weight, bias) or _learns(x) or (count > COMPILED_ROWS and _native(torch.bfloat16)):
         return linear_blocked(x, weight, bias)
-    codes, scale, zero = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero
+    bits = 4 if isinstance(weight, Int4) else 8
+    group = weight.group if weight.group < columns else max(COLUMNS, columns)
+    codes, scale, zero, x = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero, x.contiguous()
     zero = None if zero is None else zero.contiguous()
-    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], codes.shape[0])
     _functions().linear(
         codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), codes.shape[0],
@@ -166,6 +201,19 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
         0 if bias is None else TYPES[bias.dtype], out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _reads(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> bool:
+    """Whether cpu.cpp has this length of groups, and all that it would read is there; what is not, PyTorch refuses."""
+    columns, group = x.shape[-1], weight.group
+    known = group >= columns or group % COLUMNS == 0 or (COLUMNS % group == 0 and group % STEP == 0)
+    rows, groups = weight.codes.shape[0], -(-columns // group)
+    width = -(-columns // 2) if isinstance(weight, Int4) else columns
+    return (
+        known and weight.codes.shape == (rows, width) and weight.scale.shape == (rows, groups) and weight.codes.is_cpu
+        and weight.scale.dtype in TYPES and (weight.zero is None or weight.zero.shape == (rows, groups))
+        and (bias is None or (bias.shape == (rows,) and bias.dtype in TYPES))
+    )  # fmt: skip
 
 
 @cache
