@@ -253,6 +253,19 @@ def test_truncate_and_select_keep_each_rows_frequencies():
     assert cache.frequencies is None, "an empty cache takes the next prompt's"
 
 
+def test_a_snapshot_holds_the_frequencies_and_what_is_cut_back_expects_nothing():
+    model = MODELS["ntk and logn"]
+    _, cache = read(model, IDS[:1], [], expect=[30])
+    kept, after = cache.snapshot(), model(IDS[:1, :1], cache=cache)
+    other = model.make_cache()
+    model(IDS[:1, :3], cache=other)
+    other.restore(kept)
+    torch.testing.assert_close(model(IDS[:1, :1], cache=other), after)
+    cache.truncate(0)
+    assert cache.expected is None
+    torch.testing.assert_close(model(IDS[:1, :7], cache=cache), model(IDS[:1, :7]), **CLOSE)
+
+
 # ------------------------------------------------------------------------------------------------- generation
 
 
