@@ -248,24 +248,35 @@ def _ple_layers(f: Fields, types: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
-class GatedResidual(nn.Module):
-    """What a sub-layer reads of the residual streams, and how strongly each takes what it returns: `ops.streams`."""
+class StreamMixer(nn.Module):
+    """What is read of the residual streams: a mixture of their norms by weights that are made of these. `ops.streams`."""
 
-    def __init__(self, config: Config, inject: bool = True) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         wide = config.hc_count * config.hidden_size
         self.hc_norm = StreamRMSNorm(wide, config.rms_norm_eps)
         self.input_mix_weight_down = Linear(wide, config.hc_lowrank, bias=False)
         self.input_mix_weight_up = Linear(config.hc_lowrank, wide, bias=False)
-        self.block_inject_weight = Linear(wide, config.hc_count, bias=False) if inject else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, T, n, H) -> the mixture (B, T, H), and the logits for `stream_write` (B, T, n); None at the model's end."""
-        normed = self.hc_norm(x)  # (B, T, n, H)
-        flat = normed.flatten(2)  # (B, T, n H)
-        low = nn.functional.silu(self.input_mix_weight_down(flat) / x.shape[2])  # (B, T, r)
-        mixed = backend.stream_mix(normed, self.input_mix_weight_up(low).view_as(normed))  # (B, T, H)
-        return mixed, None if self.block_inject_weight is None else self.block_inject_weight(flat)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, n, H) -> (B, T, H)
+        return self.mix(self.hc_norm(x))
+
+    def mix(self, normed: Tensor) -> Tensor:  # (B, T, n, H) -> (B, T, H)
+        low = nn.functional.silu(self.input_mix_weight_down(normed.flatten(2)) / normed.shape[2])  # (B, T, r)
+        return backend.stream_mix(normed, self.input_mix_weight_up(low).view_as(normed))
+
+
+class GatedResidual(StreamMixer):
+    """A `StreamMixer` that also says how strongly each stream takes what the sub-layer returns."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.block_inject_weight = Linear(config.hc_count * config.hidden_size, config.hc_count, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(B, T, n, H) -> the mixture (B, T, H), and the logits for `stream_write` (B, T, n)."""
+        normed = self.hc_norm(x)
+        return self.mix(normed), self.block_inject_weight(normed.flatten(2))
 
 
 class NGramEmbedding(nn.Module):
@@ -408,13 +419,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, blocks: Blocks | None, cache: IndexedKVCache | None
     ) -> Tensor:
-        chosen = self.indexer(x, rope, blocks, cache)  # (B, T, k)
         heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
         q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # (B, T, N, D) each
         q = self.q_norm(q).transpose(1, 2)  # (B, N, T, D)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
         q, k = backend.rope(q, *rope), backend.rope(k, *rope)
+        chosen = self.indexer(x, rope, blocks, cache)  # (B, T, k)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
         if chosen is None or blocks is None:
@@ -529,7 +540,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         ple = {layer - 1: index for index, layer in enumerate(config.ple_layer_ids)}
         self.layers = nn.ModuleList(Block(config, kind, ple.get(i)) for i, kind in enumerate(config.layer_types))
-        self.hyper_connection_mixer = GatedResidual(config, inject=False)
+        self.hyper_connection_mixer = StreamMixer(config)
         self.rotary_emb = Rotary(config.head_dim, config.rope)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -543,7 +554,7 @@ class Decoder(nn.Module):
         x = x[:, :, None].repeat(1, 1, self.streams, 1)  # (B, T, n, H)
         for i, block in enumerate(self.layers):
             x = block(x, input_ids, rope, visible, real, blocks, cache.layers[i] if cache is not None else None)
-        return self.hyper_connection_mixer(x)[0]  # (B, T, H)
+        return self.hyper_connection_mixer(x)  # (B, T, H)
 
     def blocks(self, keys: Tensor, padded: bool, dtype: torch.dtype) -> Blocks | None:
         """The blocks of keys at these positions (B or 1, S); None where every query may read all that is complete."""

@@ -29,6 +29,7 @@ from .block_attention import (
     complete_blocks,
     select_blocks,
     sparse_block_attention,
+    sparse_block_scores,
 )
 from .delta import (
     causal_conv1d,

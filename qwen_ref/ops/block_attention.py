@@ -16,7 +16,7 @@ S - T + t of S.
 import torch
 from torch import Tensor
 
-from .attention import attention
+from .attention import attention, attention_scores
 from .dtypes import at_least_fp32
 
 
@@ -86,6 +86,11 @@ def sparse_block_attention(
     ratio c. Returns (B, N, T, D) in q's dtype; what a padding query gives is finite and means nothing.
     """
     return attention(q, k, v, block_mask(blocks, k.shape[2], starts, ratio))
+
+
+def sparse_block_scores(q: Tensor, k: Tensor, blocks: Tensor, starts: Tensor | None, ratio: int) -> Tensor:
+    """`attention_scores` as `sparse_block_attention` has them, what is not read at the dtype's lowest number: (B, N, T, S)."""
+    return attention_scores(q, k, block_mask(blocks, k.shape[2], starts, ratio))
 
 
 def block_mask(blocks: Tensor, length: int, starts: Tensor | None, ratio: int) -> Tensor:

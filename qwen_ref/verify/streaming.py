@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import backend
+from .. import backend, hooks
 from ..checkpoint import Checkpoint, SafetensorsFile, weight_files
 from ..errors import CheckpointError, RequestError
 from ..loading import build, materialize, pick_dtype, read_config
@@ -108,7 +108,7 @@ def weights(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Ite
     with _Ours(folder, read_config(folder), dtype, torch.device(device), EAGER) as ours:
         blocks = [f"model.layers.{i}" for i in range(len(ours.model.model.layers))]
         head = ["lm_head"] if ours.model.lm_head is not None else []
-        for path in ("model.embed_tokens", *blocks, "model.norm", *head):
+        for path in ("model.embed_tokens", *blocks, hooks.final_path(ours.model), *head):
             with ours.loaded(path):
                 yield ours.tensors(path)
 
@@ -148,7 +148,7 @@ class _Side:
     def begin(self, prompts: Sequence[Tensor]) -> list[Acts]:
         """The embedding and the rotary tables; notes what every block is given."""
         captures: list[Acts] = []
-        with self.loaded("model.embed_tokens", "model.norm"):
+        with self.loaded("model.embed_tokens", hooks.final_path(self.model)):
             for ids in prompts:
                 names = self._names("hook_embed", "rotary.")
                 with self.recording(names, {}) as acts, self._noting() as calls:
@@ -174,10 +174,11 @@ class _Side:
         """The final norm and, if there is one, the head."""
         head, names = self.model.lm_head, self._names("ln_final.", "hook_logits")
         captures: list[Acts] = []
-        with self.loaded("model.norm", *(["lm_head"] if head is not None else [])):
+        path = hooks.final_path(self.model)
+        with self.loaded(path, *(["lm_head"] if head is not None else [])):
             for x in self.residuals:
                 with self.recording(names, {}) as acts:
-                    x = self.model.model.norm(x)
+                    x = self.model.get_submodule(path)(x)
                     if head is not None:
                         head(x)
                 captures.append(oracle.in_order(acts, names))
