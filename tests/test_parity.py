@@ -114,7 +114,7 @@ def test_the_same_experts_are_chosen(name):
     assert len(experts.unique()) == config.num_experts  # the test reaches them all
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "qwen2_moe sliding", "qwen3", "qwen3 sliding", "qwen3_moe", "qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("variant", ["qwen2", "qwen2_moe sliding", "qwen3", "qwen3 sliding", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen4_exp"])
 def test_left_padding_matches_transformers(variant):
     ours, theirs = make_pair(VARIANTS[variant])
     positions = torch.arange(23).repeat(2, 1)
