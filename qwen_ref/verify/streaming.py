@@ -285,6 +285,9 @@ class _Theirs(_Side):
                 for e, both in enumerate(parameter):
                     for name, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
                         self._read(self._on_disk(f"{owner}.{e}.{name}.weight"), half)
+            elif (shard := f"{owner}.shard_{{}}.weight") and self._on_disk(shard.format(0)) in self.files:  # rows of a table
+                for i, rows in enumerate(parameter.chunk(self.model.config.split_ngram_parts)):
+                    self._read(self._on_disk(shard.format(i)), rows)
             else:
                 for e, matrix in enumerate(parameter):
                     self._read(self._on_disk(f"{owner}.{e}.{leaf}.weight"), matrix)
