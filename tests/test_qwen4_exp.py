@@ -670,6 +670,7 @@ def test_official_sizes_have_transformers_parameter_count():
     ({"layer_types": ["sliding_attention"] * 5}, "layer_types holds 'sliding_attention'"),
     ({"ngram_vocab_size_base": 1 << 50}, "ngram_vocab_size_base is"),
     ({"seed": -1}, "seed is -1"),
+    ({"ngram_size": 64, "heads_per_ngram": 1024}, "asks for 64512 hash functions in 1 layers"),
 ])  # fmt: skip
 def test_configs_that_are_refused(change, message):
     raw = {k: v for k, v in {**CONFIG, **change}.items() if v is not None}
@@ -685,6 +686,17 @@ def test_spellings_of_layer_types_and_end_tokens():
     assert qwen4_exp.Config.from_json(nested) == config
     theirs = transformers.AutoConfig.for_model("qwen4_exp_text", **{k: v for k, v in config.to_json().items() if k != "model_type"})
     assert theirs.layer_types == list(config.layer_types) and theirs.ple_layer_ids == [2]
+
+
+def test_what_the_official_model_costs(tmp_path):
+    write_json(tmp_path / "config.json", {**OFFICIAL, "dtype": "bfloat16"})
+    found = describe(tmp_path, context=1000)
+    rows = found.parameters["table of n-grams"]
+    assert rows / 160 > 16 * 20_000_000  # sixteen heads, rows of 160 numbers
+    expert = 3 * 2560 * 640 * 48
+    assert found.total - found.active == rows - 2560 + 502 * expert
+    assert found.kv_bytes == 1000 * found.kv_bytes_per_token == 1000 * 12 * 2 * (2 * 2 * 256 + 128)
+    assert sum(found.parameters.values()) == found.total and found.weight_bytes == 2 * found.total
 
 
 # ------------------------------------------------------------------------------------------------- studies

@@ -134,7 +134,7 @@ class Config:
             ple_conv_kernel_size=f.integer("ple_conv_kernel_size", 4, high=1024),
             ngram_size=f.integer("ngram_size", 3, low=2, high=64),
             heads_per_ngram=f.integer("heads_per_ngram", 8, high=1024),
-            ngram_vocab_size_base=f.integer("ngram_vocab_size_base", 20_000_000, high=1 << 40),
+            ngram_vocab_size_base=f.integer("ngram_vocab_size_base", 20_000_000, high=1 << 32),
             make_ngram_vocab_size_divisible_by=f.integer("make_ngram_vocab_size_divisible_by", 128),
             seed=f.integer("seed", 1234, low=0, high=(1 << 63) - 1),
             split_ngram_parts=f.integer("split_ngram_parts", 512, high=1 << 16),
@@ -162,6 +162,9 @@ class Config:
             if width > self.indexer_head_dim:
                 raise f.error("indexer_head_dim", f"is {self.indexer_head_dim}, less than the {width} numbers that are rotated")
         if self.ple_layer_ids:
+            if self.ngram_heads * len(self.ple_layer_ids) > 1 << 14:  # each needs a prime of its own
+                layers = len(self.ple_layer_ids)
+                raise f.error("heads_per_ngram", f"asks for {self.ngram_heads} hash functions in {layers} layers: over 16,384")
             if self.ple_embed_dim % self.ngram_heads:
                 raise f.error("ple_embed_dim", f"is {self.ple_embed_dim}, no multiple of the {self.ngram_heads} n-gram heads")
             if not self.eos_token_ids:

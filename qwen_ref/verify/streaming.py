@@ -8,8 +8,9 @@ memory, our routers' choices are recorded and the tokens then sent to the oracle
 
 The oracle may also have run before: its activations then come from a bundle, and only our side is computed.
 
-Peak memory: one block, in half precision one fp32 block of the oracle's exact run (as much as two of the model's own);
-the embedding or the head while in use; one block's activations of all prompts, of both sides.
+Peak memory: one block, in half precision one fp32 block of the oracle's exact run (as much as two of the model's own); the
+table of n-grams is part of its block. The embedding or the head while in use; one block's activations of all prompts, of
+both sides.
 """
 
 from __future__ import annotations
@@ -291,6 +292,11 @@ class _Theirs(_Side):
             else:
                 for e, matrix in enumerate(parameter):
                     self._read(self._on_disk(f"{owner}.{e}.{leaf}.weight"), matrix)
+
+        for name, _ in list(part.named_buffers(prefix=path)):  # constants of n-grams, which are not computed on the meta device
+            owner, _, leaf = name.rpartition(".")
+            with _safe_open(self.files[self._on_disk(name)]) as file:
+                setattr(self.model.get_submodule(owner), leaf, file.get_tensor(self._on_disk(name)).to(self.device))
 
     def _on_disk(self, name: str) -> str:
         return name if name in self.files else name.removeprefix("model.")  # as an embedding checkpoint has it
