@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ops
 
-GATHER_BYTES = 1 << 27  # of keys and values copied at a time by `sparse_block_attention`
+GATHER_BYTES = 1 << 27  # of keys and values copied, or of a mask made, at a time by `sparse_block_attention`
+GATHER_FROM = 12  # times the keys a query reads: then copying them costs a CPU as much as a product with all, masked
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,12 +75,16 @@ def gated_delta_rule(
 def sparse_block_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor | None, ratio: int
 ) -> Tensor:
-    """`ops.sparse_block_attention`: over few keys with a mask, over many by gathering each query's own, a piece of the
-    queries at a time, so that neither T x S numbers nor more than `GATHER_BYTES` of copied keys exist."""
+    """`ops.sparse_block_attention`, a piece of the queries at a time: over few keys with a mask, over many, and for one
+    query, by gathering each query's own. No piece's mask or copied keys take more than `GATHER_BYTES`."""
     queries, length = q.shape[2], k.shape[2]
     reads = (blocks.shape[2] + 1) * ratio  # tokens: the chosen blocks and the tail
-    if queries > 1 and length <= 4 * reads:  # copying is that much dearer than a matrix product over all keys
-        return attention(q, k, v, ops.block_mask(blocks, length, starts, ratio))
+    if queries > 1 and length <= GATHER_FROM * reads:
+        step = max(1, GATHER_BYTES // (4 * q.shape[0] * length))
+        pieces = [(t, length - queries + t + step) for t in range(0, queries, step)]  # first query, keys up to the last
+        return torch.cat([attention(q[:, :, t : t + step], k[:, :, :end], v[:, :, :end],
+                                    ops.block_mask(blocks[:, t : t + step], min(end, length), starts, ratio))
+                          for t, end in pieces], dim=2)  # fmt: skip
     step = max(1, GATHER_BYTES // (2 * reads * k.shape[1] * k.shape[3] * k.element_size()))
     complete = ops.complete_blocks(queries, length, ratio, starts, q.device).expand(q.shape[0], -1)
     out = torch.empty_like(q)
