@@ -239,6 +239,10 @@ attention_prefill = _operation_of(ops.attention_prefill, also=torch_ops.attentio
 attention_decode = _operation_of(ops.attention_decode)
 attention_paged = _operation_of(ops.attention_paged)
 dual_chunk_attention = _operation_of(ops.dual_chunk_attention, preferred=ops.dual_chunk_blocked, kernel=False)
+block_scores = _operation_of(ops.block_scores)
+sparse_block_attention = _operation_of(ops.sparse_block_attention, preferred=torch_ops.sparse_block_attention)
+stream_mix = _operation_of(ops.stream_mix)
+stream_write = _operation_of(ops.stream_write)
 swiglu = _operation_of(ops.swiglu)
 router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
@@ -261,7 +265,7 @@ OPERATIONS: dict[str, Operation] = {
     for op in (
         linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
         attention, attention_prefill, attention_decode, attention_paged, dual_chunk_attention, causal_conv1d, gated_delta_rule,
-        swiglu, router_topk, moe_experts, sample, cross_entropy,
+        block_scores, sparse_block_attention, stream_mix, stream_write, swiglu, router_topk, moe_experts, sample, cross_entropy,
         linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
         moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
     )

@@ -106,6 +106,39 @@ class SlidingKVCache(KVCache):
         return other
 
 
+class IndexedKVCache(KVCache):
+    """Keys and values, and the keys by which blocks of them are chosen: (B, S, d), before their norm and rotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._index: Tensor | None = None  # (B, capacity, d)
+
+    def append_index(self, keys: Tensor) -> Tensor:
+        """Add keys (B, T, d) of tokens that `append` has not seen yet; return all (B, S + T, d), a view."""
+        end = self.length + keys.shape[1]
+        if self._index is None or end > self._index.shape[1]:
+            buffer = keys.new_empty(keys.shape[0], max(end, 2 * self.length, 64), keys.shape[2])
+            if self._index is not None:
+                buffer[:, : self.length] = self._index[:, : self.length]
+            self._index = buffer
+        self._index[:, self.length : end] = keys
+        return self._index[:, :end]
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self._index is not None:
+            self._index = self._index[rows]
+
+    def copy(self) -> IndexedKVCache:
+        other = copy.copy(self)
+        other._buffer = None if self._buffer is None else self._buffer[:, :, :, : self.length].clone()
+        other._index = None if self._index is None else self._index[:, : self.length].clone()
+        return other
+
+    def nbytes(self) -> int:
+        return super().nbytes() + (0 if self._index is None else self._index.nbytes)
+
+
 class RecurrentCache:
     """The state of a layer that keeps no keys: tensors (B, ...) that every pass replaces and none writes to.
 
@@ -169,6 +202,38 @@ class RecurrentCache:
         return sum({x.data_ptr(): x.nbytes for state in states if state is not None for x in state}.values())
 
 
+class JoinedCache:
+    """A layer with two states, of its embedding and of its mixer, which have read the same tokens."""
+
+    def __init__(self, embedding: RecurrentCache, mixer: RecurrentCache) -> None:
+        self.embedding, self.mixer = embedding, mixer
+
+    @property
+    def length(self) -> int:
+        return self.mixer.length
+
+    def mark(self) -> None:
+        self.embedding.mark()
+        self.mixer.mark()
+
+    def reachable(self, length: int) -> int:
+        return min(self.embedding.reachable(length), self.mixer.reachable(length))
+
+    def truncate(self, length: int) -> None:
+        self.embedding.truncate(length)
+        self.mixer.truncate(length)
+
+    def select(self, rows: Tensor) -> None:
+        self.embedding.select(rows)
+        self.mixer.select(rows)
+
+    def copy(self) -> JoinedCache:
+        return JoinedCache(self.embedding.copy(), self.mixer.copy())
+
+    def nbytes(self) -> int:
+        return self.embedding.nbytes() + self.mixer.nbytes()
+
+
 class Cache:
     """The states of all layers, and where their tokens stand.
 
@@ -215,6 +280,10 @@ class Cache:
         first call (Qwen 1) or every call (dual chunk) has seen; other models do not ask. Holds until `truncate`.
         """
         self.expected = list(lengths)
+
+    def key_positions(self, new: int, device: torch.device) -> Tensor:
+        """Positions of all keys once `new` tokens that `extend` has noted are appended: (B or 1, S)."""
+        return torch.arange(self.length + new, device=device)[None] if self._positions is None else self._positions
 
     def reachable(self, length: int) -> int:
         """The most of the first `length` tokens that `truncate` can keep: all of them where every layer keeps keys, else

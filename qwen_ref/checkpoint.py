@@ -241,6 +241,14 @@ class SafetensorsFile:
             if problem.errno == errno.EFAULT:  # touching it would be a SIGBUS
                 raise CheckpointError(f"{self.path}: ends inside tensor {quote(name)}: has it shrunk?") from problem
 
+    def read_by_rows(self, name: str) -> None:
+        """Tell the system that a mapped tensor is read here and there: no page is worth reading before it is asked for."""
+        if self._mapping is None or not hasattr(mmap, "MADV_RANDOM"):
+            return
+        info = self.tensors[name]
+        start = info.start - info.start % mmap.PAGESIZE
+        self._mapping.madvise(mmap.MADV_RANDOM, start, info.end - start)
+
     def release(self, name: str) -> None:
         """Let go of a mapped tensor's memory; it is read from the file again if it is touched. Changes to it are lost."""
         if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
@@ -390,6 +398,10 @@ class CheckpointModule(Protocol):
     def tied(self) -> dict[str, str]: ...
     @property
     def ignored(self) -> tuple[str, ...]: ...
+    @property
+    def constants(self) -> dict[str, Tensor]: ...
+    @property
+    def row_read(self) -> set[str]: ...
     def checkpoint_tensors(self) -> dict[str, Tensor]: ...
     def canonical_name(self, name: str) -> str: ...
     def disk_name(self, name: str) -> str: ...
@@ -404,12 +416,14 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: list[str] = field(default_factory=list)
     wrong_dtype: list[str] = field(default_factory=list)
+    wrong_value: list[str] = field(default_factory=list)  # of what config.json determines
     duplicate: list[str] = field(default_factory=list)
     wrong_file: list[str] = field(default_factory=list)  # the index and the shards contradict each other
 
     loaded: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)  # present although tied, and equal to their source
+    constant: list[str] = field(default_factory=list)  # present although config.json determines them, and equal to that
     notes: list[str] = field(default_factory=list)
     dtypes: Counter[str] = field(default_factory=Counter)  # on disk: "bfloat16" -> how many of `loaded`
     bytes: int = 0  # of all tensors read, mapped or compared
@@ -418,7 +432,7 @@ class LoadReport:
 
     def problems(self) -> str:
         """All problems as text, ten of each kind; empty if there are none."""
-        kinds = ("missing", "unexpected", "wrong_shape", "wrong_dtype", "duplicate", "wrong_file")
+        kinds = ("missing", "unexpected", "wrong_shape", "wrong_dtype", "wrong_value", "duplicate", "wrong_file")
         lines = []
         for kind in kinds:
             if names := getattr(self, kind):
@@ -434,7 +448,8 @@ class _Read(NamedTuple):
     name: str
     slot: str  # the model's name for it; of a tied tensor, the name of its source
     tied: bool  # compare it with the slot instead of filling it
-    mappable: bool  # the slot is a whole parameter of the same dtype
+    mappable: bool  # the slot is a whole parameter of the same dtype, or a table's shard
+    row_read: bool = False  # only rows of it are needed: a mapped one is not brought into memory
 
     @property
     def info(self) -> TensorInfo:
@@ -483,10 +498,18 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} does not fit its config.json:\n{problems}{_hint(self.report)}")
         self.report.bytes = sum(read.info.end - read.info.start for read in self._plan)
 
-    def views(self) -> dict[str, Tensor]:
-        """Parameter name -> view of its file, where that is possible. The model must take them: `read` passes them over."""
-        views = {read.slot: read.file.view(read.name) for read in self._plan if read.mappable}
+    def views(self, *, tables_only: bool = False) -> dict[str, Tensor]:
+        """Parameter or shard name -> view of its file, where that is possible. The model must take them: `read` passes them
+        over. `tables_only`: of what is read by rows."""
+        wanted = [read for read in self._plan if read.mappable and (read.row_read or not tables_only)]
+        views = {read.slot: read.file.view(read.name) for read in wanted}
+        shards = {read.slot for read in wanted if read.row_read}
+        if any(views[slot] is None for slot in shards):  # a table is mapped as a whole or not at all
+            views = {slot: view for slot, view in views.items() if slot not in shards}
         possible = {slot: view for slot, view in views.items() if view is not None}
+        for read in wanted:
+            if read.row_read and read.slot in possible:
+                read.file.read_by_rows(read.name)
         self._mapped = set(possible)
         self.report.mapped = sum(view.nbytes for view in possible.values())
         return possible
@@ -546,7 +569,8 @@ class Checkpoint:
     def _carry_out(self, read: _Read, target: Tensor) -> None:
         if not read.tied:
             if read.slot in self._mapped:
-                read.file.prefault(read.name)
+                if not read.row_read:
+                    read.file.prefault(read.name)
             else:
                 read.file.read_into(read.name, target)
             self.report.loaded.append(read.name)
@@ -597,7 +621,7 @@ def _plan(model: CheckpointModule, files: Sequence[SafetensorsFile], report: Loa
     """Decide for every tensor on disk where it goes, and note in the report what does not fit."""
     slots, parameters, tied = model.checkpoint_tensors(), dict(model.named_parameters()), model.tied
     targets = _targets(slots, parameters)
-    parts = _parts(slots, targets)
+    parts, rows, constants = _parts(slots, targets), model.row_read, model.constants
     _check_coverage(slots, parameters)
     filled: dict[str, str] = {}
     plan = []
@@ -606,6 +630,9 @@ def _plan(model: CheckpointModule, files: Sequence[SafetensorsFile], report: Loa
             name = model.canonical_name(disk_name)
             if any(re.search(pattern, name) for pattern in model.ignored):
                 report.ignored.append(disk_name)
+                continue
+            if name in constants:
+                _check_constant(file, disk_name, constants[name], report)
                 continue
             is_tied = name in tied and name not in slots
             slot = tied[name] if is_tied else name
@@ -623,11 +650,22 @@ def _plan(model: CheckpointModule, files: Sequence[SafetensorsFile], report: Loa
                 filled[part] = f"{file.path.name}:{disk_name}"
             if is_tied:
                 report.tied.append(disk_name)
-            mappable = not is_tied and slot in parameters and info.dtype == target.dtype
-            plan.append(_Read(file, disk_name, slot, is_tied, mappable))
+            row_read = slot in rows
+            mappable = not is_tied and (row_read or (slot in parameters and info.dtype == target.dtype))
+            plan.append(_Read(file, disk_name, slot, is_tied, mappable, row_read))
     report.missing.extend(name for name in slots if name not in filled)
     plan.sort(key=lambda read: read.tied)  # a tied copy is compared once its source is read
     return plan
+
+
+def _check_constant(file: SafetensorsFile, name: str, value: Tensor, report: LoadReport) -> None:
+    info = file.tensors[name]
+    if info.shape != tuple(value.shape) or info.dtype != value.dtype:
+        report.wrong_value.append(f"{name} is {info.dtype} {list(info.shape)}, not {value.dtype} {list(value.shape)}")
+    elif not torch.equal(found := file.read(name), value):
+        report.wrong_value.append(f"{name} is {quote(found.tolist())}, config.json determines {quote(value.tolist())}")
+    else:
+        report.constant.append(name)
 
 
 def _parts(slots: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -699,7 +737,8 @@ def save_model(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        tensors = {model.disk_name(name): tensor for name, tensor in model.checkpoint_tensors().items()}
+        tensors = {**model.checkpoint_tensors(), **model.constants}
+        tensors = {model.disk_name(name): tensor for name, tensor in tensors.items()}
         shards = _shards(tensors, max_shard_bytes)
         names = ["model.safetensors"] if len(shards) == 1 else [
             f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]

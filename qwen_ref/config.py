@@ -225,11 +225,16 @@ def layer_types(
     return tuple(types)
 
 
-def hybrid_types(fields: Fields, layers: int) -> tuple[str, ...]:
-    """The kind of every layer: three linear_attention, then one full_attention, unless the config says otherwise."""
+def hybrid_types(fields: Fields, layers: int, full: str = "full_attention") -> tuple[str, ...]:
+    """The kind of every layer: three linear_attention, then one full_attention, unless the config says otherwise.
+
+    `full`: another name of the model_type's for full_attention, which is returned for both.
+    """
     interval = fields.integer("full_attention_interval", 4)
     types = [("linear_attention", "full_attention")[(i + 1) % interval == 0] for i in range(layers)]
-    return layer_types(fields, layers, types, ("linear_attention", "full_attention"))
+    known = dict.fromkeys(("linear_attention", "full_attention", full))
+    types = list(layer_types(fields, layers, types, tuple(known)))
+    return tuple(full if kind == "full_attention" else kind for kind in types)
 
 
 def text_config(data: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,9 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
     parts = Counter[str]()
     for name, parameter in network.named_parameters():
         parts[_part(name)] += parameter.numel()
-    token_bytes = 2 * config.num_key_value_heads * config.head_dim * _BYTES.get(dtype, 4)  # a key and a value, per layer
+    # A key and a value, and the key by which its block is chosen, per layer that keeps keys.
+    numbers = 2 * config.num_key_value_heads * config.head_dim + getattr(config, "indexer_head_dim", 0)
+    token_bytes = numbers * _BYTES.get(dtype, 4)
     held = sum(context if w is None else min(context, w) for w in config.windows)
     ends = extra_files(path)
     return Description(
@@ -85,7 +87,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         parameters=dict(parts),
         total=network.num_parameters(),
         active=network.num_parameters() - _idle(network),
-        kv_bytes_per_token=token_bytes * config.num_hidden_layers,
+        kv_bytes_per_token=token_bytes * len(config.windows),
         context=context,
         kv_bytes=token_bytes * held,
         end_tokens={
@@ -109,20 +111,22 @@ def size(count: float) -> str:
 
 
 def _part(name: str) -> str:
-    for key, part in (("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"),
+    for key, part in (("embed_tokens", "embedding"), ("lm_head", "head"), ("ngram_embedding", "table of n-grams"),
+                      (".ple.", "n-grams"), ("hyper_connection", "residual streams"), ("self_attn", "attention"),
                       (".attn.", "attention"),
-                      ("experts", "experts"), ("shared_expert", "shared expert"), ("mlp.gate.", "router"),
-                      ("mlp", "feed-forward")):  # fmt: skip
+                      ("linear_attn", "linear attention"), ("experts", "experts"),
+                      ("shared_expert", "shared expert"), ("mlp.gate.", "router"), ("mlp", "feed-forward")):  # fmt: skip
         if key in name:
             return part
     return "norms"
 
 
 def _idle(network: LanguageModel) -> int:
-    """Expert parameters that a token does not pass through."""
+    """Expert parameters that a token does not pass through, and rows of a table that it does not read."""
     config = network.config
+    rows = sum(table.rows * table.dim - config.ple_embed_dim for _, table in network.tables())
     experts = sum(p.numel() for name, p in network.named_parameters() if ".experts." in name)
-    return experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts if experts else 0
+    return rows + (experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts if experts else 0)
 
 
 def _eos(content: bytes | None) -> Any:

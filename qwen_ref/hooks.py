@@ -48,7 +48,9 @@ class Point:
     name: str
     path: str  # the module it belongs to, by its official name
     place: str  # "output" or "input" of that module, or the operation inside it
-    dims: str  # letters of `ops`, one per axis; S keys, V vocabulary, c and d are Dk and Dv: see `letter_sizes`
+    # Letters of `ops`, one per axis; S keys, V vocabulary, c and d are Dk and Dv; s residual streams, p blocks of keys, q
+    # chosen ones, h and i the indexer's heads and their dimension, g n-gram heads, e theirs: see `letter_sizes`.
+    dims: str
     call: int = 0  # which of the operation's calls inside the module
     instead: str = ""  # of a point that can be read but not edited: what to edit instead
     part: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)  # of the output, as a view of it; None = all
@@ -71,16 +73,25 @@ def points(model: nn.Module) -> dict[str, Point]:
     found = [Point("hook_embed", "model.embed_tokens", "output", "BTH")]
     for i, block in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
         found += _block_points(f"blocks.{i}", f"model.layers.{i}", block)
-    found += _norm_points("ln_final", "model.norm", model.model.norm)
+    last: Any = model.get_submodule(final_path(model))
+    found += _mixer_points("ln_final", final_path(model)) if hasattr(last, "hc_norm") else _norm_points(
+        "ln_final", final_path(model), last)
     if model.lm_head is not None:
         found.append(Point("hook_logits", "lm_head", "output", "BTV"))
     return {point.name: point for point in found}
+
+
+def final_path(model: nn.Module) -> str:
+    """The module that makes the head's input of the residual stream, or streams, that the last block leaves."""
+    return "model.norm" if hasattr(model.model, "norm") else "model.hyper_connection_mixer"
 
 
 def _block_points(name: str, path: str, block: Any) -> list[Point]:
     mixer, inside = next((kind, points) for kind, points in _MIXERS.items() if hasattr(block, kind))
     first, second = ("ln_1", "ln_2") if hasattr(block, "ln_1") else ("input_layernorm", "post_attention_layernorm")
     mlp = _moe_points if hasattr(block.mlp, "experts") else _mlp_points
+    if hasattr(block, "attn_hyper_connection"):
+        return _stream_points(name, path, block, mixer, inside, mlp)
     return [
         Point(f"{name}.hook_resid_pre", path, "input", "BTH"),
         *_norm_points(f"{name}.ln1", f"{path}.{first}", getattr(block, first)),
@@ -91,6 +102,48 @@ def _block_points(name: str, path: str, block: Any) -> list[Point]:
         *mlp(f"{name}.mlp", f"{path}.mlp", block.mlp),
         Point(f"{name}.hook_mlp_out", f"{path}.mlp", "output", "BTH"),
         Point(f"{name}.hook_resid_post", path, "output", "BTH"),
+    ]
+
+
+def _stream_points(
+    name: str, path: str, block: Any, mixer: str, inside: Callable[..., list[Point]], mlp: Callable[..., list[Point]]
+) -> list[Point]:
+    """Of a block with several residual streams, in place of norms and sums."""
+    return [
+        Point(f"{name}.hook_resid_pre", path, "input", "BTsH"),
+        *(_ple_points(f"{name}.ple.hook", f"{path}.ple") if block.ple is not None else []),
+        *_mixer_points(f"{name}.ln1", f"{path}.attn_hyper_connection"),
+        *inside(f"{name}.attn.hook", f"{path}.{mixer}", getattr(block, mixer)),
+        Point(f"{name}.hook_attn_out", f"{path}.{mixer}", "output", "BTH"),
+        Point(f"{name}.hook_attn_inject", path, "stream_write", "BTs", call=0),  # how much of it each stream takes
+        Point(f"{name}.hook_resid_mid", f"{path}.mlp_hyper_connection", "residual", "BTsH"),
+        *_mixer_points(f"{name}.ln2", f"{path}.mlp_hyper_connection"),
+        *mlp(f"{name}.mlp", f"{path}.mlp", block.mlp),
+        Point(f"{name}.hook_mlp_out", f"{path}.mlp", "output", "BTH"),
+        Point(f"{name}.hook_mlp_inject", path, "stream_write", "BTs", call=1),
+        Point(f"{name}.hook_resid_post", path, "output", "BTsH"),
+    ]
+
+
+def _mixer_points(name: str, path: str) -> list[Point]:
+    return [
+        *_norm_points(name, f"{path}.hc_norm", None, stream="s")[:2],
+        Point(f"{name}.hook_read", path, "stream_mix", "BTsH"),  # the weight of every number of every stream
+        Point(f"{name}.hook_out", path, "output", "BTH"),
+    ]
+
+
+def _ple_points(a: str, path: str) -> list[Point]:
+    """Of embeddings of n-grams: the table's rows, what they hold, and what the streams take of it."""
+    table = f"{path}.ple_embedding.ngram_embedding"
+    return [
+        Point(f"{a}_rows", table, "input", "BTg"),
+        Point(f"{a}_embed", table, "output", "BTge"),
+        Point(f"{a}_key", f"{path}.norm_key", "output", "BTsH"),
+        Point(f"{a}_query", f"{path}.norm_query", "output", "BTsH"),
+        Point(f"{a}_value", f"{path}.value_proj", "output", "BTH"),
+        Point(f"{a}_gated", f"{path}.norm_conv", "input", "BTsH", instead="hook_value, hook_key or hook_query"),
+        Point(f"{a}_out", path, "output", "BTsH"),
     ]
 
 
@@ -110,6 +163,7 @@ def _attention_points(a: str, path: str, attn: Any) -> list[Point]:
         *([Point(f"{a}_k_normed", f"{path}.k_norm", "output", "BTKD")] if normed else []),
         Point(f"{a}_v", f"{path}.v_proj", "output", "BTKD"),
         *_score_points(a, path),
+        *(_indexer_points(a, path) if hasattr(attn, "indexer") else []),
         # What o_proj reads: after the gate, where there is one.
         Point(f"{a}_z", f"{path}.o_proj", "input", "BTND") if gated else Point(f"{a}_z", path, "attention", "BTND"),
         Point(f"{a}_result", f"{path}.o_proj", "heads", "BTNH"),
@@ -141,6 +195,16 @@ def _score_points(a: str, path: str) -> list[Point]:
     ]
 
 
+def _indexer_points(a: str, path: str) -> list[Point]:
+    """Of attention that reads chosen blocks. While a query may read all of them none are scored, and nothing is seen here."""
+    return [
+        Point(f"{a}_index_q", path, "rope", "BThi", call=2),
+        Point(f"{a}_index_k", path, "rope", "Bp1i", call=3),
+        Point(f"{a}_index_scores", path, "block_scores", "BTp"),
+        Point(f"{a}_index_blocks", f"{path}.indexer", "output", "BTq"),  # -1 = none
+    ]
+
+
 def _delta_points(a: str, path: str, delta: Any) -> list[Point]:
     """Of a Gated DeltaNet. q, k and v after the convolution, before q and k are scaled to length one."""
     rule = "gated_delta_rule"
@@ -163,11 +227,11 @@ def _delta_points(a: str, path: str, delta: Any) -> list[Point]:
 _MIXERS = {"linear_attn": _delta_points, "self_attn": _attention_points, "attn": _fused_attention_points}
 
 
-def _norm_points(name: str, path: str, norm: Any) -> list[Point]:
-    operation = getattr(norm, "operation", "rms_norm")
+def _norm_points(name: str, path: str, norm: Any, stream: str = "") -> list[Point]:
+    operation = "zero_centred_rms_norm" if stream else getattr(norm, "operation", "rms_norm")
     return [
-        Point(f"{name}.hook_scale", path, operation, "BT1"),  # the root mean square the vector is divided by
-        Point(f"{name}.hook_normalized", path, operation, "BTH"),  # before the weight, as in TransformerLens
+        Point(f"{name}.hook_scale", path, operation, f"BT{stream}1"),  # the root mean square the vector is divided by
+        Point(f"{name}.hook_normalized", path, operation, f"BT{stream}H"),  # before the weight, as in TransformerLens
         Point(f"{name}.hook_out", path, "output", "BTH"),
     ]
 
@@ -369,7 +433,8 @@ class _Session:
 
     def operations(self) -> set[str]:
         places = {point.place for point in self.points.values() if point.place in backend.OPERATIONS}
-        return places | ({"dual_chunk_attention"} if "attention" in places else set())  # which a model calls in its place
+        others = {"dual_chunk_attention", "sparse_block_attention"}  # which a model calls in its place
+        return places | (others if "attention" in places else set())
 
     def framed(self) -> set[str]:
         inside = {point.path for point in self.points.values() if point.place in backend.OPERATIONS}
@@ -439,6 +504,8 @@ class _Session:
     def on_output(self, point: Point) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
+            if first is None:  # an indexer that had nothing to choose
+                return None
             if point.place == "heads":
                 return self._heads_output(point, module, args[0])
             if point.part is not None:
@@ -485,8 +552,10 @@ class _Session:
         handles: dict[str, Callable[..., Any]] = {
             "rms_norm": self._rms_norm, "zero_centred_rms_norm": self._zero_centred, "gated_rms_norm": self._gated_rms_norm,
             "rope": self._rope, "attention": partial(self._attention, ops.attention_scores),
-            "dual_chunk_attention": partial(self._attention, ops.dual_chunk_scores), "gated_delta_rule": self._gated_delta_rule,
-            "router_topk": self._router_topk,
+            "dual_chunk_attention": partial(self._attention, ops.dual_chunk_scores),
+            "sparse_block_attention": partial(self._attention, ops.sparse_block_scores),
+            "block_scores": self._block_scores, "gated_delta_rule": self._gated_delta_rule, "router_topk": self._router_topk,
+            "stream_mix": self._stream_mix, "stream_write": self._stream_write,
         }  # fmt: skip
         handle = handles[operation]
 
@@ -540,8 +609,8 @@ class _Session:
         return passes("out", out), passes("state", state)
 
     def _rope(self, frame: _Frame, run: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        names = ("rot_q", "rot_k", "")  # every Attention rotates q, then k; dual chunk attention q again, for older chunks
-        point = self.wants(frame.path, names[frame.calls["rope"]])
+        # Every Attention rotates q, then k, then those of its indexer; dual chunk attention q again, for older chunks.
+        point = self.wants(frame.path, ("rot_q", "rot_k", "index_q", "index_k")[frame.calls["rope"]])
         frame.calls["rope"] += 1
         rotated = run(x, cos, sin)  # (B, N, T, D)
         shown = rotated.transpose(1, 2)
@@ -561,6 +630,25 @@ class _Session:
         shown = out.transpose(1, 2)
         edited = self.passes(self.wants(frame.path, "z"), shown)
         return out if edited is shown else edited.transpose(1, 2)
+
+    def _block_scores(self, frame: _Frame, run: Callable, q: Tensor, keys: Tensor) -> Tensor:
+        return self.passes(self.wants(frame.path, "index_scores"), run(q, keys))
+
+    def _stream_mix(self, frame: _Frame, run: Callable, normed: Tensor, logits: Tensor) -> Tensor:
+        if (point := self.wants(frame.path, "read")) is None:
+            return run(normed, logits)
+        weights = torch.sigmoid(logits)
+        edited = self.passes(point, weights)
+        return run(normed, logits) if edited is weights else (edited * normed).mean(dim=-2)
+
+    def _stream_write(self, frame: _Frame, run: Callable, x: Tensor, out: Tensor, logits: Tensor) -> Tensor:
+        point = self.wants(frame.path, ("attn_inject", "mlp_inject")[frame.calls["stream_write"]])
+        frame.calls["stream_write"] += 1
+        if point is None:
+            return run(x, out, logits)
+        gain = ops.stream_gain(logits)
+        edited = self.passes(point, gain)
+        return run(x, out, logits) if edited is gain else x + edited[..., None] * out[..., None, :]
 
     def _router_topk(self, frame: _Frame, run: Callable, logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
         def passes(short: str, value: Tensor) -> Tensor:
@@ -593,13 +681,17 @@ def _stopping_before(block: nn.Module) -> Iterator[None]:
 
 
 def letter_sizes(config: Any) -> dict[str, int]:
-    """What the letters of a point's dims stand for in a model, but for B, T and S."""
+    """What the letters of a point's dims stand for in a model, but for B, T, S and p."""
+    ngrams = getattr(config, "ngram_heads", 1)
     return {
         "H": config.hidden_size, "N": config.num_attention_heads, "K": config.num_key_value_heads, "D": config.head_dim,
         "R": config.rope.width(config.head_dim), "I": config.intermediate_size, "V": config.vocab_size, "1": 1,
         "E": config.num_experts, "k": config.num_experts_per_tok,
         "G": getattr(config, "linear_num_key_heads", 0), "P": getattr(config, "linear_num_value_heads", 0),
         "c": getattr(config, "linear_key_head_dim", 0), "d": getattr(config, "linear_value_head_dim", 0),
+        "s": getattr(config, "hc_count", 1), "g": ngrams, "e": getattr(config, "ple_embed_dim", 0) // ngrams,
+        "h": getattr(config, "indexer_n_heads", 0), "i": getattr(config, "indexer_head_dim", 0),
+        "q": getattr(config, "indexer_budget", 0) // (getattr(config, "indexer_compress_ratio", 0) or 1),
     }  # fmt: skip
 
 
@@ -629,7 +721,8 @@ def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache:
                  kept: slice | None, dtype: torch.dtype | None, max_bytes: int) -> None:
     tokens, past = ids.shape[1], cache.length if cache is not None else 0
     sizes = letter_sizes(model.config) | {
-        "B": ids.shape[0], "T": len(range(tokens)[kept]) if kept else tokens, "S": tokens + past
+        "B": ids.shape[0], "T": len(range(tokens)[kept]) if kept else tokens, "S": tokens + past,
+        "p": (tokens + past) // (getattr(model.config, "indexer_compress_ratio", 0) or 1),
     }  # fmt: skip
     total = 0
     for point in chosen:
@@ -645,9 +738,10 @@ def _guard_bytes(model: Any, chosen: Sequence[Point | None], ids: Tensor, cache:
 
 
 def _itemsize(point: Point | None, model_dtype: torch.dtype, kept_as: torch.dtype | None) -> int:
-    if point and point.short == "topk_idx":
+    if point and point.short in ("topk_idx", "rows", "index_blocks"):
         return torch.int64.itemsize
-    if point and point.short in ("scale", "router_probs", "decay", "state"):  # never rounded to half precision in the model
+    # Never rounded to half precision in the model:
+    if point and point.short in ("scale", "router_probs", "decay", "state", "index_scores"):
         model_dtype = torch.promote_types(model_dtype, torch.float32)
     return (kept_as or model_dtype).itemsize
 

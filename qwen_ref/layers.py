@@ -47,6 +47,13 @@ class ZeroCentredRMSNorm(nn.Module):
         return backend.zero_centred_rms_norm(x, self.weight, self.eps)
 
 
+class StreamRMSNorm(ZeroCentredRMSNorm):
+    """ZeroCentredRMSNorm of each of n vectors by itself, every one with a weight of its own, all in one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., n, H) -> (..., n, H), size = n H
+        return backend.zero_centred_rms_norm(x, self.weight.view(x.shape[-2:]), self.eps)
+
+
 class GatedRMSNorm(nn.Module):
     """RMSNorm times the activation of a gate: `ops.gated_rms_norm`."""
 
@@ -68,6 +75,50 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:  # (B, T, C), (B, C, W) -> the same two
         return backend.causal_conv1d(x, self.weight[:, 0], state)
+
+
+class ShardedEmbedding(nn.Module):
+    """Rows of a table that checkpoints store in shards, one below the other: (R, D).
+
+    The largest has 45 billion numbers, of which a token reads some thousands. So where the shards lie in mapped files they
+    stay there (`map`): views outside of `parameters()`, which no cast, move or count touches, and which only `forward`
+    reads, row by row. Without them, the table is an ordinary parameter.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, rows: int, dim: int, parts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.rows, self.dim, self.parts = rows, dim, parts
+        self._views: list[Tensor] = []
+
+    def map(self, shards: list[Tensor]) -> None:
+        """Read these from now on: one (rows, D) tensor of the CPU per shard, of any float dtype."""
+        self.weight, self._views = None, shards
+
+    @property
+    def mapped(self) -> bool:
+        return self.weight is None
+
+    def shards(self) -> dict[str, Tensor]:
+        """The parts by their official names, as views."""
+        parts = self._views if self.weight is None else self.weight.data.chunk(self.parts)
+        return {f"shard_{i}.weight": part for i, part in enumerate(parts)}
+
+    def forward(self, rows: Tensor) -> Tensor:  # (...) int64 -> (..., D) in the table's dtype
+        if self.weight is not None:
+            return nn.functional.embedding(rows, self.weight)
+        flat = rows.flatten().cpu()
+        height = self._views[0].shape[0]  # of every shard but the last, which may be lower
+        out = self._views[0].new_empty(flat.shape[0], self.dim)
+        for i in (flat // height).unique().tolist():
+            here = flat // height == i
+            out[here] = self._views[i][flat[here] - i * height]
+        return out.to(rows.device).view(*rows.shape, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.dim}, shards={self.parts}" + (", mapped" if self.mapped else "")
 
 
 class MLP(nn.Module):
@@ -140,6 +191,10 @@ class Rotary(nn.Module):
         self.frequencies = rope.frequencies(head_dim)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (B, T) -> 2 x (B, T, D)
+        return self.tables(positions, dtype)
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`forward` of positions that are not the tokens', unseen by whoever watches the module."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
         return ops.rope_tables(positions, self.frequencies, self.scale, dtype)

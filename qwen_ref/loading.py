@@ -56,7 +56,8 @@ def load(
         device: where the weights go; default the GPU if there is one.
         dtype: bfloat16, float16, float32 or float64; default what config.json names.
         revision, offline: of the hub. progress: a bar on stderr for anything that takes over a second.
-        mapped: on a CPU, weights stored in the model's dtype stay in the mapped file; see `load_model`.
+        mapped: on a CPU, weights stored in the model's dtype stay in the mapped file, and on any device a table of which only
+            rows are read, in whatever dtype it is stored; see `load_model`.
         quantize: "int8", "int4", "nf4" or "fp8": round the matrices while they are read, see `quant.making`. Takes memory
             for the result and one matrix. A checkpoint that is quantised needs no such word, and refuses it.
     Raises: ConfigError, CheckpointError, TokenizerError: each says which file and what to do.
@@ -96,7 +97,9 @@ def load_model(
         checkpoint.check(network)
         if quantize is not None:
             notes += _quantize(network, quantize, checkpoint, device, progress)
-        materialize(network, first, checkpoint.views() if mapped and first.type == "cpu" else {})
+        views = checkpoint.views(tables_only=first.type != "cpu") if mapped else {}
+        network.map_tables(views)
+        materialize(network, first, views)
         network.load_report = checkpoint.read(network, progress=progress)
     if format is None and quantize is None:
         _note_dtypes(network.load_report, raw)

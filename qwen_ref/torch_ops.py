@@ -9,6 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ops
 
+GATHER_BYTES = 1 << 27  # of keys and values copied, or of a mask made, at a time by `sparse_block_attention`
+GATHER_FROM = 12  # times the keys a query reads: then copying them costs a CPU as much as a product with all, masked
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`ops.attention`: the T x S scores never exist in memory."""
@@ -67,3 +70,34 @@ def gated_delta_rule(
     """`ops.gated_delta_rule` in chunks, except for the few tokens of a decoding step."""
     run = ops.gated_delta_rule if v.shape[1] <= 4 else ops.gated_delta_chunked
     return run(q, k, v, g, beta, state)
+
+
+def sparse_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor | None, ratio: int
+) -> Tensor:
+    """`ops.sparse_block_attention`, a piece of the queries at a time: over few keys with a mask, over many, and for one
+    query, by gathering each query's own. No piece's mask or copied keys take more than `GATHER_BYTES`."""
+    queries, length = q.shape[2], k.shape[2]
+    reads = (blocks.shape[2] + 1) * ratio  # tokens: the chosen blocks and the tail
+    if queries > 1 and length <= GATHER_FROM * reads:
+        step = max(1, GATHER_BYTES // (4 * q.shape[0] * length))
+        pieces = [(t, length - queries + t + step) for t in range(0, queries, step)]  # first query, keys up to the last
+        return torch.cat([attention(q[:, :, t : t + step], k[:, :, :end], v[:, :, :end],
+                                    ops.block_mask(blocks[:, t : t + step], min(end, length), starts, ratio))
+                          for t, end in pieces], dim=2)  # fmt: skip
+    step = max(1, GATHER_BYTES // (2 * reads * k.shape[1] * k.shape[3] * k.element_size()))
+    complete = ops.complete_blocks(queries, length, ratio, starts, q.device).expand(q.shape[0], -1)
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        first = 0 if starts is None else starts[b]
+        for t in (slice(i, min(i + step, queries)) for i in range(0, queries, step)):
+            read = torch.cat((blocks[b, t], complete[b, t, None]), dim=1)  # (T', k + 1): the tail is the block after
+            own = torch.arange(length - queries, length, device=q.device)[t, None]  # (T', 1), the queries' tokens
+            tokens = (first + read[..., None] * ratio + torch.arange(ratio, device=q.device)).flatten(1)  # (T', L)
+            seen = (read >= 0).repeat_interleave(ratio, dim=1) & (tokens <= own)
+            seen = seen | ~seen.any(-1, keepdim=True)  # padding
+            tokens = tokens.clamp(0, length - 1)
+            keys, values = (x[b][:, tokens].transpose(0, 1) for x in (k, v))  # (T', K, L, D)
+            wanted = q[b, :, t].transpose(0, 1)[:, :, None]  # (T', N, 1, D): every query a batch of one
+            out[b, :, t] = attention(wanted, keys, values, seen[:, None, None])[:, :, 0].transpose(0, 1)
+    return out

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_ref.models import qwen2, qwen3, qwen3_5, qwen3_next
+from qwen_ref.models import qwen2, qwen3, qwen3_5, qwen3_next, qwen4_exp
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several processes that share the cores
     torch.set_num_threads(1)
@@ -25,6 +25,7 @@ TINY = {
     "qwen3_next": (qwen3_next, qwen3_next.TINY),
     "qwen3_5": (qwen3_5, qwen3_5.TINY),
     "qwen3_5_moe": (qwen3_5, qwen3_5.TINY_MOE),
+    "qwen4_exp": (qwen4_exp, qwen4_exp.TINY),
 }
 
 try:

@@ -13,7 +13,8 @@ from qwen_ref.models import qwen2, qwen3
 
 PACKAGE = Path(qwen_ref.__file__).parent
 SUBJECTS = ("norms", "rotary", "attention", "dual_chunk", "moe", "linear", "tokens", "packed")  # the operations' families in the kernel bench
-FORMULAS = ("attention", "delta", "dtypes", "dual_chunk", "feed_forward", "norms", "rotary", "tokens")  # the files of qwen_ref/ops
+FORMULAS = ("attention", "block_attention", "delta", "dtypes", "dual_chunk", "feed_forward", "ngram", "norms", "rotary", "streams",
+            "tokens")  # the files of qwen_ref/ops
 # What a module of the package may import from it, downward only.
 ALLOWED = {
     "errors": set(),
@@ -56,6 +57,7 @@ ALLOWED = {
     "models.qwen2": {"backend", "ops", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3_next": {"backend", "cache", "config", "layers", "models.common", "ops"},
+    "models.qwen4_exp": {"backend", "cache", "config", "errors", "layers", "models.common", "ops"},
     "models.qwen3_5": {"backend", "cache", "config", "layers", "models.common", "ops"},
     "chat": {"errors", "limits"},
     "tokenizer": {"errors", "limits", "chat"},
@@ -73,7 +75,7 @@ ALLOWED = {
     "verify.html": {"verify.report"},
     "verify.oracle": {"backend", "hooks", "errors", "models.common"},
     "verify.bundle": {"checkpoint", "errors", "hooks", "models.common", "verify.oracle"},
-    "verify.streaming": {"backend", "checkpoint", "errors", "loading", "models.common", "verify.levels", "verify.oracle",
+    "verify.streaming": {"backend", "checkpoint", "errors", "hooks", "loading", "models.common", "verify.levels", "verify.oracle",
                          "verify.report"},
     "verify.operations": {"backend", "models.common", "ops", "quant", "quant.layers", "quant.packed", "verify.report"},
     "verify.levels": {"backend", "errors", "models", "models.common", "verify.bundle", "verify.oracle", "verify.report"},
@@ -81,7 +83,7 @@ ALLOWED = {
     "verify.memory": {"models.common", "verify.levels"},
     "study": {"study.attribution", "study.heads", "study.logit_lens", "study.patching", "study.profiles", "study.routing"},
     "study.inputs": {"errors"},
-    "study.attribution": {"hooks", "layers", "study.inputs"},
+    "study.attribution": {"errors", "hooks", "layers", "study.inputs"},
     "study.heads": {"backend", "errors", "hooks", "study.inputs"},
     "study.logit_lens": {"errors", "hooks", "study.inputs"},
     "study.patching": {"errors", "hooks", "study.inputs"},

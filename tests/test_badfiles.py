@@ -37,6 +37,8 @@ class Module:
         self.tensors, self.parameters = tensors, parameters if parameters is not None else tensors
         self.tied: dict[str, str] = {}
         self.ignored: tuple[str, ...] = ()
+        self.constants: dict[str, torch.Tensor] = {}
+        self.row_read: set[str] = set()
 
     def checkpoint_tensors(self):
         return self.tensors

@@ -60,7 +60,7 @@ def test_token_by_token(name):
 
 @given(cuts=st.lists(st.integers(1, 16), max_size=5, unique=True), padding=st.integers(0, 6), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_moe sliding", "qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_moe sliding", "qwen3_next", "qwen3_5", "qwen4_exp"])
 def test_any_chunks_with_left_padding(name, implementation, cuts, padding, seed):
     """A row padded on the left, read in any chunks beside an unpadded one, equals the row alone."""
     model = MODELS[name]

@@ -43,7 +43,12 @@ TYPES = {
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
     "Qwen3_5ForCausalLM": "qwen3_5_text",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
+    "Qwen4ExpForConditionalGeneration": "qwen4_exp",
+    "Qwen4ExpForCausalLM": "qwen4_exp_text",
 }
+INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
+           "indexer_compress_ratio": 4}
+REQUIRED = {"qwen4_exp": {"text_config": INDEXER}, "qwen4_exp_text": INDEXER}  # fields without a default on either side
 
 
 def test_official_configs_have_transformers_parameter_count(data):
@@ -66,15 +71,16 @@ def test_class_defaults_are_transformers(model_type):
     import transformers
 
     architecture = next(a for a, t in TYPES.items() if t == model_type)
-    ours = build({"model_type": model_type})
-    theirs = transformers.AutoConfig.for_model(model_type).get_text_config()
+    required = REQUIRED.get(model_type, {})
+    ours = build({"model_type": model_type, **required})
+    theirs = transformers.AutoConfig.for_model(model_type, **required).get_text_config()
     c = ours.config
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
                  "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(c, name) == getattr(theirs, name, 0), name  # qwen3_5_moe has no dense layer, and no size for one
     assert c.rope.theta == theirs.rope_parameters["rope_theta"]
     assert c.rope.share == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
-    assert ours.num_parameters() == meta_count({"architectures": [architecture]})
+    assert ours.num_parameters() == meta_count({"architectures": [architecture], **required})
 
 
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters", "type"])

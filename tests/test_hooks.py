@@ -24,7 +24,7 @@ IDS = torch.randint(0, 211, (2, 9), generator=torch.Generator().manual_seed(5))
 @pytest.fixture(autouse=True)
 def eager():
     """Without it every pattern would announce that it leaves the fused kernel; one test below looks at that."""
-    with backend.use({"attention": "eager"}), torch.no_grad():
+    with backend.use({"attention": "eager", "sparse_block_attention": "eager"}), torch.no_grad():
         yield
 
 
@@ -50,7 +50,8 @@ def test_names_are_complete_and_in_order_of_computation(config):
         model(IDS)
     assert called == model.list_hooks()
     shapes = {"B": 2, "T": 9, "S": 9, "H": config["hidden_size"], "N": 6, "K": 2, "D": model.config.head_dim, "I": model.config.intermediate_size,
-              "E": 7, "k": config.get("num_experts_per_tok"), "V": 211, "1": 1, "G": 3, "P": 9, "c": 14, "d": 10}  # fmt: skip
+              "E": 7, "k": config.get("num_experts_per_tok"), "V": 211, "1": 1, "G": 3, "P": 9, "c": 14, "d": 10,
+              "s": 3, "p": 4, "q": 3, "h": 8, "i": 20, "g": 8, "e": 4}  # fmt: skip
     _, acts = model.run_with_cache(IDS, "*hook_*")
     for name, point in points(model).items():
         assert list(acts[name].shape) == [shapes[letter] for letter in point.dims], name
@@ -88,7 +89,8 @@ def test_captured_values_are_those_of_transformers(config):
     assert torch.equal(acts["hook_logits"], logits)
     for i in range(3):
         path, name = f"model.layers.{i}", f"blocks.{i}"
-        close(f"{name}.ln1.hook_out", expected[f"{path}.input_layernorm"])
+        streams = hasattr(ours.model.layers[i], "attn_hyper_connection")
+        close(f"{name}.ln1.hook_out", expected[f"{path}.{'attn_hyper_connection' if streams else 'input_layernorm'}"])
         if linear := hasattr(ours.model.layers[i], "linear_attn"):
             close(f"{name}.attn.hook_z", expected[f"{path}.linear_attn.norm"])
         else:
@@ -103,7 +105,7 @@ def test_captured_values_are_those_of_transformers(config):
         close(f"{name}.hook_attn_out", expected[f"{path}.{'linear_attn' if linear else 'self_attn'}"])
         close(f"{name}.hook_mlp_out", expected[f"{path}.mlp"])
         close(f"{name}.hook_resid_post", expected[path])
-    close("ln_final.hook_out", expected["model.norm"])
+    close("ln_final.hook_out", expected[hooks.final_path(ours)])
 
 
 def test_attention_by_hand(dense):
@@ -153,11 +155,21 @@ def test_pattern_is_that_of_ops_and_sums_to_one(dense):
 def test_residual_stream_adds_up_to_the_last_bit(config, dtype):
     model, _ = make_pair(config, dtype)
     _, acts = model.run_with_cache(IDS, "*")
+
+    def added(i, part):  # to each of the streams, if there are several
+        out = acts[f"{part}_out", i]
+        if f"blocks.{i}.hook_{part}_inject" not in acts:
+            return out
+        return acts[f"{part}_inject", i][..., None] * out[:, :, None]
+
     for i in range(3):
-        assert torch.equal(acts["resid_mid", i], acts["resid_pre", i] + acts["attn_out", i])
-        assert torch.equal(acts["resid_post", i], acts["resid_mid", i] + acts["mlp_out", i])
+        before = acts["resid_pre", i]
+        before = before + acts["out", i, "ple"] if f"blocks.{i}.ple.hook_out" in acts else before
+        assert torch.equal(acts["resid_mid", i], before + added(i, "attn"))
+        assert torch.equal(acts["resid_post", i], acts["resid_mid", i] + added(i, "mlp"))
         assert acts["resid_post", i].dtype == dtype
-    assert torch.equal(acts["resid_pre", 0], acts["hook_embed"]) and torch.equal(acts["resid_pre", 2], acts["resid_post", 1])
+    first = acts["resid_pre", 0]
+    assert torch.equal(first, acts["hook_embed"] if first.dim() == 3 else acts["hook_embed"][:, :, None].expand_as(first)) and torch.equal(acts["resid_pre", 2], acts["resid_post", 1])
 
 
 def test_norms_and_feed_forward_by_hand(dense):
@@ -219,6 +231,8 @@ def test_decode_token_by_token_captures_what_prefill_captures(config):
     for name, point in points(model).items():
         if name.endswith("attn.hook_state"):  # after the last token of a pass
             torch.testing.assert_close(steps[-1][name], whole[name], atol=1e-11, rtol=1e-9)
+            continue
+        if "hook_index" in name:  # while everything may be read, nothing is chosen
             continue
         if point.dims == "BPTT":  # the delta rule as attention among the tokens of one pass
             for t, step in enumerate(steps):
@@ -299,7 +313,9 @@ def test_every_point_can_be_edited_and_an_identity_edit_changes_nothing(config):
                 model(IDS[:, :4], cache=again)
             assert not torch.allclose(model(IDS[:, 4:], cache=again), model(IDS[:, 4:], cache=cache), atol=1e-3)
             continue
-        if name.endswith("topk_idx"):
+        if name.endswith("index_scores"):
+            edited = model.run_with_hooks(IDS, [(name, lambda value, hook: -value)])
+        elif name.endswith(("topk_idx", "hook_rows", "index_blocks")):
             edited = model.run_with_hooks(IDS, [(name, lambda value, hook: (value + 1) % 7)])
         else:
             edited = model.run_with_hooks(IDS, [(name, lambda value, hook: value * 0.5 + 0.1)])

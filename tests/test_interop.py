@@ -121,5 +121,8 @@ def test_gradients_are_those_of_transformers(kind):
         theirs(ids).logits[..., 3].sum().backward()
     expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
+        if expected[name].grad is None:  # what only chooses has none
+            assert p.grad is None and ".indexer." in name
+            continue
         scale = expected[name].grad.abs().max().clamp_min(1e-12)
         assert float((p.grad - expected[name].grad).abs().max() / scale) < 1e-10, name

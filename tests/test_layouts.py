@@ -48,7 +48,7 @@ def multimodal(weights):
 
 def same_weights(again, model):
     mine, expected = dict(again.named_weights()), dict(model.named_weights())
-    assert list(mine) == list(expected) and all(torch.equal(mine[name], expected[name]) for name in mine)
+    assert mine.keys() == expected.keys() and all(torch.equal(mine[name], expected[name]) for name in mine)
 
 
 def write(folder, model, layout):
@@ -90,7 +90,7 @@ def test_half_a_stack_is_missing_experts(tmp_path):
     assert "experts.2." not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "qwen4_exp"])
 def test_the_language_model_of_a_multimodal_file(name, tmp_path):
     model, _ = make_pair(TINY[name][1])
     again = load_model(write(tmp_path / "m", model, lambda weights: multimodal(stacked(weights))), dtype=torch.float32)
@@ -102,7 +102,7 @@ VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2
           "patch_size": 4, "deepstack_visual_indexes": []}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "qwen4_exp"])
 def test_what_transformers_saves_of_the_whole(name, tmp_path):
     """The multimodal model as transformers writes it, config with `text_config` and all, against its own text logits."""
     text = {**TINY[name][1], "dtype": "float32", "tie_word_embeddings": False}

@@ -50,8 +50,11 @@ def compare(ours, theirs, bound: float) -> int:
     missing = [n for n, m in ours.named_modules() if next(m.parameters(recurse=False), None) is not None and n not in reference
                and not n.endswith(".conv1d")]  # transformers reads its weight and never calls it; test_verify compares what it makes
     assert not missing, f"never compared: {missing}"
-    shared = [name for name in mine if name in reference]
+    # transformers' convolution of the n-grams is before silu, and its hyper-connections return the streams again.
+    shared = [n for n in mine if n in reference and not n.endswith(".conv1d") and "hyper_connection[" not in n]
     for name in shared:
+        if name.endswith("indexer.k_layernorm"):  # transformers calls it for every query: what is left is the very last
+            mine[name] = mine[name][-1]
         b = reference[name].double()
         a = mine[name].double().expand_as(b).flatten() if "rotary" in name else mine[name].double().flatten()  # (1 or B, T, R)
         b = b.flatten()
@@ -111,7 +114,7 @@ def test_the_same_experts_are_chosen(name):
     assert len(experts.unique()) == config.num_experts  # the test reaches them all
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "qwen2_moe sliding", "qwen3", "qwen3 sliding", "qwen3_moe", "qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("variant", ["qwen2", "qwen2_moe sliding", "qwen3", "qwen3 sliding", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen4_exp"])
 def test_left_padding_matches_transformers(variant):
     ours, theirs = make_pair(VARIANTS[variant])
     positions = torch.arange(23).repeat(2, 1)

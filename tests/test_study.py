@@ -15,6 +15,7 @@ from qwen_ref.errors import RequestError
 from qwen_ref.study import attribution, heads, logit_lens, patching, profiles, routing
 
 ALL = [pytest.param(config, id=name) for name, (_, config) in TINY.items()]
+ONE_STREAM = [case for case in ALL if "hc_count" not in case.values[0]]
 IDS = torch.randint(0, 211, (11,), generator=torch.Generator().manual_seed(5))
 
 
@@ -83,7 +84,7 @@ def test_depths_can_be_chosen(dense):
 
 
 @pytest.mark.parametrize("dtype,close", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
-@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("config", ONE_STREAM)
 def test_shares_sum_to_the_logit(config, dtype, close):
     model, _ = make_pair(config, dtype)
     for position, versus in ((-1, None), (4, 9)):
@@ -139,8 +140,9 @@ def test_patching_everything_is_the_clean_run(config):
     clean, acts = model.run_with_cache(CLEAN[None], "blocks.*.hook_resid_p*")
     assert torch.equal(patching.run_patched(model, CORRUPTED, acts), clean)
     _, acts = model.run_with_cache(CLEAN[None], "hook_embed")
-    assert torch.equal(patching.run_patched(model, CORRUPTED, acts), clean)
-    assert torch.equal(patching.run_patched(model, CORRUPTED, acts, [2, 6]), clean)  # where the prompts differ
+    whole = "ple_layer_ids" not in config  # or the tokens' numbers are read once more, by the n-grams
+    assert torch.equal(patching.run_patched(model, CORRUPTED, acts), clean) == whole
+    assert torch.equal(patching.run_patched(model, CORRUPTED, acts, [2, 6]), clean) == whole  # where the prompts differ
     assert not torch.equal(patching.run_patched(model, CORRUPTED, acts, [2]), clean)
     _, own = model.run_with_cache(CORRUPTED[None], "blocks.*.attn.hook_z")
     with torch.no_grad():
@@ -346,7 +348,7 @@ def test_profiles_by_hand(config):
     result = profiles.profile(model, IDS)
     with backend.use({"attention": "eager"}):
         _, acts = model.run_with_cache(IDS[None], "*hook_*")
-    states = [acts["hook_embed"][0]] + [acts["resid_post", i][0] for i in range(3)]
+    states = [x[0].flatten(1) for x in (acts["resid_pre", 0], *(acts["resid_post", i] for i in range(3)))]
     for d, x in enumerate(states):
         torch.testing.assert_close(result.resid_norm[d], x.pow(2).sum(-1).sqrt())
         assert torch.equal(result.resid_max[d], x.abs().max(-1).values)

@@ -19,6 +19,8 @@ FILES = {
     "qwen3_5_text": "qwen3_5",
     "qwen3_5_moe": "qwen3_5",  # Qwen3.5 and 3.6 35B-A3B, 122B-A10B, 397B-A17B
     "qwen3_5_moe_text": "qwen3_5",
+    "qwen4_exp": "qwen4_exp",  # Qwen4-Exp
+    "qwen4_exp_text": "qwen4_exp",
 }
 
 

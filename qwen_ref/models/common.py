@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..cache import Cache, KVCache
 from ..checkpoint import LoadReport
 from ..errors import CheckpointError, RequestError
-from ..layers import Experts, MultiTokenPrediction, expert_parts, place
+from ..layers import (
+    Experts,
+    MultiTokenPrediction,
+    RMSNorm,
+    ShardedEmbedding,
+    ZeroCentredRMSNorm,
+    expert_parts,
+    place,
+)
 from ..quant.layers import Holder, PackedExperts, PackedSeparately
 
 
@@ -75,7 +83,7 @@ class LanguageModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations: a norm's, whatever the matrices are stored in."""
-        return self.model.norm.weight.dtype
+        return next(m.weight.dtype for m in self.modules() if isinstance(m, RMSNorm | ZeroCentredRMSNorm))
 
     @property
     def tied(self) -> dict[str, str]:
@@ -84,7 +92,31 @@ class LanguageModel(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Official name -> the parameter, or the view of it, that holds this tensor. Packed matrices are not among them."""
-        return dict(self._by_official_name((name, parameter.data) for name, parameter in self.named_parameters()))
+        tensors = dict(self._by_official_name((name, parameter.data) for name, parameter in self.named_parameters()))
+        for name, table in self.tables():
+            tensors |= {f"{name}.{part}": shard for part, shard in table.shards().items()}
+        return tensors
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Official name -> what a checkpoint repeats although the config determines it; a file must agree, or leave it out."""
+        return {}
+
+    def tables(self) -> Iterator[tuple[str, ShardedEmbedding]]:
+        """(name, module) of tables of which only rows are read, and which may stay in their files."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, ShardedEmbedding))
+
+    @property
+    def row_read(self) -> set[str]:
+        """Official names of the tables' shards."""
+        return {f"{name}.{part}" for name, table in self.tables() for part in table.shards()}
+
+    def map_tables(self, views: Mapping[str, Tensor]) -> None:
+        """Leave every table in its files whose shards are all among these views of them."""
+        for name, table in self.tables():
+            names = [f"{name}.{part}" for part in table.shards()]
+            if all(shard in views for shard in names):
+                table.map([views[shard] for shard in names])
 
     def official_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(official name, tensor) of an unquantised checkpoint with these weights: `named_weights`, experts one by one."""
@@ -93,10 +125,13 @@ class LanguageModel(nn.Module):
     def _by_official_name(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         kinds = (Experts, PackedExperts, PackedSeparately)
         experts = {name for name, module in self.named_modules() if isinstance(module, kinds)}
+        tables = dict(self.tables())
         for name, tensor in weights:  # a tied head appears once, as the embedding
             owner, _, part = name.rpartition(".")
             if owner in experts:
                 yield from ((f"{owner}.{matrix}", view) for matrix, view in expert_parts(part, tensor))
+            elif owner in tables:
+                yield from ((f"{owner}.{shard}", view) for shard, view in tables[owner].shards().items())
             else:
                 yield name, tensor
 
@@ -110,6 +145,9 @@ class LanguageModel(nn.Module):
         for owner, module in self.packed_modules():
             for name, tensor in module.plain(self.dtype):
                 yield f"{owner}.{name}", tensor
+        for owner, table in self.tables():
+            if table.mapped:
+                yield f"{owner}.weight", torch.cat(list(table.shards().values()))
 
     def packed_modules(self) -> Iterator[tuple[str, Holder]]:
         """(name, module) of what holds matrices of few bits, experts as a whole; of a tied pair, the embedding."""
@@ -137,11 +175,13 @@ class LanguageModel(nn.Module):
 
     def num_parameters(self) -> int:
         """Of the unquantised model; a tied head counts once."""
-        return sum(p.numel() for p in self.parameters()) + sum(m.count for _, m in self.packed_modules())
+        mapped = sum(table.rows * table.dim for _, table in self.tables() if table.mapped)
+        return mapped + sum(p.numel() for p in self.parameters()) + sum(m.count for _, m in self.packed_modules())
 
     def weight_bytes(self) -> int:
         """Bytes of memory that the weights take, mapped or not, as they are held."""
-        return sum(p.nbytes for p in self.parameters()) + sum(
+        mapped = sum(t.nbytes for _, table in self.tables() if table.mapped for t in table.shards().values())
+        return mapped + sum(p.nbytes for p in self.parameters()) + sum(
             t.nbytes for _, m in self.packed_modules() for t in m.packed_tensors)  # fmt: skip
 
     def run_with_cache(self, input_ids: Tensor, names_filter: Any = None, **options: Any) -> tuple[Tensor, Any]:

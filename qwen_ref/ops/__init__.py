@@ -21,6 +21,16 @@ from .attention import (
     repeat_kv,
     visible,
 )
+from .block_attention import (
+    block_mask,
+    block_means,
+    block_scores,
+    block_starts,
+    complete_blocks,
+    select_blocks,
+    sparse_block_attention,
+    sparse_block_scores,
+)
 from .delta import (
     causal_conv1d,
     delta_gates,
@@ -31,6 +41,17 @@ from .delta import (
 from .dtypes import at_least_fp32
 from .dual_chunk import dual_chunk_attention, dual_chunk_blocked, dual_chunk_positions, dual_chunk_scores, length_scale
 from .feed_forward import linear, moe_experts, router_topk, swiglu
+from .ngram import (
+    dilated_conv1d,
+    is_prime,
+    ngram_gate,
+    ngram_match,
+    ngram_multipliers,
+    ngram_rows,
+    primes_from,
+    splitmix64,
+)
 from .norms import add_rms_norm, gated_rms_norm, l2_norm, rms_norm, zero_centred_rms_norm
 from .rotary import norm_rope_write, ntk_alpha, rope, rope_frequencies, rope_tables, yarn_frequencies
+from .streams import stream_gain, stream_mix, stream_write
 from .tokens import cross_entropy, last_token, sample

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..errors import RequestError
 from ..hooks import run_with_cache
 from ..layers import ZeroCentredRMSNorm
 from .inputs import Ids, head_of, one_position, one_sequence, one_token
@@ -92,6 +93,9 @@ def attribute(model: Any, ids: Ids, token: int, versus: int | None = None, posit
 
 def _output_direction(model: Any, token: int) -> Tensor:
     """The direction of the normalised residual stream that a token's logit reads: norm weight * lm_head[token]. (H,)"""
+    if not hasattr(model.model, "norm"):
+        raise RequestError(f"{model.config.model_type} has several residual streams, mixed by weights that depend on all of "
+                           "them: there is no sum of parts that the logit is linear in")
     wide = torch.promote_types(model.dtype, torch.float32)
     weight = model.model.norm.weight.to(wide)
     weight = 1 + weight if isinstance(model.model.norm, ZeroCentredRMSNorm) else weight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..hooks import run_with_cache
+from ..hooks import final_path, run_with_cache
 from .inputs import Ids, head_of, one_sequence
 
 
@@ -56,8 +56,8 @@ def lens(model: Any, ids: Ids, layers: Sequence[int] | None = None, top: int = 5
 
 
 def at_depth(model: Any, residual: Tensor) -> Tensor:
-    """The logits a residual stream would give: (B, T, H) -> (B, T, V)."""
-    return head_of(model)(model.model.norm(residual))
+    """The logits a residual stream would give: (B, T, H), or (B, T, n, H) where there are n -> (B, T, V)."""
+    return head_of(model)(model.get_submodule(final_path(model))(residual))
 
 
 def _read(here: Tensor, final: Tensor, ids: Tensor, top: int) -> tuple[Tensor, ...]:

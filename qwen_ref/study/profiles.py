@@ -49,7 +49,7 @@ def profile(model: Any, ids: Ids) -> Profile:
     with backend.use({"attention": "eager"}):  # the fused kernels never hold a pattern
         _, acts = run_with_cache(model, row, [*names, *pattern_names(model)], device="cpu")
     pre, post = acts.stack("resid_pre")[:1, 0].float(), acts.stack("resid_post")[:, 0].float()
-    residual = torch.cat((pre, post))  # (L+1, T, H)
+    residual = torch.cat((pre, post)).flatten(2)  # (L+1, T, H), or n H where there are n streams
     attn, mlp = acts.stack("attn_out")[:, 0].float(), acts.stack("mlp_out")[:, 0].float()  # (L, T, H)
     pattern = acts.stack("pattern")[:, 0].float()  # (L, N, T, T)
     largest, channel = residual.abs().max(-1)

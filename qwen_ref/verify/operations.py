@@ -47,6 +47,10 @@ ULPS = {
     "swiglu": 4,  # exp, quotient and product
     "attention": 4,  # two dot products, and the probabilities' rounding
     "dual_chunk_attention": 5,  # one more, of the scaled key
+    "block_scores": 4,  # a product and a sum over heads, in at least fp32
+    "sparse_block_attention": 4,  # those of attention
+    "stream_mix": 4,  # sigmoid, product and mean
+    "stream_write": 6,  # quotient, sigmoid, two products and a sum
     "router_topk": 4,  # exp, sum, two quotients
     "moe_experts": 6,  # two matrix products, swiglu, weight, and the sum over experts
 }
@@ -125,9 +129,11 @@ def _growing_error(name: str, wide: tuple[Any, ...], eps: float) -> float:
         return wider * math.sqrt(wide[0].shape[-1]) / 4
     if name == "gated_delta_rule":  # a read sums over Dk, and what it gets wrong is written back, T times
         return wider * math.sqrt(wide[0].shape[-1] * wide[0].shape[1]) / 4
-    if name in ("attention", "dual_chunk_attention"):
+    scores_of = {"attention": ops.attention_scores, "dual_chunk_attention": ops.dual_chunk_scores,
+                 "sparse_block_attention": ops.sparse_block_scores}
+    if name in scores_of:
         q, k, _, *seen = wide
-        scores = (ops.attention_scores if name == "attention" else ops.dual_chunk_scores)(q, k, *seen)
+        scores = scores_of[name](q, k, *seen)
         return 2 * eps * float(scores[scores > torch.finfo(scores.dtype).min].abs().max())
     if name == "router_topk":  # softmax subtracts the maximum in at least fp32
         return 2 * wider * float(wide[0].abs().max())
@@ -167,6 +173,10 @@ def _applies(name: str, label: str, config: Any) -> bool:
     hybrid = hasattr(config, "linear_num_key_heads")
     if name in _HYBRID:
         return hybrid
+    if name in _STREAMS:
+        return hasattr(config, "hc_count")
+    if name in _BLOCKS:
+        return getattr(config, "indexer_n_heads", 0) > 0
     if name in ("rms_norm", "add_rms_norm"):
         return not hybrid
     if label == "down":
@@ -272,6 +282,25 @@ def _delta_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
     return q, k, rand(1, t, heads, value), g, beta, rand(1, heads, key, value).to(g.dtype)
 
 
+def _mix_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    return rand(1, t, c.hc_count, c.hidden_size), rand(1, t, c.hc_count, c.hidden_size)
+
+
+def _write_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    return rand(1, t, c.hc_count, c.hidden_size), rand(1, t, c.hidden_size), rand(1, t, c.hc_count)
+
+
+def _score_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    return rand(1, t, c.indexer_n_heads, c.indexer_head_dim), rand(1, t + 9, c.indexer_head_dim)
+
+
+def _sparse_arguments(c: Any, t: int, rand: Rand) -> tuple[Any, ...]:
+    q, k, v, _ = _attention_arguments(c, t, rand)
+    length, ratio = k.shape[2], min(c.indexer_compress_ratio, 4)  # longer blocks would leave nothing to choose
+    scores = rand(1, t, length // ratio, scale=1.0)
+    return q, k, v, ops.select_blocks(scores, ops.complete_blocks(t, length, ratio, None, q.device), 1), None, ratio
+
+
 def _packed_arguments(model: LanguageModel) -> dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]]:
     """Operation -> how to make its arguments, for each layout that the model has: the first matrix, or stack, in it."""
     found: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {}
@@ -304,8 +333,14 @@ ARGUMENTS: dict[str, dict[str, Callable[[Any, int, Rand], tuple[Any, ...]]]] = {
     "rope": {"": _rope_arguments},
     "attention": {"": _attention_arguments, "window": _window_arguments},
     "dual_chunk_attention": {"": _dual_chunk_arguments},
+    "block_scores": {"": _score_arguments},
+    "sparse_block_attention": {"": _sparse_arguments},
+    "stream_mix": {"": _mix_arguments},
+    "stream_write": {"": _write_arguments},
     "swiglu": {"": _swiglu_arguments},
     "router_topk": {"": _router_arguments},
     "moe_experts": {"": _experts_arguments},
 }
 _HYBRID = ("zero_centred_rms_norm", "gated_rms_norm", "causal_conv1d", "gated_delta_rule")
+_STREAMS = ("stream_mix", "stream_write")
+_BLOCKS = ("block_scores", "sparse_block_attention")

@@ -27,7 +27,8 @@ from ..models.common import LanguageModel
 ROTARY = "model.rotary_emb"
 _EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # What transformers never has as a tensor of its own: masked scores, one head's share of o_proj, the inside of a norm.
-_UNSEEN = ("hook_attn_scores", "hook_result", "hook_scale", "hook_normalized", "hook_router_probs")
+_UNSEEN = ("hook_attn_scores", "hook_result", "hook_scale", "hook_normalized", "hook_router_probs", "hook_read",
+           "hook_index_q", "hook_index_k", "hook_index_scores", "hook_index_blocks")
 _DELTA = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")  # transformers' functions, by module
 
 
@@ -172,7 +173,7 @@ def recording_ours(model: LanguageModel, names: Iterable[str]) -> Iterator[dict[
 def recording_theirs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """While active, a dict that fills with copies of the activations transformers' model computes."""
     known = points(model)
-    recorder = _Recorder([known[name] for name in names], model.config.head_dim)  # type: ignore[union-attr, arg-type]
+    recorder = _Recorder([known[name] for name in names], model.config)
     with ExitStack() as stack:
         for path, hook in recorder.before():
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
@@ -188,8 +189,8 @@ def recording_theirs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
 class _Recorder:
     """Reads points off transformers' modules, in the shapes our hooks show."""
 
-    def __init__(self, wanted: list[Point], head_dim: int) -> None:
-        self.wanted, self.head_dim = wanted, head_dim
+    def __init__(self, wanted: list[Point], config: Any) -> None:
+        self.wanted, self.head_dim, self.streams = wanted, config.head_dim, getattr(config, "hc_count", 1)
         self.acts: dict[str, Tensor] = {}
         self.layer, self.lead = "", torch.Size()  # the block that runs, and (B, T), which a mixture of experts flattens
 
@@ -209,6 +210,8 @@ class _Recorder:
 
     def on_rotation(self, rotate: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         rotated = rotate(*args, **kwargs)
+        if isinstance(rotated, Tensor):  # an indexer's, one query at a time
+            return rotated
         for point in self.wanted:
             if point.place == "rope" and point.name.startswith(f"{self.layer}."):
                 self._keep(point, rotated[point.call].transpose(1, 2))  # (B, N, T, D) -> (B, T, N, D)
@@ -240,6 +243,8 @@ class _Recorder:
             value = point.part(value)
         elif point.dims in ("BTND", "BTKD") and value.dim() == 3:
             value = value.unflatten(-1, (-1, self.head_dim))
+        elif point.dims == "BTsH" and value.dim() == 3:  # transformers keeps the streams side by side
+            value = value.unflatten(-1, (self.streams, -1))
         elif point.path.endswith("linear_attn.norm"):  # transformers flattens the heads before this norm
             value = value.unflatten(0, (*self.lead, -1))
         elif value.dim() == 2:
@@ -253,6 +258,8 @@ def _source(point: Point) -> tuple[str, str, int]:
         "pattern": (point.path, "output", 1),  # attention returns (out, probabilities)
         "z": (f"{point.path}.o_proj", "input", 0) if point.place == "attention" else (point.path, point.place, 0),
         "gate": (point.path, "input", 1) if point.place == "gated_rms_norm" else (point.path, point.place, 0),
+        "attn_inject": (f"{point.path}.attn_hyper_connection", "output", 2),  # which returns (mixture, streams, gains)
+        "mlp_inject": (f"{point.path}.mlp_hyper_connection", "output", 2),
         "topk_weights": (f"{point.path}.gate", "output", 1),  # the router returns (logits, weights, indices)
         "topk_idx": (f"{point.path}.gate", "output", 2),
     }

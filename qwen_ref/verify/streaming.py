@@ -8,8 +8,9 @@ memory, our routers' choices are recorded and the tokens then sent to the oracle
 
 The oracle may also have run before: its activations then come from a bundle, and only our side is computed.
 
-Peak memory: one block, in half precision one fp32 block of the oracle's exact run (as much as two of the model's own);
-the embedding or the head while in use; one block's activations of all prompts, of both sides.
+Peak memory: one block, in half precision one fp32 block of the oracle's exact run (as much as two of the model's own); the
+table of n-grams is part of its block. The embedding or the head while in use; one block's activations of all prompts, of
+both sides.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import backend
+from .. import backend, hooks
 from ..checkpoint import Checkpoint, SafetensorsFile, weight_files
 from ..errors import CheckpointError, RequestError
 from ..loading import build, materialize, pick_dtype, read_config
@@ -108,7 +109,7 @@ def weights(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Ite
     with _Ours(folder, read_config(folder), dtype, torch.device(device), EAGER) as ours:
         blocks = [f"model.layers.{i}" for i in range(len(ours.model.model.layers))]
         head = ["lm_head"] if ours.model.lm_head is not None else []
-        for path in ("model.embed_tokens", *blocks, "model.norm", *head):
+        for path in ("model.embed_tokens", *blocks, hooks.final_path(ours.model), *head):
             with ours.loaded(path):
                 yield ours.tensors(path)
 
@@ -148,7 +149,7 @@ class _Side:
     def begin(self, prompts: Sequence[Tensor]) -> list[Acts]:
         """The embedding and the rotary tables; notes what every block is given."""
         captures: list[Acts] = []
-        with self.loaded("model.embed_tokens", "model.norm"):
+        with self.loaded("model.embed_tokens", hooks.final_path(self.model)):
             for ids in prompts:
                 names = self._names("hook_embed", "rotary.")
                 with self.recording(names, {}) as acts, self._noting() as calls:
@@ -174,10 +175,11 @@ class _Side:
         """The final norm and, if there is one, the head."""
         head, names = self.model.lm_head, self._names("ln_final.", "hook_logits")
         captures: list[Acts] = []
-        with self.loaded("model.norm", *(["lm_head"] if head is not None else [])):
+        path = hooks.final_path(self.model)
+        with self.loaded(path, *(["lm_head"] if head is not None else [])):
             for x in self.residuals:
                 with self.recording(names, {}) as acts:
-                    x = self.model.model.norm(x)
+                    x = self.model.get_submodule(path)(x)
                     if head is not None:
                         head(x)
                 captures.append(oracle.in_order(acts, names))
@@ -284,9 +286,17 @@ class _Theirs(_Side):
                 for e, both in enumerate(parameter):
                     for name, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
                         self._read(self._on_disk(f"{owner}.{e}.{name}.weight"), half)
+            elif (shard := f"{owner}.shard_{{}}.weight") and self._on_disk(shard.format(0)) in self.files:  # rows of a table
+                for i, rows in enumerate(parameter.chunk(self.model.config.split_ngram_parts)):
+                    self._read(self._on_disk(shard.format(i)), rows)
             else:
                 for e, matrix in enumerate(parameter):
                     self._read(self._on_disk(f"{owner}.{e}.{leaf}.weight"), matrix)
+
+        for name, _ in list(part.named_buffers(prefix=path)):  # constants of n-grams, which are not computed on the meta device
+            owner, _, leaf = name.rpartition(".")
+            with _safe_open(self.files[self._on_disk(name)]) as file:
+                setattr(self.model.get_submodule(owner), leaf, file.get_tensor(self._on_disk(name)).to(self.device))
 
     def _on_disk(self, name: str) -> str:
         return name if name in self.files else name.removeprefix("model.")  # as an embedding checkpoint has it
