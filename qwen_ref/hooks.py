@@ -162,8 +162,7 @@ def _attention_points(a: str, path: str, attn: Any) -> list[Point]:
         Point(f"{a}_k", f"{path}.k_proj", "output", "BTKD"),
         *([Point(f"{a}_k_normed", f"{path}.k_norm", "output", "BTKD")] if normed else []),
         Point(f"{a}_v", f"{path}.v_proj", "output", "BTKD"),
-        *_score_points(a, path),
-        *(_indexer_points(a, path) if hasattr(attn, "indexer") else []),
+        *_score_points(a, path, attn),
         # What o_proj reads: after the gate, where there is one.
         Point(f"{a}_z", f"{path}.o_proj", "input", "BTND") if gated else Point(f"{a}_z", path, "attention", "BTND"),
         Point(f"{a}_result", f"{path}.o_proj", "heads", "BTNH"),
@@ -180,16 +179,17 @@ def _fused_attention_points(a: str, path: str, attn: Any) -> list[Point]:
         Point(f"{a}_q", f"{path}.c_attn", "output", "BTND", part=third(0)),
         Point(f"{a}_k", f"{path}.c_attn", "output", "BTKD", part=third(1)),
         Point(f"{a}_v", f"{path}.c_attn", "output", "BTKD", part=third(2)),
-        *_score_points(a, path),
+        *_score_points(a, path, attn),
         Point(f"{a}_z", path, "attention", "BTND"),
         Point(f"{a}_result", f"{path}.c_proj", "heads", "BTNH"),
     ]
 
 
-def _score_points(a: str, path: str) -> list[Point]:
+def _score_points(a: str, path: str, attn: Any) -> list[Point]:
     return [
         Point(f"{a}_rot_q", path, "rope", "BTND", call=0),  # of dual chunk attention: as rotated for keys of its own chunk
         Point(f"{a}_rot_k", path, "rope", "BTKD", call=1),
+        *(_indexer_points(a, path) if hasattr(attn, "indexer") else []),
         Point(f"{a}_attn_scores", path, "attention", "BNTS"),
         Point(f"{a}_pattern", path, "attention", "BNTS"),
     ]

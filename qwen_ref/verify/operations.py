@@ -129,8 +129,10 @@ def _growing_error(name: str, wide: tuple[Any, ...], eps: float) -> float:
         return wider * math.sqrt(wide[0].shape[-1]) / 4
     if name == "gated_delta_rule":  # a read sums over Dk, and what it gets wrong is written back, T times
         return wider * math.sqrt(wide[0].shape[-1] * wide[0].shape[1]) / 4
-    scores_of = {"attention": ops.attention_scores, "dual_chunk_attention": ops.dual_chunk_scores,
-                 "sparse_block_attention": ops.sparse_block_scores}
+    scores_of: dict[str, Callable[..., Tensor]] = {
+        "attention": ops.attention_scores, "dual_chunk_attention": ops.dual_chunk_scores,
+        "sparse_block_attention": ops.sparse_block_scores,
+    }  # fmt: skip
     if name in scores_of:
         q, k, _, *seen = wide
         scores = scores_of[name](q, k, *seen)
