@@ -483,6 +483,10 @@ class Checkpoint:
         names = {name for file in self._files for name in file.tensors}
         return "lm_head.weight" in names or not any(name.startswith("embed_tokens.") for name in names)
 
+    def has_draft_layer(self) -> bool:
+        """Whether there are weights for multi-token prediction. transformers drops them when it saves a model."""
+        return any(name.startswith("mtp.") for file in self._files for name in file.tensors)
+
     def tensors(self, model: CheckpointModule) -> dict[str, TensorInfo]:
         """dtype and shape of everything in the files, by the model's names."""
         return {model.canonical_name(name): info for file in self._files for name, info in file.tensors.items()}

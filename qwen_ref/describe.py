@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from .checkpoint import parse_object
+from .checkpoint import INDEX, parse_object, read_index
+from .config import text_config
 from .errors import ConfigError, RequestError
 from .loading import build, extra_files, locate, opened, read_config
-from .models.common import LanguageModel
+from .models.common import DRAFT, LanguageModel
 from .quant.convert import install, read_format
 from .quant.format import Format
 from .quant.ggml import Ggml
@@ -27,6 +28,7 @@ class Description:
     dtype: str
     parameters: dict[str, int]  # by part of the model
     total: int
+    draft: int  # parameters of the draft layer (MTP), which are none of the total
     active: int  # parameters a token passes through; less than the total in a mixture of experts
     kv_bytes_per_token: int
     context: int
@@ -45,6 +47,8 @@ class Description:
         lines += ["", f"parameters {'':21} {'count':>16}  {'share':>6}"]
         lines += [f"  {part:30} {n:>16,}  {n / self.total:>6.1%}" for part, n in self.parameters.items()]
         lines += [f"  {'total':30} {self.total:>16,}"]
+        if self.draft:
+            lines += [f"  {'draft layer (MTP), beside them':30} {self.draft:>16,}"]
         if self.active != self.total:
             lines += [f"  {'active per token':30} {self.active:>16,}  {self.active / self.total:>6.1%}"]
         lines += ["", f"memory in {self.dtype}" + (f", weights in {self.format}" if self.format else "")]
@@ -66,7 +70,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
     """
     path = locate(model, revision=revision, metadata_only=True)
     raw, format, found = _read(path)
-    network = build(raw)
+    network = build(raw, draft=_has_draft_layer(path, raw))
     config = network.config
     context = config.max_position_embeddings if context is None else context
     if context < 1:
@@ -74,7 +78,8 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     parts = Counter[str]()
     for name, parameter in network.named_parameters():
-        parts[_part(name)] += parameter.numel()
+        if not name.startswith(DRAFT):
+            parts[_part(name)] += parameter.numel()
     # A key and a value, and the key by which its block is chosen, per layer that keeps keys.
     numbers = 2 * config.num_key_value_heads * config.head_dim + getattr(config, "indexer_head_dim", 0)
     token_bytes = numbers * _BYTES.get(dtype, 4)
@@ -86,6 +91,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         dtype=dtype,
         parameters=dict(parts),
         total=network.num_parameters(),
+        draft=network.num_draft_parameters(),
         active=network.num_parameters() - _idle(network),
         kv_bytes_per_token=token_bytes * len(config.windows),
         context=context,
@@ -97,7 +103,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         },
         tensors={name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()},
         format=_name(raw, format),
-        weight_bytes=_weight_bytes(raw, dtype, format, found),
+        weight_bytes=_weight_bytes(network, dtype, format, found),
     )
 
 
@@ -125,7 +131,7 @@ def _idle(network: LanguageModel) -> int:
     """Expert parameters that a token does not pass through, and rows of a table that it does not read."""
     config = network.config
     rows = sum(table.rows * table.dim - config.ple_embed_dim for _, table in network.tables())
-    experts = sum(p.numel() for name, p in network.named_parameters() if ".experts." in name)
+    experts = sum(p.numel() for name, p in network.named_parameters() if ".experts." in name and not name.startswith(DRAFT))
     return rows + (experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts if experts else 0)
 
 
@@ -150,9 +156,16 @@ def _name(raw: dict[str, Any], format: Format | None) -> str | None:
     return None if format is None else str(raw["quantization_config"].get("quant_method", "bitsandbytes"))
 
 
-def _weight_bytes(raw: dict[str, Any], dtype: str, format: Format | None, found: dict[str, Any]) -> int:
+def _has_draft_layer(path: Path, raw: dict[str, Any]) -> bool:
+    """As the index of the weight files says; without one, as config.json does."""
+    if (path / INDEX).is_file():
+        return any(name.startswith(DRAFT) for name in read_index(path / INDEX))
+    return bool(text_config(raw).get("mtp_num_hidden_layers"))
+
+
+def _weight_bytes(network: LanguageModel, dtype: str, format: Format | None, found: dict[str, Any]) -> int:
     """As the weights lie in the files, without what a format leaves open (such as scales of scales)."""
-    network = build(raw).to(getattr(torch, dtype.removeprefix("torch."), torch.float32))
+    network.to(getattr(torch, dtype.removeprefix("torch."), torch.float32))
     if format is not None:
         install(network, format, found)
     return sum(p.nbytes for p in network.parameters())

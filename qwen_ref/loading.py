@@ -24,7 +24,7 @@ from .quant.making import matrices, quantize_model
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
-BUNDLED = ("tiny", "tiny-moe")
+BUNDLED = ("tiny", "tiny-moe", "tiny-hybrid")
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 EXTRA_FILES = (
@@ -52,7 +52,7 @@ def load(
     """Load a checkpoint in the official format.
 
     Args:
-        model: "tiny" or "tiny-moe" (bundled), a folder, or a hub id such as "Qwen/Qwen3-0.6B".
+        model: "tiny", "tiny-moe" or "tiny-hybrid" (bundled), a folder, or a hub id such as "Qwen/Qwen3-0.6B".
         device: where the weights go; default the GPU if there is one.
         dtype: bfloat16, float16, float32 or float64; default what config.json names.
         revision, offline: of the hub. progress: a bar on stderr for anything that takes over a second.
@@ -92,7 +92,7 @@ def load_model(
                                "checkpoint it was made from")
         dtype = pick_dtype(dtype, raw)
         first = device if format is None else torch.device("cpu")  # what is stored is repacked before it moves
-        network = build(raw, head=checkpoint.has_language_head()).to(dtype)
+        network = skeleton(raw, checkpoint).to(dtype)
         notes = prepare(network, format, checkpoint)
         checkpoint.check(network)
         if quantize is not None:
@@ -179,12 +179,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return text_config(read_json(path, error=ConfigError))
 
 
-def build(raw: dict[str, Any], *, head: bool = True) -> LanguageModel:
-    """The model of a config.json on the meta device: all names and shapes, no memory."""
+def skeleton(raw: dict[str, Any], checkpoint: Checkpoint) -> LanguageModel:
+    """The model on the meta device with those of its optional parts whose tensors are in the files."""
+    return build(raw, head=checkpoint.has_language_head(), draft=checkpoint.has_draft_layer())
+
+
+def build(raw: dict[str, Any], *, head: bool = True, draft: bool = False) -> LanguageModel:
+    """The model of a config.json on the meta device: all names and shapes, no memory.
+
+    `head`, `draft`: whether the files have an output head, and a draft layer (MTP), which a config need not announce.
+    """
     module = module_for(raw)
     config = module.Config.from_json(raw)
     with torch.device("meta"), _NoInitialValues():
         network = module.Model(config)
+        if draft:
+            network.mtp = network.make_mtp()
     if not head and not config.tie_word_embeddings:
         network.lm_head = None
     network.raw_config = raw

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from .checkpoint import INDEX, Checkpoint, SafetensorsFile, read_json, weight_files, write_json, write_safetensors
 from .errors import CheckpointError, RequestError
-from .loading import EXTRA_FILES, build, locate, materialize, pick_dtype, read_config
+from .layers import Experts, Linear
+from .loading import EXTRA_FILES, locate, materialize, pick_dtype, read_config, skeleton
 from .models.common import LanguageModel
 from .quant import rounding
 from .quant.calibrated import Calibration, windows_of
 from .quant.compressed_tensors import Integers
+from .quant.format import matches
 from .quant.making import GGUF, KEPT, KINDS, Round, fitting, matrices, quantize_module, rounded, rounder
 from .quant.packed import Packed
 from .quant.store import STORES
@@ -66,7 +68,7 @@ def quantize(
         method: "rtn" rounds to nearest; "gptq" (int4 only) corrects as it rounds, see `quant.calibrated`.
         group: of int4, columns that share a scale; see `making.fitting`.
         calibration: text for gptq, best of the kind the model will read; default a small mixed one of 2,000 tokens.
-    What stays in the source's precision: embedding, head, norms, biases, routers.
+    What stays in the source's precision: embedding, head, norms, biases, routers, the draft layer (MTP).
     Raises: RequestError for what cannot be asked for, CheckpointError for a source that is damaged, holds NaN or is
         quantised already, for an `out` that exists, one begun with other settings, and a full disk.
     """
@@ -91,7 +93,7 @@ def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progr
     from .quant.gguf_write import Planned, Source, plan, write_gguf
 
     with Checkpoint(source) as checkpoint:
-        network = build(raw, head=checkpoint.has_language_head())
+        network = skeleton(raw, checkpoint)
         checkpoint.check(network)
         planned = plan({name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()}, raw, preset)
         bar = tqdm(total=len(planned), desc=f"gguf {preset}", disable=not progress)
@@ -131,13 +133,13 @@ class _Job:
         from tqdm import tqdm
 
         with _written(self.out, self.partial), Checkpoint(self.source) as checkpoint:
-            self.checkpoint, self.network = checkpoint, build(self.raw, head=checkpoint.has_language_head())
+            self.checkpoint, self.network = checkpoint, skeleton(self.raw, checkpoint)
             if self.windows:
                 self.network.to(torch.float32)  # in which the calibration text runs
             checkpoint.check(self.network)
             self.matrices, self.parts = matrices(self.network), _parts(self.network)
-            self.routers = [self.network.disk_name(name) for name, _ in self.network.named_modules()
-                            if name.endswith(tuple(f".{kept}" for kept in KEPT))]  # fmt: skip
+            self.kept = [self.network.disk_name(name) for name, module in self.network.named_modules()
+                         if isinstance(module, (Linear, Experts)) and matches(name, KEPT)]
             self.size = fitting(self.network, self.to, self.group)
             self.begin()
             missing = [path for path in self.parts if not _is_whole(self.file(path))]
@@ -252,7 +254,7 @@ class _Job:
                 weight_map |= dict.fromkeys(file.tensors, path.name)
                 total += sum(info.end - info.start for info in file.tensors.values())
         write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        config = {**self.raw, "quantization_config": self.store.config(self.size, self.routers, self.dtype)}
+        config = {**self.raw, "quantization_config": self.store.config(self.size, self.kept, self.dtype)}
         write_json(self.partial / "config.json", config)
         for name in EXTRA_FILES:
             if (self.source / name).is_file():

@@ -54,6 +54,21 @@ def test_the_rule_by_hand(rule):
         torch.testing.assert_close(mine, right, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (4, 4), (13, 4), (13, 64)])
+def test_gradients_through_chunks_are_those_of_the_rule(tokens, chunk):
+    """What `tools/train_tiny.py` trains by: the gradients of every argument, the first state's too."""
+    found = []
+    for rule in (lambda *args: ops.gated_delta_chunked(*args, chunk=chunk), ops.gated_delta_rule):
+        args = [x.requires_grad_() for x in arguments(tokens)]
+        out, state = rule(*args)
+        weights = torch.Generator().manual_seed(9)
+        loss = sum((x * torch.randn(x.shape, generator=weights, dtype=x.dtype)).sum() for x in (out, state))
+        found.append(torch.autograd.grad(loss, args))
+    for mine, right in zip(*found, strict=True):
+        assert right.abs().max() > 1e-3
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 131])
 def test_chunks_are_the_rule(tokens):
     args = arguments(tokens)

@@ -19,7 +19,7 @@ PROMPTS = ["Once upon a time", "The dog ran to the", "Lily and Ben saw a big red
 CHAT = [{"role": "user", "content": "Tell me a story about a small daisy."}]
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-moe"])
+@pytest.fixture(scope="module", params=qr.loading.BUNDLED)
 def bundled(request):
     return request.param, *qr.load(request.param, dtype=torch.float32)
 

@@ -29,7 +29,7 @@ PROMPTS = [
 def main() -> None:
     folder = Path(__file__).parent.parent / "tests" / "golden"
     folder.mkdir(exist_ok=True)
-    for name in ("tiny", "tiny-moe"):
+    for name in qr.loading.BUNDLED:
         model, tokenizer = qr.load(name, dtype=torch.float32)
         results = qr.generate(model, tokenizer, PROMPTS, temperature=0, max_tokens=40)
         golden = {prompt: result.text for prompt, result in zip(PROMPTS, results, strict=True)}

@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 VOCABULARY = 4096
 BALANCE = 0.01                      # weight of the load-balancing loss
+DRAFT = 0.3                         # weight of the draft layer's loss (DeepSeek-V3 Technical Report, section 4.2)
 
 # The 26 tokens Qwen3 adds after its base vocabulary, in order; the first 14 are special, as in its tokenizer.json.
 ADDED_TOKENS = (
@@ -69,6 +70,7 @@ SHARED_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
     "use_sliding_window": False, "vocab_size": VOCABULARY,
 }
+_NOT_HYBRID = ("rope_scaling", "rope_theta", "sliding_window", "use_sliding_window")
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **SHARED_CONFIG,
@@ -81,6 +83,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 96,
         "norm_topk_prob": True, "num_experts": 10, "num_experts_per_tok": 3, "output_router_logits": False,
         "router_aux_loss_coef": BALANCE,
+    },
+    "tiny-hybrid": {
+        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text",
+        **{key: value for key, value in SHARED_CONFIG.items() if key not in _NOT_HYBRID}, "transformers_version": "5.2.0",
+        "hidden_size": 192, "intermediate_size": 336, "num_hidden_layers": 8, "num_attention_heads": 6,
+        "full_attention_interval": 4,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+        "linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4, "mtp_num_hidden_layers": 1,
     },
 }
 GENERATION_CONFIG = {

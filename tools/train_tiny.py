@@ -1,4 +1,4 @@
-"""Train the two models that ship inside the package, `tiny` (qwen3) and `tiny-moe` (qwen3_moe), from text files.
+"""Train the models that ship inside the package, `tiny` (qwen3), `tiny-moe` (qwen3_moe) and `tiny-hybrid` (qwen3_5).
 
     python tools/train_tiny.py --stories tinystories-dedup.txt --books gutenberg-children.txt andersen.txt \\
         --out qwen_ref/assets/tiny --model tiny --minutes 35
@@ -6,6 +6,9 @@
 The result is a model folder in the official format: byte-level BPE tokenizer with Qwen3's split pattern and added
 tokens, chat template, config, bf16 weights of at most 8,000,000 bytes, and MODEL_CARD.md. It is exported whenever the
 held-out loss improves. Needs `pip install qwen-ref[test]` for the safetensors library.
+
+Where fresh memory is dear (virtual machines), MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000 in the
+environment, which let glibc keep what a step has freed, make steps several times faster.
 """
 
 from __future__ import annotations
@@ -27,12 +30,23 @@ import tiny_data as data
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_files import BALANCE, CONFIGS, END_OF_TEXT, GENERATION_CONFIG, STOP, VOCABULARY, tokenizer_config, train_tokenizer
+from tiny_files import (
+    BALANCE,
+    CONFIGS,
+    DRAFT,
+    END_OF_TEXT,
+    GENERATION_CONFIG,
+    STOP,
+    VOCABULARY,
+    tokenizer_config,
+    train_tokenizer,
+)
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import qwen_ref as qr
-from qwen_ref.models import qwen3
+from qwen_ref.models import module_for
+from qwen_ref.models.common import LanguageModel
 
 LENGTH = 512                        # tokens of a training window
 BATCH = 4                           # windows of an optimiser step
@@ -50,21 +64,38 @@ BOOKS_AT_START, BOOKS_UNTIL = 0.25, 0.5     # share of book examples, falling li
 # ---------------------------------------------------------------- model, loss, optimiser
 
 
-def build(name: str) -> qwen3.Model:
+def new_model(config: dict[str, Any]) -> LanguageModel:
+    """The model of a config.json without weights worth having, with its draft layer if the config announces one."""
+    module = module_for(config)
+    model = module.Model(module.Config.from_json(config))
+    if config.get("mtp_num_hidden_layers"):
+        model.mtp = model.make_mtp()
+    return model
+
+
+def build(name: str) -> LanguageModel:
     """The model with fresh weights: normal(0, 0.02), smaller where a projection writes into the residual stream."""
-    model = qwen3.Model(qwen3.Config.from_json(CONFIGS[name]))
+    model = new_model(CONFIGS[name])
     residual_scale = (2 * len(model.model.layers)) ** -0.5          # GPT-2: keeps the stream's variance over depth
     for key, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            scale = residual_scale if "o_proj" in key or "down_proj" in key else 1.0
+        if "conv1d" in key:
+            nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
+        elif parameter.dim() > 1:
+            scale = residual_scale if any(part in key for part in ("o_proj", "out_proj", "down_proj")) else 1.0
             nn.init.normal_(parameter, 0.0, 0.02 * scale)
+        elif "A_log" in key:                                        # both as in Yang et al. 2024, after Mamba-2
+            parameter.data.uniform_(0.01, 16).log_()
+        elif "dt_bias" in key:                                      # softplus(dt_bias) log-uniform in [0.001, 0.1]
+            steps = torch.empty_like(parameter.data).uniform_(math.log(1e-3), math.log(0.1)).exp()
+            parameter.data.copy_(steps.expm1().log())
     return model
 
 
 class Objective(nn.Module):
-    """Next-token cross-entropy, plus for a mixture of experts the load-balancing loss of its routers."""
+    """Next-token cross-entropy, plus for a mixture of experts the load-balancing loss of its routers, and for a draft layer
+    its cross-entropy: from the state at a token and the token after it, the token after that."""
 
-    def __init__(self, model: qwen3.Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model, self.top_k = model, model.config.num_experts_per_tok
         self.router_logits: list[Tensor] = []
@@ -72,13 +103,22 @@ class Objective(nn.Module):
             if key.endswith("mlp.gate"):
                 module.register_forward_hook(lambda module, args, output: self.router_logits.append(output))
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(cross-entropy, balance loss), both scalars; inputs and targets (B, T) int64."""
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(cross-entropy, balance loss, draft loss), all scalars; inputs and targets (B, T) int64."""
         self.router_logits.clear()
-        logits = self.model(inputs)                                             # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE)
+        hidden = self.model.model(inputs)                                       # (B, T, H)
+        loss = cross_entropy(self.model.lm_head(hidden), targets)
         balance = [balance_loss(logits, self.top_k) for logits in self.router_logits]
-        return loss, torch.stack(balance).mean() if balance else loss.new_zeros(())
+        draft = loss.new_zeros(())
+        if self.model.mtp is not None:
+            hidden = self.model.draft(hidden[:, :-1], inputs[:, 1:])            # (B, T - 1, H)
+            draft = cross_entropy(self.model.lm_head(hidden), targets[:, 1:])
+        return loss, torch.stack(balance).mean() if balance else loss.new_zeros(()), draft
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Args: logits (B, T, V); targets (B, T) int64, data.IGNORE where nothing is to be learned."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE, reduction=reduction)
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:
@@ -135,11 +175,17 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embedding, routers and norm weights."""
+    """Muon for the matrices inside the blocks; AdamW for embedding, routers and the inputs of gates, and without decay for
+    norm weights, convolutions and what sets the speed of a state's decay."""
     groups: dict[str, list[nn.Parameter]] = defaultdict(list)
     for key, parameter in model.named_parameters():
-        hidden = parameter.dim() > 1 and "embed_tokens" not in key and ".gate." not in key
-        groups["muon" if hidden else "matrix" if parameter.dim() > 1 else "vector"].append(parameter)
+        if parameter.dim() == 1 or "conv1d" in key:
+            kind = "vector"
+        elif any(part in key for part in ("embed_tokens", ".gate.", "in_proj_a", "in_proj_b")):
+            kind = "matrix"
+        else:
+            kind = "muon"
+        groups[kind].append(parameter)
     adam_groups = [
         {"params": groups["matrix"], "weight_decay": WEIGHT_DECAY}, {"params": groups["vector"], "weight_decay": 0.0},
     ]
@@ -180,8 +226,22 @@ def model_nll(model: nn.Module, stories: list[list[int]]) -> float:
         inputs = torch.tensor([row[:-1] + [END_OF_TEXT] * (longest - len(row)) for row in rows])
         targets = torch.tensor([row[1:] + [data.IGNORE] * (longest - len(row)) for row in rows])
         logits = model(inputs).float()
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        total += cross_entropy(logits, targets, "sum").item()
     return total
+
+
+@torch.no_grad()
+def draft_score(model: LanguageModel, stories: list[list[int]]) -> tuple[float, float]:
+    """(nats per token, share of drafts that are what the model itself finds most likely) on held-out stories."""
+    nll, agreeing, count = 0.0, 0, 0
+    for ids in stories:
+        row = torch.tensor([[END_OF_TEXT, *ids]])
+        hidden = model.model(row[:, :-1])
+        logits = model.lm_head(model.draft(hidden[:, :-1], row[:, 1:-1]))       # of the tokens from the third on
+        nll += cross_entropy(logits, row[:, 2:], "sum").item()
+        agreeing += int((logits.argmax(-1) == model.lm_head(hidden[:, 1:]).argmax(-1)).sum())
+        count += logits.shape[1]
+    return nll / count, agreeing / count
 
 
 class Trigram:
@@ -279,7 +339,7 @@ class Run:
         objective = torch.compile(Objective(self.model), disable=not self.arguments.compile)
         budget, last_save, clock = 60 * self.arguments.minutes, self.progress.seconds, time.monotonic()
         while (share := self.progress.seconds / budget) < 1 and self.progress.steps < self.arguments.steps:
-            loss, balance = self._step(objective, share)
+            loss, balance, draft = self._step(objective, share)
             self.progress.steps += 1
             self.progress.tokens += BATCH * LENGTH
             self.progress.seconds += time.monotonic() - clock
@@ -287,25 +347,25 @@ class Run:
             if self.progress.steps % 20 == 1:
                 speed = self.progress.tokens / self.progress.seconds
                 print(f"step {self.progress.steps} {self.progress.seconds / 60:.1f} min loss {loss:.3f} "
-                      f"balance {balance:.3f} {speed:.0f} tokens/s", flush=True)
+                      f"balance {balance:.3f} draft {draft:.3f} {speed:.0f} tokens/s", flush=True)
             if self.progress.seconds - last_save > SAVE_SECONDS:
                 self._save()
                 last_save = self.progress.seconds
                 clock = time.monotonic()                            # measuring is not training time
         self._save()
 
-    def _step(self, objective: Callable[..., tuple[Tensor, Tensor]], share: float) -> tuple[float, float]:
+    def _step(self, objective: Callable[..., tuple[Tensor, ...]], share: float) -> list[float]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.progress.steps, share)
         inputs, targets = self.sampler.batch(BATCH, BOOKS_AT_START * max(0.0, 1 - share / BOOKS_UNTIL))
-        loss, balance = objective(inputs, targets)
-        (loss + BALANCE * balance).backward()
+        loss, balance, draft = objective(inputs, targets)
+        (loss + BALANCE * balance + DRAFT * draft).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item(), balance.item()
+        return [loss.item(), balance.item(), draft.item()]
 
     def _save(self) -> None:
         rounded = rounded_copy(self.model, self.arguments.model)
@@ -343,9 +403,9 @@ class Run:
         return score(nll, self.held_out, self.held_out_bytes)
 
 
-def rounded_copy(model: qwen3.Model, name: str) -> qwen3.Model:
+def rounded_copy(model: LanguageModel, name: str) -> LanguageModel:
     """A copy whose weights are rounded to bf16, as in the exported file; its arithmetic stays fp32."""
-    copy = qwen3.Model(qwen3.Config.from_json(CONFIGS[name]))
+    copy = new_model(CONFIGS[name])
     copy.load_state_dict({key: value.bfloat16().float() for key, value in model.state_dict().items()})
     return copy.eval()
 
@@ -372,7 +432,7 @@ H. C. Andersen's tales: public domain in the US |
 (perplexity {byte_ppl:.3f}) |
 | trigram baseline | {trigram.per_token:.4f} nats per token (perplexity {trigram_ppl:.2f}), \
 {trigram.per_byte:.4f} nats per byte (perplexity {trigram_byte_ppl:.3f}); interpolated Kneser-Ney, \
-same tokens and split |
+same tokens and split |{draft}
 | requests followed | {followed[0]} of {followed[1]} held-out subjects ("Tell me a story about a brave dog named Max.") \
 are named early in the greedy answer |
 
@@ -388,6 +448,9 @@ Request `Tell me a story about a little frog.`, thinking:
 
 {chat}
 """
+DRAFT_ROW = """
+| draft layer (MTP) | {count:,} parameters more; {nll:.4f} nats per token for the token after next, given the next; names what \
+the model itself then finds most likely {share:.0%} of the time |"""
 CARD_PROMPTS = {
     "plain": "Once upon a time",
     "chat": "<|im_start|>user\nTell me a story about a little frog.<|im_end|>\n<|im_start|>assistant\n",
@@ -408,7 +471,7 @@ def requests_followed(folder: Path, stories: list[str]) -> tuple[int, int]:
     return sum(hits), len(hits)
 
 
-def export(run: Run, model: qwen3.Model, result: Score) -> None:
+def export(run: Run, model: LanguageModel, result: Score) -> None:
     """Write the model folder. `model` holds weights already rounded to bf16; SystemExit if the file is too large."""
     folder, name = run.arguments.out, run.arguments.model
     folder.mkdir(parents=True, exist_ok=True)
@@ -439,7 +502,7 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def model_card(run: Run, model: qwen3.Model, result: Score, weight_bytes: int) -> str:
+def model_card(run: Run, model: LanguageModel, result: Score, weight_bytes: int) -> str:
     """MODEL_CARD.md. Data files are named without their folders, which mean nothing on another machine."""
     arguments, progress, trigram = run.arguments, run.progress, run.baseline
     samples = {
@@ -447,6 +510,10 @@ def model_card(run: Run, model: qwen3.Model, result: Score, weight_bytes: int) -
         for key, prompt in CARD_PROMPTS.items()
         for text in [sample(model, run.tokenizer, prompt, seed=1)]
     }
+    draft = ""
+    if model.mtp is not None:
+        nll, share = draft_score(model, run.held_out)
+        draft = DRAFT_ROW.format(count=model.num_draft_parameters(), nll=nll, share=share)
     command = [
         "python", "tools/train_tiny.py", "--stories", arguments.stories.name,
         "--books", *(book.name for book in arguments.books), "--out", f"qwen_ref/assets/{arguments.model}",
@@ -460,7 +527,7 @@ def model_card(run: Run, model: qwen3.Model, result: Score, weight_bytes: int) -
         threads=arguments.threads, held_out=len(run.held_out), held_out_tokens=sum(map(len, run.held_out)),
         held_out_bytes=run.held_out_bytes, loss=result, ppl=math.exp(result.per_token),
         byte_ppl=math.exp(result.per_byte), trigram=trigram, trigram_ppl=math.exp(trigram.per_token),
-        trigram_byte_ppl=math.exp(trigram.per_byte),
+        trigram_byte_ppl=math.exp(trigram.per_byte), draft=draft,
         followed=requests_followed(run.arguments.out, run.texts.held_out), **samples,
     )
 

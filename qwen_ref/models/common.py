@@ -23,6 +23,8 @@ from ..layers import (
 )
 from ..quant.layers import Holder, PackedExperts, PackedSeparately
 
+DRAFT = "mtp."  # what the names of the draft layer's tensors begin with
+
 
 class LanguageModel(nn.Module):
     """Base of the generations' models: `forward(input_ids, positions, cache) -> logits` is theirs.
@@ -35,11 +37,11 @@ class LanguageModel(nn.Module):
     model: Any  # the decoder: ids to final hidden states
     lm_head: Any  # nn.Linear; None for the files of an embedding model
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint names that are skipped on purpose
-    mtp: Any = None  # the draft layer, if the checkpoint has one and the generation uses it
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.mtp: Any = None  # the draft layer, if the checkpoint has one: see `make_mtp`
         self.raw_config: dict[str, Any] = {}  # config.json and generation_config.json as they stood in the folder
         self.generation_config: dict[str, Any] = {}
         self.extra_files: dict[str, bytes] = {}  # the tokenizer and generation files it came with; `save` writes them
@@ -50,28 +52,27 @@ class LanguageModel(nn.Module):
         layers that keep keys always can."""
         raise NotImplementedError
 
-    def make_mtp(self) -> MultiTokenPrediction:
-        """A draft layer for this model, to be its `mtp`. RequestError if the generation has none."""
-        raise RequestError(f"{self.config.model_type} has no draft layer (MTP)")
+    def make_mtp(self) -> MultiTokenPrediction | None:
+        """A draft layer for this model, to be its `mtp`; None if the generation has none."""
+        return None
 
     def draft(
         self, hidden: Tensor, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the draft layer expects after the next token.
+    ) -> Tensor:
+        """The draft layer's states, of which `lm_head` makes logits of the tokens after `input_ids`.
 
         Args:
             hidden: (B, T, H), `model.model`'s output at T tokens, or what this function returned for them.
             input_ids: (B, T) int64, the token that followed each. positions: (B, T), as for `forward`.
             cache: from `make_draft_cache`; holds what was read before.
-        Returns: (logits of the tokens after `input_ids` (B, T, V), hidden states (B, T, H)).
+        Returns: (B, T, H). RequestError if the model has no draft layer.
         """
         if self.mtp is None:
             raise RequestError("this model has no draft layer (MTP): its checkpoint has no tensors named mtp.*")
         x = self.model.embed_tokens(input_ids)
         positions, masks = place(x, positions, cache, {None})
         rope = self.model.rotary_emb(positions, x.dtype)
-        hidden = self.mtp(hidden, x, rope, masks[None], cache.layers[0] if cache is not None else None)
-        return self.lm_head(hidden), hidden
+        return self.mtp(hidden, x, rope, masks[None], cache.layers[0] if cache is not None else None)
 
     def make_draft_cache(self) -> Cache:
         return Cache([KVCache()])
@@ -138,13 +139,15 @@ class LanguageModel(nn.Module):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every weight as in an unquantised model: parameters, and packed matrices dequantised.
 
-        Packed ones are made anew, one at a time, in the model's dtype.
+        Packed ones are made anew, one at a time, in the model's dtype. Without the draft layer, as transformers has it.
         """
         for name, parameter in self.named_parameters():
-            yield name, parameter.data
+            if not name.startswith(DRAFT):
+                yield name, parameter.data
         for owner, module in self.packed_modules():
-            for name, tensor in module.plain(self.dtype):
-                yield f"{owner}.{name}", tensor
+            if not owner.startswith(DRAFT):
+                for name, tensor in module.plain(self.dtype):
+                    yield f"{owner}.{name}", tensor
         for owner, table in self.tables():
             if table.mapped:
                 yield f"{owner}.weight", torch.cat(list(table.shards().values()))
@@ -174,9 +177,18 @@ class LanguageModel(nn.Module):
         return self
 
     def num_parameters(self) -> int:
-        """Of the unquantised model; a tied head counts once."""
+        """Of the unquantised model without its draft layer, as transformers counts; a tied head counts once."""
         mapped = sum(table.rows * table.dim for _, table in self.tables() if table.mapped)
-        return mapped + sum(p.numel() for p in self.parameters()) + sum(m.count for _, m in self.packed_modules())
+        return mapped + self._count(draft=False)
+
+    def num_draft_parameters(self) -> int:
+        """Of the draft layer (MTP), which shares embedding and head with the model; 0 if there is none."""
+        return self._count(draft=True)
+
+    def _count(self, *, draft: bool) -> int:
+        plain = ((name, p.numel()) for name, p in self.named_parameters())
+        packed = ((name, module.count) for name, module in self.packed_modules())
+        return sum(count for name, count in (*plain, *packed) if name.startswith(DRAFT) == draft)
 
     def weight_bytes(self) -> int:
         """Bytes of memory that the weights take, mapped or not, as they are held."""
@@ -219,5 +231,6 @@ class LanguageModel(nn.Module):
             raise CheckpointError(f"{packed[0]} is packed, and `save` writes plain weights: use `quantize` on the model it was "
                                   "made from, or `load_model(..., dequantize=True)` and save that")
         dtype = str(self.dtype).removeprefix("torch.")
-        config = {**self.config.to_json(), "dtype": dtype, "torch_dtype": dtype}
+        draft = {} if self.mtp is None else {"mtp_num_hidden_layers": 1}
+        config = {**self.config.to_json(), **draft, "dtype": dtype, "torch_dtype": dtype}
         save_model(self, config, Path(folder), extra=self.extra_files)

@@ -1,9 +1,9 @@
 """A model's plain matrices exchanged for packed ones, made on the spot.
 
 What stays as it is: norms, biases, the routers of a mixture of experts (small, and a wrong expert costs more than a
-rounded weight), and an embedding with a head of its own, of which a token reads one row. A head, and an embedding that
-is the head, take 8 bits whatever the rest takes: they are the widest matrices, and what is lost in them no later layer
-makes good.
+rounded weight), the draft layer (MTP, which other readers of these formats leave out), and an embedding with a head of its
+own, of which a token reads one row. A head, and an embedding that is the head, take 8 bits whatever the rest takes: they are
+the widest matrices, and what is lost in them no later layer makes good.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Lend = Callable[[str], AbstractContextManager[Tensor]]  # a tensor by its offici
 
 GGUF = "gguf:"
 KINDS = (*rounding.ROUND, *(f"{GGUF}{preset}" for preset in ("q8_0", "q4_0", "q4_k")))
-KEPT = ("mlp.gate", "shared_expert_gate")  # routers
+KEPT = ("mlp.gate", "shared_expert_gate", "mtp")  # routers, and the draft layer
 LEAST_GROUP = 16
 CHUNK, CHUNK_ROWS = 1 << 18, 128  # elements rounded at a time, in multiples of so many rows: whole blocks of every kind
 
@@ -156,9 +156,11 @@ def matrices(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
     """Official name -> (N, K) of every matrix that is quantised, an expert's included; the head and embedding are not."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules(prefix=prefix):
+        if matches(name, KEPT):
+            continue
         if isinstance(module, Experts):
             found |= {f"{name}.{part}": (view.shape[0], view.shape[1]) for part, view in module.named_parts()}
-        elif isinstance(module, Linear) and name != "lm_head" and not matches(name, KEPT):
+        elif isinstance(module, Linear) and name != "lm_head":
             found[f"{name}.weight"] = (module.out_features, module.in_features)
     return found
 

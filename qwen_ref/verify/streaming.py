@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import backend, hooks
 from ..checkpoint import Checkpoint, SafetensorsFile, weight_files
 from ..errors import CheckpointError, RequestError
-from ..loading import build, materialize, pick_dtype, read_config
+from ..loading import build, materialize, pick_dtype, read_config, skeleton
 from ..models.common import LanguageModel
 from . import oracle
 from .levels import HALF, Acts, Choice, Comparison, Oracle, Tolerances, following
@@ -226,7 +226,7 @@ class _Ours(_Side):
         self, folder: Path, raw: dict[str, Any], dtype: torch.dtype, device: torch.device, choice: Choice
     ) -> None:
         with Checkpoint(folder) as checkpoint:
-            model = build(raw, head=checkpoint.has_language_head()).to(dtype)
+            model = skeleton(raw, checkpoint).to(dtype)
             checkpoint.check(model)
         super().__init__(model.eval(), dtype, device)
         self.tied, self.choice = model.tied, choice
