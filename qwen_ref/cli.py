@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, text: str, json_file: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--model", help="a bundled name (tiny, tiny-moe), a folder, or a hub id (Qwen/Qwen3-0.6B)")
+        sub.add_argument("--model", help="a bundled name (tiny, tiny-moe, tiny-hybrid), a folder, a hub id (Qwen/Qwen3-0.6B)")
         sub.add_argument("--revision", help="branch, tag or commit on the hub")
         if json_file:
             sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="machine-readable output, to a file if named")
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prefill-response", default="", help="words the answer begins with")
     generate.add_argument("--ignore-chat-template", action="store_true", help="continue the prompt as plain text")
     generate.add_argument("--logprobs", type=int, metavar="N", help="with --json: log probabilities, N alternatives each")
+    generate.add_argument("--speculate", type=int, default=0, metavar="K", help="the draft layer (MTP) guesses K tokens ahead")
     chat = command("chat", run_chat, "Talk to a model; the conversation's cache is kept between turns.")
     for sub in (generate, chat):
         _add_sampling(sub)
@@ -138,10 +139,15 @@ def run_generate(args: argparse.Namespace) -> int:
             tokenizer, _messages(args.system_prompt, text), enable_thinking=args.thinking, variables=_variables(args)
         )
     ids = encode_prompt(tokenizer, prompt) + tokenizer.encode(args.prefill_response)
-    pieces = stream(model, tokenizer, ids, chat=not plain, logprobs=args.logprobs, **_options(args, tokenizer))
+    options = {"logprobs": args.logprobs, "speculate": args.speculate, **_options(args, tokenizer)}
+    pieces = stream(model, tokenizer, ids, chat=not plain, **options)
     result = _show(pieces, quiet=args.json, prefix=args.prefill_response if not plain else text)
     if args.json:
         print(json.dumps({"model": args.model or DEFAULT_MODEL, **_as_json(result)}, ensure_ascii=False))
+    elif args.speculate:
+        usage = result.usage
+        print(f"[{usage.accepted_tokens} of {usage.drafted_tokens} guesses were right; {usage.completion_tokens} tokens in "
+              f"{usage.completion_tokens - usage.accepted_tokens} passes, {result.decode_seconds:.2f} s]", file=sys.stderr)
     return 0
 
 

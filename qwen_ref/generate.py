@@ -24,6 +24,7 @@ from .config import Fields
 from .errors import ConfigError, NumericsError, RequestError
 from .models.common import LanguageModel
 from .sampling import Sampling, choose, penalize
+from .speculative import Speculator
 from .text import Reasoning, TextSplitter
 from .tokenizer import Tokenizer
 
@@ -45,6 +46,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int  # of the prompt, found in the session's cache
     reasoning_tokens: int
+    drafted_tokens: int = 0  # guesses of the draft layer that the model has read, see `speculative`
+    accepted_tokens: int = 0  # those that were right and spared the model a pass
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def generate(
     allow_special: bool = False,
     chat: bool | None = None,
     prefill_chunk: int = 512,
+    speculate: int = 0,
     **options: Any,
 ) -> list[Result]:
     """Generate for one prompt or a batch; a list of results in the order of the prompts.
@@ -129,6 +133,8 @@ def generate(
         tools, enable_thinking: for the chat template. allow_special: let text name control tokens.
         chat: whether an answer may open with reasoning; by default, whether the prompt is messages.
         prefill_chunk: tokens of the prompt per forward pass; bounds memory, changes no result beyond rounding.
+        speculate: how many tokens the draft layer guesses at a time (one prompt, no session); 0 = it is not used. Changes
+            no result beyond rounding, see `speculative`.
         options: max_tokens (default 512); temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
             frequency_penalty, logit_bias (see `Sampling`; default generation_config.json, else greedy); seed (an int, or
             one per prompt); stop (a string or several); stop_ids (added to the model's end tokens); ignore_eos;
@@ -145,19 +151,19 @@ def generate(
         settings = resolve_options(model, tokenizer, seed=seed, **options)
         is_chat = _is_messages(prompt) if chat is None else chat
         sequences.append(_Sequence(model, tokenizer, ids, settings, chat=is_chat))
-    for _ in _run(model, sequences, session, prefill_chunk):
+    for _ in _run(model, sequences, session, prefill_chunk, speculate):
         pass
     return [s.result for s in sequences]  # type: ignore[misc]
 
 
 def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt, **arguments: Any) -> Iterator[Piece]:
     """`generate` for one prompt, piece by piece: never half a character, never a part of a stop string."""
-    session, chunk = arguments.pop("session", None), arguments.pop("prefill_chunk", 512)
+    loop = arguments.pop("session", None), arguments.pop("prefill_chunk", 512), arguments.pop("speculate", 0)
     named = {k: arguments.pop(k) for k in ("tools", "enable_thinking", "allow_special", "variables") if k in arguments}
     chat = arguments.pop("chat", _is_messages(prompt))
     ids = encode_prompt(tokenizer, prompt, **named)
     sequence = _Sequence(model, tokenizer, ids, resolve_options(model, tokenizer, **arguments), chat=chat)
-    return (piece for _, piece in _run(model, [sequence], session, chunk))
+    return (piece for _, piece in _run(model, [sequence], *loop))
 
 
 def encode_prompt(
@@ -316,9 +322,10 @@ class _Sequence:
             self._forced.extend(self._tokenizer.encode("\n</think>\n\n", allow_special=True))
         return text, reasoning, None
 
-    def finish(self, reason: str, prefill: float, decode: float) -> Result:
+    def finish(self, reason: str, prefill: float, decode: float, reader: Reader | Speculator) -> Result:
         splitter = self._splitter
-        usage = Usage(len(self.prompt), len(self.generated), self.cached, splitter.reasoning_tokens)
+        usage = Usage(len(self.prompt), len(self.generated), self.cached, splitter.reasoning_tokens, reader.drafted,
+                      reader.accepted)  # fmt: skip
         logprobs = None if self.options.logprobs is None else self.logprobs
         self.result = Result(
             splitter.text, splitter.reasoning, self.generated, reason, logprobs, usage, prefill, decode
@@ -326,17 +333,43 @@ class _Sequence:
         return self.result
 
 
+class Reader:
+    """A model and its cache: `read` a part of the prompts, then `step` with every token chosen."""
+
+    drafted = accepted = 0
+
+    def __init__(self, model: LanguageModel, cache: Cache) -> None:
+        if model.lm_head is None:
+            raise RequestError("this checkpoint has no language head (an embedding model): use qwen_ref.embed")
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """One forward pass (B, T); the output head reads the last position only: (B, V)."""
+        return self.model.lm_head(self.model.model(ids, positions, self.cache)[:, -1])
+
+    step = read
+
+
+def _reader(model: LanguageModel, session: Session | None, count: int, speculate: int) -> Reader | Speculator:
+    if not speculate:
+        return Reader(model, session.cache if session is not None else model.make_cache())
+    if session is not None or count != 1:
+        raise RequestError("speculate is for one prompt, without a session")
+    return Speculator(model, speculate)
+
+
 def _run(
-    model: LanguageModel, sequences: list[_Sequence], session: Session | None, chunk: int
+    model: LanguageModel, sequences: list[_Sequence], session: Session | None, chunk: int, speculate: int
 ) -> Iterator[tuple[int, Piece]]:
     """The one loop behind `generate` and `stream`: read the prompts, then one token for every unfinished sequence."""
     if chunk < 1:
         raise RequestError(f"prefill_chunk is {chunk}; it must be at least 1")
+    reader = _reader(model, session, len(sequences), speculate)
     started = time.perf_counter()
     if session is not None:
         sequences[0].cached = session.reuse(sequences[0].prompt)
-    cache = session.cache if session is not None else model.make_cache()
-    logits = _prefill(model, sequences, cache, chunk, mark=session is not None)  # (B, V)
+    logits = _prefill(reader, sequences, chunk, mark=session is not None)  # (B, V)
     prefilled = time.perf_counter()
     if session is not None:
         session.ids = list(sequences[0].prompt)
@@ -353,48 +386,40 @@ def _run(
                 going.append(row)
                 tokens.append(token)
             else:
-                result = sequence.finish(reason, prefilled - started, time.perf_counter() - prefilled)
+                result = sequence.finish(reason, prefilled - started, time.perf_counter() - prefilled, reader)
             logprobs = sequence.logprobs[-1:] if sequence.options.logprobs is not None else None
             yield i, Piece(text, reasoning, [token], logprobs, result)
         if not going:
             return
         if len(going) < len(active):
-            cache.select(torch.tensor(going, device=model.device))
+            reader.cache.select(torch.tensor(going, device=model.device))
             active = [active[row] for row in going]
-        logits = _step(model, torch.tensor(tokens, device=model.device)[:, None], None, cache)
+        logits = reader.step(torch.tensor(tokens, device=model.device)[:, None])
         if session is not None:
             session.ids.append(tokens[0])
 
 
-def _prefill(model: LanguageModel, sequences: list[_Sequence], cache: Cache, chunk: int, *, mark: bool) -> Tensor:
+def _prefill(reader: Reader | Speculator, sequences: list[_Sequence], chunk: int, *, mark: bool) -> Tensor:
     """Read all prompts, left-padded to one length, `chunk` tokens at a time. Logits of the last position, (B, V).
 
     `mark`: so that a later prompt can depart from the end of this one, or from shortly before it, where templates do.
     """
     rows = [s.prompt[s.cached :] for s in sequences]
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)  # (B, T)
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=reader.model.device)  # (B, T)
     positions = None
     if any(len(row) < longest for row in rows):  # padding stands at position -1, which nothing attends to
         spans = [[-1] * (longest - len(row)) + list(range(len(row))) for row in rows]
-        positions = torch.tensor(spans, device=model.device)
-    cache.expect([len(s.prompt) for s in sequences])
+        positions = torch.tensor(spans, device=reader.model.device)
+    reader.cache.expect([len(s.prompt) for s in sequences])
     edges = {*range(0, longest, chunk), longest}
     if mark:
         edges.add((longest - 1) // 64 * 64)
     for start, end in pairwise(sorted(edges)):
-        logits = _step(model, ids[:, start:end], None if positions is None else positions[:, start:end], cache)
+        logits = reader.read(ids[:, start:end], None if positions is None else positions[:, start:end])
         if mark:
-            cache.mark()
+            reader.cache.mark()
     return logits
-
-
-@torch.inference_mode()
-def _step(model: LanguageModel, ids: Tensor, positions: Tensor | None, cache: Cache) -> Tensor:
-    """One forward pass (B, T); the output head reads the last position only: (B, V)."""
-    if model.lm_head is None:
-        raise RequestError("this checkpoint has no language head (an embedding model): use qwen_ref.embed")
-    return model.lm_head(model.model(ids, positions, cache)[:, -1])
 
 
 def _check_finite(model: LanguageModel, logits: Tensor, sequences: list[_Sequence]) -> None:

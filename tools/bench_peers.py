@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 
-from qwen_ref.generate import _step
+from qwen_ref.generate import Reader
 from qwen_ref.loading import load_model
 
 QWEN3_06B = {
@@ -96,8 +96,7 @@ def step_ours(model: Any) -> Callable[[], Callable[[torch.Tensor], torch.Tensor]
     """A function that makes a fresh cache and returns: ids (1, T) -> logits of the last position (1, V)."""
 
     def fresh() -> Callable[[torch.Tensor], torch.Tensor]:
-        cache = model.make_cache()
-        return lambda ids: _step(model, ids, None, cache)
+        return Reader(model, model.make_cache()).step
 
     return fresh
 
