@@ -98,12 +98,13 @@ print("tokens      Qwen3-32B    Qwen3.5-27B")
 for tokens in (1, 1024, 32768, 262144):
     print(f"{tokens:7} {held(qwen3_32b, tokens) / 1e6:11,.1f} MB {held(qwen35_27b, tokens) / 1e6:11,.1f} MB")
 row = 2 * 2 * qwen35_27b.num_key_value_heads * qwen35_27b.head_dim
+assert held(qwen35_27b, 1) > held(qwen3_32b, 1) and held(qwen35_27b, 1024) < held(qwen3_32b, 1024)
 print(f"one linear layer's state takes {state_bytes(qwen35_27b) / 1e6:.1f} MB, as much as the keys and values of "
       f"{state_bytes(qwen35_27b) // row} tokens")
 
 # %% [markdown]
-# For a short question a state is the larger of the two. It wins by not growing. That the formula is right, the caches of the
-# model of the first cell say:
+# For a short question the states are the larger of the two. They win by not growing. That the formula is right, the caches of
+# the model of the first cell say:
 
 # %%
 ids = torch.randint(0, config.vocab_size, (1, 300))
@@ -368,8 +369,8 @@ plt.show()
 # ## What is new is written, what is known is not
 #
 # A state that already holds what a token says learns nothing from it: the error $v - S^\top k$ is small. In the first layer
-# keys and values depend on little more than the last four tokens, so the same sentence read a second time should be partly
-# known, to heads that remember that far.
+# keys and values depend on the last four tokens alone, because of the short convolution. So a sentence that is read twice has
+# the same keys and values twice, and the second time should find them known, to heads that remember that far.
 
 # %%
 SENTENCE = " Lily had a small red ball and a big brown dog."
@@ -382,7 +383,9 @@ before = torch.cat((torch.zeros(1, *S.shape[1:], dtype=torch.float64), S[:-1])) 
 news = (v - torch.einsum("tpkv,tpk->tpv", before, k)).norm(dim=-1) / v.norm(dim=-1)  # (T, P); 1 = nothing was known
 assert bool((news[0] - 1).abs().max() < 1e-12)  # of an empty state nothing is known
 
-readings = [news[4:one].mean(0), news[-(one - 4) :].mean(0)]  # the first four tokens of a reading see others before them
+torch.testing.assert_close(k[3:one], k[3 - one :], rtol=1e-4, atol=1e-5)  # the first three tokens see others before them
+torch.testing.assert_close(v[3:one], v[3 - one :], rtol=1e-4, atol=1e-5)
+readings = [news[3:one].mean(0), news[3 - one :].mean(0)]
 print("share of a value that is news, by head of the first layer")
 for name, reading in zip(("first reading ", "second reading"), readings, strict=True):
     print(f"  {name}", [f"{x:.2f}" for x in reading.tolist()])
@@ -393,7 +396,7 @@ print(f"-> {known} of {P} heads found less news in the second reading")
 # ## What linear heads look at
 #
 # $A$ shows a linear head as if it were attention. Its rows do not sum to one, and entries may be negative: to erase is to
-# subtract. Only proportions matter, because a norm follows. So each row is divided by the sum of its absolute values.
+# subtract. Each row is divided here by the sum of its absolute values, since each head's output is normed before it goes on.
 # Below, the heads of a linear layer, and of the full attention layer after it, on the same words.
 
 # %%
@@ -609,7 +612,7 @@ for guesses in (1, 2, 3):
 # %% [markdown]
 # ## The same on a real model
 #
-# Set `MODEL = "Qwen/Qwen3.5-0.8B"` in the first cell and run all cells again (a download of 1.8 GB, and 4 GB of memory in
-# 32-bit). Its linear layers have 16 heads of 128 x 128, its full ones 8. For what the older models do at the same places,
-# run [RoPE and attention](02_rope_and_attention.ipynb) on `Qwen/Qwen3-0.6B`. What else has changed from generation to
-# generation is in [the family tree](09_family_tree.ipynb).
+# Set `MODEL = "Qwen/Qwen3.5-0.8B"` in the first cell and run all cells again (a download of about 2 GB, 6 GB of memory in
+# 32-bit, and some minutes for the heads that are wiped one by one). Its linear layers have 16 heads of 128 x 128 numbers.
+#
+# What else has changed from generation to generation is in [the family tree](09_family_tree.ipynb).

@@ -513,14 +513,14 @@ def measured(model):
 
 def counted(config, itemsize):
     """The same from the sizes: keys and values, index keys, states in fp32, and the inputs that convolutions remember."""
-    types = getattr(config, "layer_types", ["full_attention"] * config.num_hidden_layers)
-    keeping = sum(kind != "linear_attention" for kind in types)
+    keeping = len(config.windows)  # layers that keep keys
     growing = keeping * itemsize * (2 * config.num_key_value_heads * config.head_dim + getattr(config, "indexer_head_dim", 0))
-    if keeping == len(types):
+    if keeping == config.num_hidden_layers:
         return growing, 0
     heads, key, value = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
     channels = 2 * config.linear_num_key_heads * key + heads * value
-    constant = (len(types) - keeping) * (4 * heads * key * value + itemsize * channels * config.linear_conv_kernel_dim)
+    state = 4 * heads * key * value + itemsize * channels * config.linear_conv_kernel_dim
+    constant = (config.num_hidden_layers - keeping) * state
     for _ in getattr(config, "ple_layer_ids", ()):
         reach = (config.ple_conv_kernel_size - 1) * config.ngram_size
         constant += itemsize * config.hc_count * config.hidden_size * reach + 8 * (config.ngram_size - 1)  # and token ids
@@ -530,10 +530,12 @@ def counted(config, itemsize):
 for name, model in models.items():
     assert measured(model) == counted(model.config, itemsize=4), name
 
-print(f"{'':20} per token   constant   at 32,768 tokens")
+print(f"{'':19} query/key heads   layers with keys   per token   constant   at 32,768 tokens")
 for name, model in large.items():
-    growing, constant = counted(model.config, itemsize=2)
-    print(f"{name:20} {growing / 1024:6.0f} kB {constant / 1e6:8.1f} MB {(32768 * growing + constant) / 1e9:15.2f} GB")
+    c, (growing, constant) = model.config, counted(model.config, itemsize=2)
+    heads = f"{c.num_attention_heads}/{c.num_key_value_heads}"
+    print(f"{name:19} {heads:>15} {len(c.windows):12} of {c.num_hidden_layers} {growing / 1024:8.0f} kB "
+          f"{constant / 1e6:7.1f} MB {(32768 * growing + constant) / 1e9:15.2f} GB")
 
 figure, axes = plt.subplots(figsize=(6.5, 3), layout="constrained")
 lengths = [2**i for i in range(8, 19)]
