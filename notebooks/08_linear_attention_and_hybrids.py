@@ -337,8 +337,8 @@ layer = int(typical.max(1).values.argmax())
 head = int(typical[layer].argmax())
 kept = decay[layer, :, head]
 print(f"layer {linear[layer]}, head {head}, which remembers longest:")
-for name, order in (("fades most at ", kept.argsort()), ("fades least at", kept.argsort(descending=True))):
-    print(f"  {name}", ", ".join(f"{labels[t]!r} {kept[t]:.3f}" for t in order[:6].tolist()))
+for name, order in (("lets go of most at ", kept.argsort()), ("lets go of least at", kept.argsort(descending=True))):
+    print(f"  {name}", ", ".join(f"{labels[t]!r} {1 - kept[t]:.2%}" for t in order[:6].tolist()))
 
 # %% [markdown]
 # ## The state over a story
@@ -491,8 +491,8 @@ else:
     print("-> It relies more on the keys of its full layers than on its states.")
 
 # %% [markdown]
-# The same for one head at a time. A head that matters here must have a long half-life, for what another one held would have
-# faded anyway; a long life alone does not make it matter.
+# The same for one head at a time. A head that matters here should have a long half-life, for what another one held would soon
+# have faded anyway; but a long life alone does not make it matter.
 
 # %%
 damage = torch.zeros(len(linear), P)

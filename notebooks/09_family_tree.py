@@ -343,6 +343,7 @@ assert diffs["Attention", "qwen3_next -> qwen3_5"][:2] == (0, 0)  # the same tex
 before, after = (inspect.getsource(file.GatedDeltaNet.__init__).splitlines() for file in (qwen3_next, qwen3_5))
 for line in difflib.unified_diff(before, after, "qwen3_next", "qwen3_5", n=0, lineterm=""):
     print(line)
+assert hasattr(qwen3_next.GatedDeltaNet, "project") and not hasattr(qwen3_5.GatedDeltaNet, "project")
 
 # %% [markdown]
 # ## Layer by layer, at official size
@@ -465,6 +466,8 @@ for name, found in sizes.items():
     print(f"{name:19} {total[name] / 1e9:7.2f} billion parameters, {active[name] / 1e9:6.2f} at work for a token")
     assert total[name] == large[name].num_parameters()
     assert max(found["feed-forward"], found["experts, idle"]) > total[name] / 2
+assert large["Qwen4-Exp"].config.ngram_heads == 16
+assert sorted(total.values())[5] < sizes["Qwen4-Exp"]["n-gram table"]
 
 tints = {
     "embedding, head": STYLE.muted, "attention": STYLE.lines[0], "delta nets": STYLE.lines[1], "feed-forward": STYLE.lines[2],

@@ -106,5 +106,5 @@ def test_it_says_nothing_about_the_machine(path):
 
 def test_it_ends_with_how_to_run_it_on_a_real_model(path):
     kind, last = cells_of(path.read_text(encoding="utf-8"))[-1]
-    assert kind == "markdown" and re.search(r'MODEL = "Qwen/Qwen3(-0.6B|.5-0.8B)"', last)
+    assert kind == "markdown" and re.search(r"Qwen/Qwen3(-0\.6B|\.5-0\.8B)\b", last)
     assert re.search(r'^MODEL = "tiny(-moe|-hybrid)?"', path.read_text(encoding="utf-8"), re.MULTILINE)
