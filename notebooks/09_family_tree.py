@@ -24,6 +24,7 @@ from torch import nn
 import qwen_ref as qr
 from qwen_ref import backend, plot
 from qwen_ref.errors import RequestError
+from qwen_ref.models import FILES as MODEL_TYPES
 from qwen_ref.models import qwen1, qwen2, qwen3, qwen3_5, qwen3_next, qwen4_exp
 
 MODEL = "tiny"  # to be placed in the tree at the end
@@ -53,6 +54,7 @@ FAMILY = {
     "Qwen3.5 MoE": Kin(2026, qwen3_5, qwen3_5.TINY_MOE, ("Qwen3.5", "Qwen3-Next")),
     "Qwen4-Exp": Kin(2026, qwen4_exp, qwen4_exp.TINY, ("Qwen3.5 MoE",)),
 }
+assert {kin.config["model_type"] for kin in FAMILY.values()} >= {name for name in MODEL_TYPES if f"{name}_text" not in MODEL_TYPES}
 
 
 def build(kin):
