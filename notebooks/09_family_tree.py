@@ -54,7 +54,8 @@ FAMILY = {
     "Qwen3.5 MoE": Kin(2026, qwen3_5, qwen3_5.TINY_MOE, ("Qwen3.5", "Qwen3-Next")),
     "Qwen4-Exp": Kin(2026, qwen4_exp, qwen4_exp.TINY, ("Qwen3.5 MoE",)),
 }
-assert {kin.config["model_type"] for kin in FAMILY.values()} >= {name for name in MODEL_TYPES if f"{name}_text" not in MODEL_TYPES}
+implemented = {name for name in MODEL_TYPES if f"{name}_text" not in MODEL_TYPES}  # a multimodal name stands for its text model
+assert implemented <= {kin.config["model_type"] for kin in FAMILY.values()}
 
 
 def build(kin):
