@@ -16,7 +16,8 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 NAMES = ["01_token_to_logits", "02_rope_and_attention", "03_mixture_of_experts", "04_logit_lens_and_patching",
-         "05_what_changed_between_generations", "06_hunt_a_mismatch", "07_write_a_kernel"]  # fmt: skip
+         "05_what_changed_between_generations", "06_hunt_a_mismatch", "07_write_a_kernel",
+         "08_linear_attention_and_hybrids", "09_family_tree"]  # fmt: skip
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[\w.+-]+){2,}|\b[A-Za-z]:\\\w|~/\w")
 CPU_SECONDS = 60  # on one thread; the wall clock of a shared machine says nothing
 
@@ -105,5 +106,5 @@ def test_it_says_nothing_about_the_machine(path):
 
 def test_it_ends_with_how_to_run_it_on_a_real_model(path):
     kind, last = cells_of(path.read_text(encoding="utf-8"))[-1]
-    assert kind == "markdown" and "Qwen/Qwen3-0.6B" in last
-    assert re.search(r'^MODEL = "tiny(-moe)?"', path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert kind == "markdown" and re.search(r"Qwen/Qwen3(-0\.6B|\.5-0\.8B)\b", last)
+    assert re.search(r'^MODEL = "tiny(-moe|-hybrid)?"', path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -82,7 +82,7 @@ def execute(notebook: Any) -> None:
     # PYTHONPATH for a tree that is not installed; one thread, so that sums are taken in the same order everywhere.
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline",
                       PYTHONWARNINGS="ignore:IProgress")  # tqdm's advice to install widgets
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False,
+    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
                             resources={"metadata": {"path": str(FOLDER)}})
     client.execute()
     notebook.metadata = nbformat.from_dict(METADATA)  # nbclient adds the interpreter's version
