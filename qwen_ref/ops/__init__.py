@@ -26,6 +26,7 @@ from .delta import (
     gated_delta_chunked,
     gated_delta_pattern,
     gated_delta_rule,
+    gated_delta_step,
 )
 from .dtypes import at_least_fp32
 from .feed_forward import linear, moe_experts, router_topk, swiglu
