@@ -232,6 +232,7 @@ zero_centred_rms_norm = _operation_of(ops.zero_centred_rms_norm)
 gated_rms_norm = _operation_of(ops.gated_rms_norm)
 causal_conv1d = _operation_of(ops.causal_conv1d)
 gated_delta_rule = _operation_of(ops.gated_delta_rule, preferred=torch_ops.gated_delta_rule)
+gated_delta_step = _operation_of(ops.gated_delta_step)
 rope = _operation_of(ops.rope)
 norm_rope_write = _operation_of(ops.norm_rope_write)
 attention = _operation_of(ops.attention, preferred=torch_ops.attention)
@@ -265,7 +266,8 @@ OPERATIONS: dict[str, Operation] = {
     for op in (
         linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
         attention, attention_prefill, attention_decode, attention_paged, dual_chunk_attention, causal_conv1d, gated_delta_rule,
-        block_scores, sparse_block_attention, stream_mix, stream_write, swiglu, router_topk, moe_experts, sample, cross_entropy,
+        gated_delta_step, block_scores, sparse_block_attention, stream_mix, stream_write,
+        swiglu, router_topk, moe_experts, sample, cross_entropy,
         linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
         moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
     )

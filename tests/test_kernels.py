@@ -28,10 +28,12 @@ PACKED = (*PACKED_LINEAR, *(f"moe_{layout}" for layout in LAYOUTS))
 ONCE = {"moe_int8", "moe_fp8", "moe_code4"}  # compiled for one target: on the other, moe_int4 and moe_gguf stand for all
 STREAMING = {  # nothing to multiply; the most registers, for many programs must fit to hide the latency of memory
     "rms_norm": 64, "add_rms_norm": 64, "swiglu": 64, "rope": 64, "norm_rope_write": 64, "router_topk": 128,
-    "cross_entropy": 64, "sample": 128,
+    "cross_entropy": 64, "sample": 128, "zero_centred_rms_norm": 64, "gated_rms_norm": 64, "causal_conv1d": 128,
+    "gated_delta_step": 128,
 }  # fmt: skip
 # The kernels that multiply tiles: in 16 bits they must be on the tensor cores, or they are right and ten times too slow.
-MATRIX = {"attention", "split", "some_rows", "gate_up_tiles", "down_tiles", "scaled_tiles"}
+MATRIX = {"attention", "split", "some_rows", "gate_up_tiles", "down_tiles", "scaled_tiles", "prepare", "carry"}
+DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_norm")  # of the hybrid models only
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B")  # every entry of the tuned tables but for widths
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install -e '.[triton]'): kernels not run"
@@ -258,7 +260,7 @@ print(rms_norm.supports(torch.device("cuda"), torch.float64), "|", rms_norm.supp
 """
     lines = python(code, interpret=True).splitlines()
     for line, text in zip(lines, ("no backward pass", "weight of 6", "40000 is more than", "equal shapes", "equal shapes",
-                                  "on cpu and on meta", "even head size", "even head size", "k 6 of 5"), strict=False):  # fmt: skip
+                                  "on cpu and on meta", "wider than a head", "wider than a head", "k 6 of 5"), strict=False):  # fmt: skip
         assert text in line
     assert len(lines) == 10 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
 
@@ -302,7 +304,11 @@ print(json.dumps([compile(operation, targets=({target!r},), models=models).to_js
                   for models, kernels in {work} for operation in kernels]))
 """
 # The dense and the mixture whose shapes reach every entry of the packed operations' tables.
-WORK = ((MODELS, tuple(kernel for kernel in KERNELS if kernel not in PACKED)), (("Qwen/Qwen3-8B",), PACKED_LINEAR))
+WORK = (
+    (MODELS, tuple(kernel for kernel in KERNELS if kernel not in PACKED + DELTA)),
+    (("Qwen/Qwen3.5-27B",), DELTA),
+    (("Qwen/Qwen3-8B",), PACKED_LINEAR),
+)
 EXPERTS = tuple(kernel for kernel in PACKED if kernel not in PACKED_LINEAR)
 
 

@@ -6,7 +6,8 @@
 
 For every operation: the check of its Triton kernel in bf16, fp16 and fp32 on a real model's sizes; the same check for
 every entry of its TUNED table, since an entry that is fast and wrong is the usual way a tuned kernel fails; and the bench
-next to the formula, PyTorch's kernels and torch.compile. The table goes to OUT/<device>-<date>.md, all numbers to .json
+next to the formula, PyTorch's kernels and torch.compile, for the delta rule also flash-linear-attention's Triton if it is
+installed (`pip install flash-linear-attention`). The table goes to OUT/<device>-<date>.md, all numbers to .json
 beside it. Exit status 1 if anything was wrong. For out-of-bounds accesses that the poisoned memory cannot see:
 
     compute-sanitizer --tool memcheck python tools/bench_kernels.py --only-check --seeds 1
@@ -39,13 +40,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", metavar="OP", help=f"default: all of {', '.join(KERNELS)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "kernels" / "results")
-    parser.add_argument("--model", help="whose sizes; default Qwen3-8B, or Qwen3-30B-A3B for mixtures")
+    parser.add_argument("--model", help="whose sizes; default Qwen3-8B, or what an operation needs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only-check", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: use TRITON_INTERPRET=1 qwen-ref kernels check, and qwen-ref kernels compile", file=sys.stderr)
         return 2
+    register_peers()
     wrong: list[str] = []
     tables, results = [], []
     for operation in args.operations or KERNELS:
@@ -60,6 +62,21 @@ def main() -> int:
         write(args.out, tables, results, wrong)
     print("\n".join(wrong) or "everything checked is right")
     return 1 if wrong else 0
+
+
+def register_peers() -> None:
+    """Other people's kernels, as implementations under their name; the bench judges them as it judges ours."""
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    except ImportError:
+        return
+
+    @backend.register("gated_delta_rule", "fla")
+    def fla(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any = None) -> tuple[Any, Any]:
+        rule = chunk_gated_delta_rule if v.shape[1] > 64 else fused_recurrent_gated_delta_rule
+        repeats = v.shape[2] // q.shape[2]
+        q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
+        return rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
 
 def checked(operation: str, model: str | None, seeds: int) -> list[str]:

@@ -2,8 +2,9 @@
 
 Algorithm: Su et al. 2021 in the half-split convention of `ops.rope`. A program takes one position and a block of its
 heads; cos and sin are read once for all of them. Each product is rounded to x's dtype before the sum, as eager rounds.
+What a partial rotation leaves is copied.
 
-Bytes: 2 B N T D per element size for x, 2 B T D for the tables. FLOPs: 3 B N T D: memory bound.
+Bytes: 2 B N T D per element size for x, 2 B T R for the tables. FLOPs: 3 B N T R: memory bound.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ TUNED = {(ANY, heads): {"HEADS": heads, "num_warps": max(1, heads // 4)} for hea
 
 
 def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, N, T, D), any strides (q and k are transposed views); cos, sin (B or 1, T, D) in x's dtype."""
+    """x (B, N, T, D), any strides (q and k are transposed views); cos, sin (B or 1, T, R <= D) in x's dtype."""
     require("rope", x, cos, sin)
     batch, heads, length, dim = x.shape
-    table = (batch, length, dim)
-    if dim % 2 or any(t.dtype != x.dtype or t.shape not in (table, (1, *table[1:])) for t in (cos, sin)):
+    turned = cos.shape[-1]
+    table = (batch, length, turned)
+    if turned % 2 or turned > dim or any(t.dtype != x.dtype or t.shape not in (table, (1, *table[1:])) for t in (cos, sin)):
         raise RequestError(
-            f"the triton rope needs an even head size and tables {table} of {x.dtype}, got x {tuple(x.shape)}, "
+            f"the triton rope needs tables {table} of {x.dtype}, no wider than a head and even, got x {tuple(x.shape)}, "
             f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}"
         )
     out = torch.empty_like(x)
@@ -43,24 +45,25 @@ def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     launch = tuned(TUNED, x.device, min(32, triton.next_power_of_2(heads)))
     with on(x.device):
         _rope[(batch * length, triton.cdiv(heads, launch["HEADS"]))](
-            x, cos, sin, out, heads, length, dim // 2,
+            x, cos, sin, out, heads, length, turned // 2, dim,
             *x.stride(), *cos.stride(), *sin.stride(), *out.stride(),
-            HALF=triton.next_power_of_2(dim // 2), **launch,
+            HALF=triton.next_power_of_2(max(1, turned // 2)),
+            REST=triton.next_power_of_2(dim - turned) if turned < dim else 0, **launch,
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def _rope(
-    x, cos, sin, out, heads, length, half,
+    x, cos, sin, out, heads, length, half, dim,
     x0, x1, x2, x3, c0, c1, c2, s0, s1, s2, o0, o1, o2, o3,
-    HALF: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     dtype = x.dtype.element_ty
     place = tl.program_id(0).to(tl.int64)
     b, t = place // length, place % length
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)  # (HEADS,)
-    j = tl.arange(0, HALF)  # (HALF,), the pair (x_j, x_{j + D/2})
+    j = tl.arange(0, HALF)  # (HALF,), the pair (x_j, x_{j + R/2})
     paired = j < half
     inside = (head < heads)[:, None] & paired[None, :]
     cosine, sine = cos + b * c0 + t * c1, sin + b * s0 + t * s1
@@ -76,3 +79,8 @@ def _rope(
     high = (second * c_second).to(dtype).to(tl.float32) + (first * s_second).to(dtype).to(tl.float32)
     tl.store(target, low.to(dtype), mask=inside)
     tl.store(target + half * o3, high.to(dtype), mask=inside)
+    if REST:
+        j = 2 * half + tl.arange(0, REST)[None, :]
+        inside = (head < heads)[:, None] & (j < dim)
+        rest = tl.load(x + b * x0 + head[:, None] * x1 + t * x2 + j * x3, mask=inside, other=0.0)
+        tl.store(out + b * o0 + head[:, None] * o1 + t * o2 + j * o3, rest, mask=inside)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import backend
 from ..errors import RequestError
-from .shapes import DEFAULT, DEFAULT_MOE, sizes
+from .shapes import DEFAULTS, sizes
 from .subjects import Draw, Subject, subject
 
 SEEDS = 5
@@ -109,11 +109,11 @@ def check(
         load(file)
     device, what = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), subject(operation)
     run = find(operation, implementation, device, dtype)
-    model = model or ("tiny" if device.type == "cpu" else DEFAULT_MOE if what.moe else DEFAULT)
+    model = model or ("tiny" if device.type == "cpu" else DEFAULTS[what.needs])
     found: dict[str, list[Finding]] = {}
     with torch.no_grad():
         for seed in range(seeds):
-            for name, args in what.cases(sizes(model, moe=what.moe), Draw(seed, dtype, device)):
+            for name, args in what.cases(sizes(model, what.needs), Draw(seed, dtype, device)):
                 found.setdefault(name, []).append(examine(what, run, args, deterministic))
     rows = tuple(judge(name, findings, dtype, tolerance(run)) for name, findings in found.items())
     return Report(operation, implementation, str(dtype).removeprefix("torch."), str(device), rows)

@@ -119,7 +119,8 @@ def launches(operation: str, models: Sequence[str] = tuple(MODELS)) -> list[Laun
     module, what = kernel_module(operation), subject(operation)
     found: Found = {}
     known = [sizes(model) for model in models]
-    combinations = product(tuned_devices(module), [s for s in known if s.experts or not what.moe], DTYPES, TOKENS)
+    known = [s for s in known if not what.needs or getattr(s, what.needs)]
+    combinations = product(tuned_devices(module), known, DTYPES, TOKENS)
     for device, s, dtype, tokens in combinations:
         for _, args in what.real(s, tokens, Draw(0, dtype, torch.device("meta"))):
             with _recording(found, device), torch.no_grad():

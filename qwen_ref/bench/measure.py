@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import backend
 from ..errors import RequestError
 from .check import check, examine, judge, load, tolerance
-from .shapes import DEFAULT, DEFAULT_MOE, Sizes, sizes
+from .shapes import DEFAULTS, Sizes, sizes
 from .subjects import Cost, Draw, Subject, subject
 
 FAILED = "its check failed"
@@ -122,20 +122,20 @@ def bench(
 
     Args:
         implementations: only these ("compiled" is torch.compile of the formula). file: registers one first.
-        tokens: how many tokens a call has; 1, 16 and 4096 on a GPU, 1 and 512 on a CPU.
+        tokens: how many tokens a call has; `Subject.tokens` on a GPU, 1 and 512 on a CPU.
         seconds: how long each is repeated.
     """
     if file is not None:
         load(file)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokens = tokens or ((1, 512) if where.type == "cpu" else (1, 16, 4096))
     what = subject(operation)
-    model = model or (DEFAULT_MOE if what.moe else DEFAULT)
+    tokens = tokens or ((1, 512) if where.type == "cpu" else what.tokens)
+    model = model or DEFAULTS[what.needs]
     with torch.no_grad():
         runs = _contenders(operation, what, implementations, where, dtype)
         roof, rows = roofline(where, dtype), []
         for count in tokens:
-            for shape, draws in drawn(what, sizes(model, moe=what.moe), count, dtype, where):
+            for shape, draws in drawn(what, sizes(model, what.needs), count, dtype, where):
                 torch.compiler.reset()  # one shape per compilation: the limit on recompilations is not part of the contest
                 for name, (run, refused) in runs.items():
                     try:
@@ -156,7 +156,8 @@ def _contenders(
     found: dict[str, tuple[Callable[..., Any], str | None]] = {}
     for name in names:
         if name == "compiled":
-            found[name] = torch.compile(what.formula, dynamic=False), None
+            unrolled = "its loop over tokens would be unrolled" if what.loops else None
+            found[name] = torch.compile(what.formula, dynamic=False), unrolled
         elif name not in registered:
             raise RequestError(f"operation {operation} has no implementation {name!r}; it has {['compiled', *registered]}")
         else:

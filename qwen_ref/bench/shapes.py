@@ -9,7 +9,8 @@ from ..errors import RequestError
 
 @dataclass(frozen=True)
 class Sizes:
-    """Letters of `ops`: hidden H, intermediate I (of one expert in a mixture), heads N, kv_heads K, head_dim D."""
+    """Letters of `ops`: hidden H, intermediate I (of one expert in a mixture), heads N, kv_heads K, head_dim D; of a Gated
+    DeltaNet key_heads G, value_heads P, key_dim Dk, value_dim Dv and the width of its convolution."""
 
     hidden: int
     intermediate: int
@@ -19,6 +20,11 @@ class Sizes:
     experts: int = 0
     top_k: int = 0
     eps: float = 1e-6
+    key_heads: int = 16
+    value_heads: int = 0  # 0: it has no Gated DeltaNet
+    key_dim: int = 128
+    value_dim: int = 128
+    conv: int = 4
 
 
 MODELS = {
@@ -30,20 +36,26 @@ MODELS = {
     "Qwen/Qwen3-30B-A3B": Sizes(2048, 768, 32, 4, experts=128, top_k=8),
     "Qwen/Qwen3-235B-A22B": Sizes(4096, 1536, 64, 4, experts=128, top_k=8),
     "Qwen/Qwen3-Coder-480B-A35B-Instruct": Sizes(6144, 2560, 96, 8, experts=160, top_k=8),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": Sizes(2048, 512, 16, 2, 256, experts=512, top_k=10, value_heads=32),
+    "Qwen/Qwen3.5-0.8B": Sizes(1024, 3584, 8, 2, 256, value_heads=16),
+    "Qwen/Qwen3.5-27B": Sizes(5120, 17408, 24, 4, 256, value_heads=48),
+    "Qwen/Qwen3.5-397B-A17B": Sizes(4096, 1024, 32, 2, 256, experts=512, top_k=10, value_heads=64),
 }
 VOCABULARY = 151936  # of all Qwen3, padding included
-DEFAULT = "Qwen/Qwen3-8B"
-DEFAULT_MOE = "Qwen/Qwen3-30B-A3B"  # where the operation is one of mixtures only
+# Whose sizes are taken where none are named, by what an operation needs of a model.
+DEFAULTS = {"": "Qwen/Qwen3-8B", "experts": "Qwen/Qwen3-30B-A3B", "value_heads": "Qwen/Qwen3.5-27B"}
 # Small, and no two alike, so that a swapped axis cannot hide. Also what an interpreter can afford.
-TINY = Sizes(hidden=96, intermediate=72, heads=6, kv_heads=2, head_dim=20, experts=11, top_k=3)
+TINY = Sizes(hidden=96, intermediate=72, heads=6, kv_heads=2, head_dim=20, experts=11, top_k=3,
+             key_heads=2, value_heads=4, key_dim=18, value_dim=22, conv=3)  # fmt: skip
 
 
-def sizes(model: str, *, moe: bool = False) -> Sizes:
-    """The sizes of a model of the table ("tiny" for the small ones). Raises RequestError for others."""
+def sizes(model: str, needs: str = "") -> Sizes:
+    """The sizes of a model of the table ("tiny" for the small ones), which must have what is needed: "experts", or
+    "value_heads" of a Gated DeltaNet. Raises RequestError for others."""
     if model == "tiny":
         return TINY
     if model not in MODELS:
         raise RequestError(f"there are no shapes of {model!r}; there are {['tiny', *MODELS]}")
-    if moe and not MODELS[model].experts:
-        raise RequestError(f"{model} has no experts; try {DEFAULT_MOE}")
+    if needs and not getattr(MODELS[model], needs):
+        raise RequestError(f"{model} has no {needs.replace('_', ' ')}; try {DEFAULTS[needs]}")
     return MODELS[model]

@@ -21,7 +21,7 @@ from ..errors import RequestError
 from .check import examine, judge, tolerance
 from .compile import ANY, kernel_module
 from .measure import copies_of, drawn, repeat
-from .shapes import DEFAULT, DEFAULT_MOE, sizes
+from .shapes import DEFAULTS, sizes
 from .subjects import Subject, subject
 
 GAIN = 0.98  # a step must take less than this share of the time
@@ -63,7 +63,7 @@ def tune(
     if reason is not None:
         raise RequestError(f"{operation} cannot be tuned on {where} in {dtype}: {reason}")
     module, name = kernel_module(operation), _device_name(where)
-    shapes = sizes(model or (DEFAULT_MOE if what.moe else DEFAULT), moe=what.moe)
+    shapes = sizes(model or DEFAULTS[what.needs], what.needs)
     users: dict[Any, list[tuple[Any, ...]]] = {}  # shape class -> the calls that look it up
     with torch.no_grad():
         for count in tokens:

@@ -37,6 +37,7 @@ from .delta import (
     gated_delta_chunked,
     gated_delta_pattern,
     gated_delta_rule,
+    gated_delta_step,
 )
 from .dtypes import at_least_fp32
 from .dual_chunk import dual_chunk_attention, dual_chunk_blocked, dual_chunk_positions, dual_chunk_scores, length_scale

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import at_least_fp32
-from .norms import l2_norm
+from .norms import gated_rms_norm, l2_norm
 
 CHUNK = 64
 
@@ -102,6 +102,26 @@ def gated_delta_chunked(
         memory = last[:, :, n] * memory + out_of[:, :, n].mT @ written
     out = torch.stack(outs, 2).flatten(2, 3)[:, :, :length] if outs else v.flatten(2, 3)  # (B, P, T, Dv)
     return out.transpose(1, 2).to(dtype), memory
+
+
+def gated_delta_step(
+    mixed: Tensor, window: Tensor, conv_weight: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    z: Tensor, norm_weight: Tensor, eps: float, state: Tensor, activation: str = "silu",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """All that stands between the projections of one token and the output projection: `causal_conv1d`, `delta_gates`,
+    `gated_delta_rule` and `gated_rms_norm`, which a kernel can do in one pass over the state.
+
+    Args: mixed (B, C), q|k|v; window (B, C, W) and conv_weight (C, W) of the convolution; a, b (B, P), a_log, dt_bias (P,);
+    z (B, P, Dv) the gate, norm_weight (Dv,), eps and activation of the norm; state S (B, P, Dk, Dv). C = 2 G Dk + P Dv.
+    Returns the normed output (B, P Dv) in mixed's dtype, and window and state after the token.
+    """
+    (heads, width), dim = z.shape[1:], state.shape[2]
+    keys = (mixed.shape[1] - heads * width) // 2  # G Dk
+    conved, window = causal_conv1d(mixed[:, None], conv_weight, window)  # (B, 1, C), (B, C, W)
+    q, k, v = conved.split((keys, keys, heads * width), dim=-1)
+    q, k, v = q.unflatten(-1, (-1, dim)), k.unflatten(-1, (-1, dim)), v.unflatten(-1, (heads, width))
+    out, state = gated_delta_rule(q, k, v, *delta_gates(a[:, None], b[:, None], a_log, dt_bias), state)  # (B, 1, P, Dv)
+    return gated_rms_norm(out[:, 0], z, norm_weight, eps, activation).flatten(1), window, state
 
 
 def gated_delta_pattern(q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ All tensors of a case are drawn from a seed. Bytes count what must be read once 
 from __future__ import annotations
 
 from ...errors import RequestError
-from . import attention, dual_chunk, linear, moe, norms, packed, rotary, tokens
+from . import attention, delta, dual_chunk, linear, moe, norms, packed, rotary, tokens
 from .common import Case, Cost, Draw, Subject, as_tuple
 
 __all__ = ["SUBJECTS", "Case", "Cost", "Draw", "Subject", "as_tuple", "subject"]
@@ -18,6 +18,8 @@ SUBJECTS = {
         norms.RMS_NORM,
         norms.ADD_RMS_NORM,
         norms.SWIGLU,
+        norms.ZERO_CENTRED_RMS_NORM,
+        norms.GATED_RMS_NORM,
         rotary.ROPE,
         rotary.NORM_ROPE_WRITE,
         attention.ATTENTION,
@@ -25,6 +27,9 @@ SUBJECTS = {
         attention.ATTENTION_DECODE,
         attention.ATTENTION_PAGED,
         dual_chunk.DUAL_CHUNK_ATTENTION,
+        delta.CAUSAL_CONV1D,
+        delta.GATED_DELTA_RULE,
+        delta.GATED_DELTA_STEP,
         moe.ROUTER_TOPK,
         moe.MOE_EXPERTS,
         tokens.SAMPLE,

@@ -77,7 +77,9 @@ class Subject:
     real: Callable[[Sizes, int, Draw], Iterator[Case]]  # a model's own, for so many tokens
     flops: Callable[..., int]  # of a call's arguments
     bytes: Callable[..., int] | None = None  # of a call's arguments, where not all of every argument is touched
-    moe: bool = False  # only mixtures have it
+    needs: str = ""  # what not every model has: see `shapes.sizes`
+    tokens: tuple[int, ...] = (1, 16, 4096)  # how many a call has where it is timed on a GPU
+    loops: bool = False  # over the tokens in Python, which torch.compile would unroll
     writes: tuple[int, ...] = ()  # the arguments that it fills; all others must stay as they are
     observe: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None  # what to compare instead
 

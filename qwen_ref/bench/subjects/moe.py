@@ -96,7 +96,7 @@ ROUTER_TOPK = Subject(
     _router_cases,
     _router_real,
     lambda logits, k, _: (5 + 2 * k) * logits.numel(),
-    moe=True,
+    needs="experts",
     observe=_observe_router,
 )
 MOE_EXPERTS = Subject(
@@ -105,5 +105,5 @@ MOE_EXPERTS = Subject(
     _moe_real,
     lambda x, gate_up, down, weights, _: 6 * weights.numel() * down[0].numel(),
     bytes=_moe_bytes,
-    moe=True,
+    needs="experts",
 )

@@ -48,6 +48,32 @@ def _add_rms_norm_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     yield Case(f"(1, {tokens}, {s.hidden})", (x, residual, draw.normal(s.hidden, mean=1.0), s.eps))
 
 
+def _zero_centred_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    yield from _rms_norm_cases(s, draw)
+    for name, x in (
+        ("a weight for each stream", draw.normal(2, 3, 4, s.head_dim)),
+        ("streams of one token", draw.normal(5, s.head_dim)),
+        ("streams, transposed", draw.normal(2, 4, 3, s.head_dim).transpose(1, 2)),
+        ("one stream", draw.normal(3, 1, s.head_dim)),
+        ("no tokens of streams", draw.normal(0, 4, s.head_dim)),
+    ):
+        yield Case(name, (x, draw.normal(*x.shape[-2:], scale=0.3), s.eps))
+
+
+def _gated_rms_norm_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    for i, (name, (x, weight, eps)) in enumerate(_rms_norm_cases(s, draw)):
+        yield Case(name, (x, draw.normal(*x.shape, scale=3.0), weight, eps, "sigmoid" if i % 2 else "silu"))
+    x = draw.normal(2, 3, s.value_heads, s.value_dim)
+    gate = draw.normal(2, 3, s.value_heads, 2 * s.value_dim)[..., s.value_dim :]
+    yield Case("a gate out of the projection", (x, gate, draw.normal(s.value_dim), s.eps))
+    yield Case("a wide gate", (x, gate * 40, draw.normal(s.value_dim), s.eps, "sigmoid"))
+
+
+def _gated_rms_norm_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    x, gate = draw.normal(1, tokens, s.value_heads, s.value_dim), draw.normal(1, tokens, s.value_heads, s.value_dim)
+    yield Case(f"(1, {tokens}, {s.value_heads}, {s.value_dim})", (x, gate, draw.normal(s.value_dim, mean=1.0), s.eps))
+
+
 def _swiglu_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     yield Case("intermediate", (draw.normal(1, 3, s.intermediate), draw.normal(1, 3, s.intermediate)))
     yield Case("one token", (draw.normal(1, 1, s.intermediate), draw.normal(1, 1, s.intermediate)))
@@ -66,7 +92,10 @@ def _swiglu_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     yield Case(f"{shape}", (draw.normal(*shape), draw.normal(*shape)))
 
 
-
 RMS_NORM = Subject(ops.rms_norm, _rms_norm_cases, _rms_norm_real, lambda x, *_: 4 * x.numel())
 ADD_RMS_NORM = Subject(ops.add_rms_norm, _add_rms_norm_cases, _add_rms_norm_real, lambda x, *_: 5 * x.numel())
+ZERO_CENTRED_RMS_NORM = Subject(ops.zero_centred_rms_norm, _zero_centred_cases, _rms_norm_real, lambda x, *_: 5 * x.numel())
+GATED_RMS_NORM = Subject(
+    ops.gated_rms_norm, _gated_rms_norm_cases, _gated_rms_norm_real, lambda x, *_: 8 * x.numel(), needs="value_heads"
+)
 SWIGLU = Subject(ops.swiglu, _swiglu_cases, _swiglu_real, lambda gate, _: 5 * gate.numel())

@@ -215,7 +215,9 @@ def _subjects(
     all_styles = awkward | (experts or {})
     return (
         Subject(linear, partial(_linear_cases, awkward, k, odd), partial(_linear_real, real), _linear_flops),
-        Subject(moe, partial(_moe_cases, all_styles, k, odd), partial(_moe_real, real), _moe_flops, _moe_bytes, moe=True),
+        Subject(
+            moe, partial(_moe_cases, all_styles, k, odd), partial(_moe_real, real), _moe_flops, _moe_bytes, needs="experts"
+        ),
     )
 
 

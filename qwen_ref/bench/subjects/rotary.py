@@ -13,9 +13,9 @@ from ..shapes import Sizes
 from .common import Case, Draw, Subject, bytes_of
 
 
-def _rope_case(name: str, draw: Draw, x: Tensor, batch: int, first: int = 0) -> Case:
+def _rope_case(name: str, draw: Draw, x: Tensor, batch: int, first: int = 0, turned: int = 0) -> Case:
     positions = torch.arange(batch * x.shape[2], device=x.device).view(batch, -1) + first  # rows of a batch differ
-    tables = ops.rope_tables(positions, ops.rope_frequencies(x.shape[-1], 1e6).to(x.device), 1.0, draw.dtype)
+    tables = ops.rope_tables(positions, ops.rope_frequencies(turned or x.shape[-1], 1e6).to(x.device), 1.0, draw.dtype)
     return Case(name, (x, *tables))
 
 
@@ -27,6 +27,8 @@ def _rope_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     yield _rope_case("heads no power of two", draw, draw.normal(1, 37, 3, s.head_dim), 1)
     yield _rope_case("odd half", draw, draw.normal(2, 3, 5, 22), 2)
     yield _rope_case("one pair", draw, draw.normal(2, 3, 5, 2), 2)
+    yield _rope_case("a quarter of a head", draw, draw.normal(2, 3, s.heads, 40).transpose(1, 2), 2, turned=10)
+    yield _rope_case("all but two numbers", draw, draw.normal(2, 3, 5, s.head_dim), 2, turned=s.head_dim - 2)
     yield _rope_case("no tokens", draw, draw.normal(2, s.heads, 0, s.head_dim), 2)
     yield _rope_case("every second number", draw, draw.normal(2, 3, 5, 2 * s.head_dim)[..., ::2], 2)
     yield _rope_case("large", draw, draw.normal(1, s.heads, 3, s.head_dim, scale=draw.large), 1)
