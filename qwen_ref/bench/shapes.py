@@ -10,7 +10,8 @@ from ..errors import RequestError
 @dataclass(frozen=True)
 class Sizes:
     """Letters of `ops`: hidden H, intermediate I (of one expert in a mixture), heads N, kv_heads K, head_dim D; of a Gated
-    DeltaNet key_heads G, value_heads P, key_dim Dk, value_dim Dv and the width of its convolution."""
+    DeltaNet key_heads G, value_heads P, key_dim Dk, value_dim Dv and the width of its convolution; of Qwen4-Exp the residual
+    streams n, and its indexer's heads h, dimension d, tokens a block and tokens a query may choose."""
 
     hidden: int
     intermediate: int
@@ -25,6 +26,11 @@ class Sizes:
     key_dim: int = 128
     value_dim: int = 128
     conv: int = 4
+    streams: int = 0  # 0: one stream, and attention that reads everything
+    index_heads: int = 4
+    index_dim: int = 128
+    ratio: int = 4
+    budget: int = 2048
 
 
 MODELS = {
@@ -40,18 +46,21 @@ MODELS = {
     "Qwen/Qwen3.5-0.8B": Sizes(1024, 3584, 8, 2, 256, value_heads=16),
     "Qwen/Qwen3.5-27B": Sizes(5120, 17408, 24, 4, 256, value_heads=48),
     "Qwen/Qwen3.5-397B-A17B": Sizes(4096, 1024, 32, 2, 256, experts=512, top_k=10, value_heads=64),
+    "Qwen/Qwen4-Exp": Sizes(2560, 640, 24, 2, 256, experts=512, top_k=10, value_heads=48, streams=4),
 }
 VOCABULARY = 151936  # of all Qwen3, padding included
 # Whose sizes are taken where none are named, by what an operation needs of a model.
-DEFAULTS = {"": "Qwen/Qwen3-8B", "experts": "Qwen/Qwen3-30B-A3B", "value_heads": "Qwen/Qwen3.5-27B"}
+DEFAULTS = {"": "Qwen/Qwen3-8B", "experts": "Qwen/Qwen3-30B-A3B", "value_heads": "Qwen/Qwen3.5-27B",
+            "streams": "Qwen/Qwen4-Exp"}
 # Small, and no two alike, so that a swapped axis cannot hide. Also what an interpreter can afford.
 TINY = Sizes(hidden=96, intermediate=72, heads=6, kv_heads=2, head_dim=20, experts=11, top_k=3,
-             key_heads=2, value_heads=4, key_dim=18, value_dim=22, conv=3)  # fmt: skip
+             key_heads=2, value_heads=4, key_dim=18, value_dim=22, conv=3, streams=5, index_heads=7, index_dim=14,
+             ratio=3, budget=13)  # fmt: skip
 
 
 def sizes(model: str, needs: str = "") -> Sizes:
-    """The sizes of a model of the table ("tiny" for the small ones), which must have what is needed: "experts", or
-    "value_heads" of a Gated DeltaNet. Raises RequestError for others."""
+    """The sizes of a model of the table ("tiny" for the small ones), which must have what is needed: "experts",
+    "value_heads" of a Gated DeltaNet, or "streams" of Qwen4-Exp. Raises RequestError for others."""
     if model == "tiny":
         return TINY
     if model not in MODELS:

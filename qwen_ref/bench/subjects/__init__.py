@@ -6,7 +6,7 @@ All tensors of a case are drawn from a seed. Bytes count what must be read once 
 from __future__ import annotations
 
 from ...errors import RequestError
-from . import attention, delta, dual_chunk, linear, moe, norms, packed, rotary, tokens
+from . import attention, delta, dual_chunk, linear, moe, norms, packed, rotary, streams, tokens
 from .common import Case, Cost, Draw, Subject, as_tuple
 
 __all__ = ["SUBJECTS", "Case", "Cost", "Draw", "Subject", "as_tuple", "subject"]
@@ -30,6 +30,10 @@ SUBJECTS = {
         delta.CAUSAL_CONV1D,
         delta.GATED_DELTA_RULE,
         delta.GATED_DELTA_STEP,
+        streams.BLOCK_SCORES,
+        streams.SPARSE_BLOCK_ATTENTION,
+        streams.STREAM_MIX,
+        streams.STREAM_WRITE,
         moe.ROUTER_TOPK,
         moe.MOE_EXPERTS,
         tokens.SAMPLE,
