@@ -12,7 +12,7 @@ import qwen_ref
 from qwen_ref.models import qwen2, qwen3
 
 PACKAGE = Path(qwen_ref.__file__).parent
-SUBJECTS = ("norms", "rotary", "attention", "dual_chunk", "moe", "linear", "streams", "tokens", "packed")  # the operations' families in the kernel bench
+SUBJECTS = ("norms", "rotary", "attention", "delta", "dual_chunk", "moe", "linear", "streams", "tokens", "packed")  # the operations' families in the kernel bench
 FORMULAS = ("attention", "block_attention", "delta", "dtypes", "dual_chunk", "feed_forward", "ngram", "norms", "rotary", "streams",
             "tokens")  # the files of qwen_ref/ops
 # What a module of the package may import from it, downward only.
