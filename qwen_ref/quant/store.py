@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bitsandbytes import STATE
+from .format import matches
 from .packed import Code4, Fp8, Int4, Int8, pack4, unpack4
 from .rounding import NF4_BLOCK
 
-# Their names end in a dot or nothing: "weight" + "_packed", "weight" + ".absmax". ROUTERS by name, as `making.KEPT`.
-ROUTERS = (r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$")
+# Names of tensors end in a dot or nothing: "weight" + "_packed", "weight" + ".absmax". KEPT: as `making.KEPT`.
+KEPT = (r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$", r"re:.*in_proj_(ba|a|b)$")
 
 
 class Store(NamedTuple):
     """How one kind is written."""
 
     tensors: Callable[[Any, int, torch.dtype], dict[str, Tensor]]  # layout, columns, the model's dtype -> by last name
-    config: Callable[[Any, list[str], torch.dtype], dict[str, Any]]  # `making.fitting`, names of the routers, the model's dtype
+    config: Callable[[Any, list[str], torch.dtype], dict[str, Any]]  # `making.fitting`, what is kept by name, the model's dtype
 
 
 def int4_tensors(weight: Int4, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -48,7 +49,7 @@ def _words(codes: Tensor, scale: Tensor, columns: int) -> dict[str, Tensor]:
 
 
 def compressed_config(bits: int) -> Callable[[Any, list[str], torch.dtype], dict[str, Any]]:
-    def config(group: Any, routers: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    def config(group: Any, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
         grouped = {"strategy": "group", "group_size": group} if bits == 4 else {"strategy": "channel", "group_size": None}
         weights = {"num_bits": bits, "type": "int", "symmetric": True, **grouped, "dynamic": False, "actorder": None}
         scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None,
@@ -58,7 +59,7 @@ def compressed_config(bits: int) -> Callable[[Any, list[str], torch.dtype], dict
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": scheme},
-            "ignore": ["lm_head", *(ROUTERS if routers else ())],
+            "ignore": ["lm_head", *(pattern for pattern in KEPT if any(matches(name, (pattern,)) for name in kept))],
             "kv_cache_scheme": None,
         }
 
@@ -79,7 +80,7 @@ def nf4_tensors(weight: Code4, columns: int, dtype: torch.dtype) -> dict[str, Te
     }
 
 
-def nf4_config(size: Any, routers: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def nf4_config(size: Any, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -88,7 +89,7 @@ def nf4_config(size: Any, routers: list[str], dtype: torch.dtype) -> dict[str, A
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", *routers],
+        "llm_int8_skip_modules": ["lm_head", *kept],
     }
 
 
@@ -96,13 +97,13 @@ def fp8_tensors(weight: Fp8, columns: int, dtype: torch.dtype) -> dict[str, Tens
     return {"weight": weight.codes, "weight_scale_inv": weight.scale}
 
 
-def fp8_config(size: Any, routers: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def fp8_config(size: Any, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "weight_block_size": list(size),
-        "modules_to_not_convert": ["lm_head", *routers],
+        "modules_to_not_convert": ["lm_head", *kept],
     }
 
 
