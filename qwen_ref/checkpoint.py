@@ -61,6 +61,8 @@ _BLOCK_BYTES = 1 << 22  # read at a time where a tensor is converted or moved: s
 _HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
 _MAX_RANK = 8  # no weight has more dimensions
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which Python's mmap does not name
+# Of a quantised KV cache, as ModelOpt and compressed-tensors name them; keys and values are kept in full precision here.
+_KV_SCALES = r"\.self_attn\.(?:[kv]_proj\.)?[kv]_scale$"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 INDEX = "model.safetensors.index.json"
 
@@ -632,7 +634,7 @@ def _plan(model: CheckpointModule, files: Sequence[SafetensorsFile], report: Loa
     for file in files:
         for disk_name, info in file.tensors.items():
             name = model.canonical_name(disk_name)
-            if any(re.search(pattern, name) for pattern in model.ignored):
+            if any(re.search(pattern, name) for pattern in (*model.ignored, _KV_SCALES)):
                 report.ignored.append(disk_name)
                 continue
             if name in constants:

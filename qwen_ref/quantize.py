@@ -68,7 +68,8 @@ def quantize(
         method: "rtn" rounds to nearest; "gptq" (int4 only) corrects as it rounds, see `quant.calibrated`.
         group: of int4, columns that share a scale; see `making.fitting`.
         calibration: text for gptq, best of the kind the model will read; default a small mixed one of 2,000 tokens.
-    What stays in the source's precision: embedding, head, norms, biases, routers, the draft layer (MTP).
+    What stays in the source's precision: embedding, head, norms, biases, routers, the gates and the convolution of a Gated
+    DeltaNet, the draft layer (MTP). Of a multimodal source the language model is written.
     Raises: RequestError for what cannot be asked for, CheckpointError for a source that is damaged, holds NaN or is
         quantised already, for an `out` that exists, one begun with other settings, and a full disk.
     """
@@ -95,6 +96,7 @@ def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progr
     with Checkpoint(source) as checkpoint:
         network = skeleton(raw, checkpoint)
         checkpoint.check(network)
+        notes = _left_out(checkpoint)
         planned = plan({name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()}, raw, preset)
         bar = tqdm(total=len(planned), desc=f"gguf {preset}", disable=not progress)
 
@@ -109,7 +111,20 @@ def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progr
         files = {name: (source / name).read_bytes() for name in EXTRA_FILES if (source / name).is_file()}
         with bar:
             write_gguf(out, raw, files, [Source(t.name, t.shape, t.kind, partial(make, t)) for t in planned], name=out.stem)
-    return Quantized(out, out.stat().st_size, [])
+    return Quantized(out, out.stat().st_size, notes)
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    ignored = checkpoint.report.ignored
+    return [f"left out: {len(ignored)} tensors that are not of the language model, such as {ignored[0]}"] if ignored else []
+
+
+def _language_config(raw: dict[str, Any], network: LanguageModel) -> dict[str, Any]:
+    """config.json of the language model: of a multimodal one, whose fields `read_config` has brought up, that part alone."""
+    if "text_config" not in raw:
+        return raw
+    kept = {key: value for key, value in raw.items() if key not in ("text_config", "vision_config")}
+    return {**kept, "architectures": network.config.to_json()["architectures"]}
 
 
 class _Job:
@@ -137,9 +152,10 @@ class _Job:
             if self.windows:
                 self.network.to(torch.float32)  # in which the calibration text runs
             checkpoint.check(self.network)
+            self.notes += _left_out(checkpoint)
             self.matrices, self.parts = matrices(self.network), _parts(self.network)
             self.kept = [self.network.disk_name(name) for name, module in self.network.named_modules()
-                         if isinstance(module, (Linear, Experts)) and matches(name, KEPT)]
+                         if isinstance(module, (Linear, Experts)) and matches(name, KEPT)]  # fmt: skip
             self.size = fitting(self.network, self.to, self.group)
             self.begin()
             missing = [path for path in self.parts if not _is_whole(self.file(path))]
@@ -254,7 +270,8 @@ class _Job:
                 weight_map |= dict.fromkeys(file.tensors, path.name)
                 total += sum(info.end - info.start for info in file.tensors.values())
         write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        config = {**self.raw, "quantization_config": self.store.config(self.size, self.kept, self.dtype)}
+        quantization = self.store.config(self.size, self.kept, self.dtype)
+        config = {**_language_config(self.raw, self.network), "quantization_config": quantization}
         write_json(self.partial / "config.json", config)
         for name in EXTRA_FILES:
             if (self.source / name).is_file():

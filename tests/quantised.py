@@ -26,46 +26,109 @@ CONFIGS = {
     "qwen3": {**_SIZES, "model_type": "qwen3", "head_dim": 32},
     "qwen3_moe": {**_SIZES, **_MOE, "model_type": "qwen3_moe", "head_dim": 32, "norm_topk_prob": True},
 }
+_HYBRID = {
+    **{name: value for name, value in _SIZES.items() if name != "rope_theta"}, "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}  # fmt: skip
+_HYBRID_MOE = {**_MOE, "shared_expert_intermediate_size": 128}
+_SECTIONS = {"rope_parameters": {**_HYBRID["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]}}
+HYBRIDS = {
+    "qwen3_next": {**_HYBRID, **_HYBRID_MOE, "model_type": "qwen3_next"},
+    "qwen3_5": {**_HYBRID, **_SECTIONS, "model_type": "qwen3_5_text"},
+    "qwen3_5_moe": {**_HYBRID, **_HYBRID_MOE, **_SECTIONS, "model_type": "qwen3_5_moe_text"},
+}
 GROUP = 32
-KEPT = ("lm_head", "mlp.gate", "shared_expert_gate")  # what every format here leaves in full precision
+# What every format here leaves in full precision, as the official FP8 repositories do.
+KEPT = ("lm_head", "mlp.gate", "shared_expert_gate", "conv1d", "in_proj_ba", "in_proj_a", "in_proj_b")
 
 
 def checkpoint(folder: Path, model_type: str, format: str, **changes) -> dict[str, torch.Tensor]:
     """Write a quantised checkpoint with random weights; returns the dequantised weights, by official name."""
-    config = transformers.AutoConfig.for_model(**{**CONFIGS[model_type], **changes})
+    return write_checkpoint(folder, model_type, lambda name: format, FORMATS[format][0], **changes)
+
+
+def write_checkpoint(folder: Path, model_type: str, format_of, settings, *, multimodal=False, **changes) -> dict[str, torch.Tensor]:
+    """The same with a format for each matrix, by official name; and as the official files of a multimodal model."""
+    config = transformers.AutoConfig.for_model(**{**(CONFIGS | HYBRIDS)[model_type], **changes})
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     for parameter in model.parameters():  # biases and norms too
         parameter.data = torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
-    plain = load_file(folder / "model.safetensors")
-    settings, write = FORMATS[format]
     stored, dequantised = {}, {}
-    for name, tensor in plain.items():
+    for name, tensor in one_by_one(load_file(folder / "model.safetensors")).items():
         owner = name.removesuffix(".weight")
-        if tensor.dim() == 2 and "proj" in name and not any(f".{kept}." in f".{name}" for kept in KEPT):
-            tensors, value = write(tensor)
+        if is_quantised(name):
+            tensors, value = FORMATS[format_of(owner)][1](tensor)
             stored.update({f"{owner}.{key}": value.contiguous() for key, value in tensors.items()})
             dequantised[name] = value
         else:
             stored[name] = dequantised[name] = tensor
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     raw = json.loads((folder / "config.json").read_text())
+    if multimodal:
+        stored = {spelled(name): tensor for name, tensor in stored.items()} | {"model.visual.blocks.0.attn.qkv.weight": torch.ones(6, 2)}
+        raw = {"model_type": model_type, "tie_word_embeddings": False, "vision_config": {"depth": 1}, "text_config": raw}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": settings}))
     return dequantised
+
+
+def spelled(name: str) -> str:
+    """A name of the language model in a multimodal file."""
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the checkpoints here quantise this tensor, by its official name."""
+    dotted = f".{name}"
+    projection = name.endswith(("proj.weight", "in_proj_qkvz.weight", "in_proj_qkv.weight", "in_proj_z.weight"))
+    return projection and not any(f".{kept}." in dotted for kept in KEPT)
+
+
+def one_by_one(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stacked experts, which Qwen3.5 has in plain files, as its quantised ones have them."""
+    out = {}
+    for name, tensor in weights.items():
+        owner, _, part = name.rpartition(".")
+        if part == "gate_up_proj":
+            for e, matrix in enumerate(tensor):
+                gate, up = matrix.chunk(2)
+                out |= {f"{owner}.{e}.gate_proj.weight": gate.clone(), f"{owner}.{e}.up_proj.weight": up.clone()}
+        elif part == "down_proj":
+            out |= {f"{owner}.{e}.down_proj.weight": matrix.clone() for e, matrix in enumerate(tensor)}
+        else:
+            out[name] = tensor
+    return out
+
+
+def stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `one_by_one`."""
+    out = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    for owner in {name.split(".experts.")[0] + ".experts" for name in weights if ".experts." in name}:
+        count = sum(name.startswith(f"{owner}.") and name.endswith("up_proj.weight") for name in weights)
+        gate, up, down = ([weights[f"{owner}.{e}.{part}_proj.weight"] for e in range(count)] for part in ("gate", "up", "down"))
+        out[f"{owner}.gate_up_proj"] = torch.stack([torch.cat(both) for both in zip(gate, up, strict=True)])
+        out[f"{owner}.down_proj"] = torch.stack(down)
+    return out
 
 
 def oracle(folder: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """transformers with these weights, in fp32."""
     raw = json.loads((folder / "config.json").read_text())
     del raw["quantization_config"]
+    raw |= raw.pop("text_config", {})  # of a multimodal file, the language model
     plain = folder / "plain"
     plain.mkdir(exist_ok=True)
     (plain / "config.json").write_text(json.dumps(raw))
+    weights = stacked(weights) if "qwen3_5" in raw["model_type"] else weights
     save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        plain, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
 
 
 def _random() -> np.random.Generator:
@@ -152,7 +215,7 @@ def fp8_blocks(high=64, wide=48, scale_dtype=torch.float32):
         return {"weight": codes, "weight_scale_inv": scale.to(scale_dtype)}, value
 
     settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [high, wide],
-                "modules_to_not_convert": ["lm_head", "mlp.gate", "shared_expert_gate"]}  # fmt: skip
+                "modules_to_not_convert": list(KEPT)}  # fmt: skip
     return settings, write
 
 
@@ -205,7 +268,7 @@ def compressed(encoding, *, symmetric=True, act_order=False, **arguments):
 
     weights = json.loads(args.model_dump_json())
     settings = {
-        "quant_method": "compressed-tensors", "format": encoding, "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$"],
+        "quant_method": "compressed-tensors", "format": encoding, "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$", "re:.*in_proj_(ba|a|b)$"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
     }  # fmt: skip
     return settings, write
@@ -223,7 +286,7 @@ def bnb4(kind, nested):
         return {"weight": codes, **{f"weight.{key}": v for key, v in state.as_dict(packed=True).items()}}, value
 
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
-                "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": ["lm_head", "mlp.gate", "shared_expert_gate"]}  # fmt: skip
+                "bnb_4bit_use_double_quant": nested, "llm_int8_skip_modules": list(KEPT)}  # fmt: skip
     return settings, write
 
 
@@ -249,6 +312,12 @@ def modelopt(weight):
     return {**names, "input_scale": torch.tensor(0.25)}, value
 
 
+def modelopt_fp8(weight):
+    scale = weight.abs().max() / 448
+    codes = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, codes.float() * scale
+
+
 FORMATS = {
     "awq": ({"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP, "zero_point": True,
              "modules_to_not_convert": None}, awq),
@@ -263,7 +332,7 @@ FORMATS = {
     "fp8": fp8_blocks(),
     "fp8-bf16-scales": fp8_blocks(32, 32, torch.bfloat16),
     "fp8-tensor": ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
-                    "modules_to_not_convert": ["lm_head", "gate", "shared_expert_gate"]}, fp8_tensor),
+                    "modules_to_not_convert": ["gate", *KEPT]}, fp8_tensor),
     "compressed-int4": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
     "compressed-int4-zeros": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
     "compressed-int4-channel": compressed("pack-quantized", num_bits=4, type="int", strategy="channel"),
@@ -275,9 +344,11 @@ FORMATS = {
     "compressed-mxfp4": compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
     "compressed-nvfp4": compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
     "modelopt-nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4",
-                        "ignore": ["lm_head", "model.layers.*.mlp.gate", "*shared_expert_gate*"]}, modelopt),
+                        "ignore": ["lm_head", "model.layers.*.mlp.gate", "*shared_expert_gate*", "*in_proj_a", "*in_proj_b*"]}, modelopt),
+    "modelopt-fp8": ({"quant_method": "modelopt", "quant_algo": "FP8",
+                      "ignore": ["lm_head", "*.mlp.gate", "*shared_expert_gate*", "*in_proj_a", "*in_proj_b*"]}, modelopt_fp8),
     "bnb-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False,
-                  "llm_int8_skip_modules": ["lm_head", "mlp.gate", "shared_expert_gate"]}, bnb8),
+                  "llm_int8_skip_modules": list(KEPT)}, bnb8),
     "bnb-nf4": bnb4("nf4", False),
     "bnb-nf4-nested": bnb4("nf4", True),
     "bnb-fp4": bnb4("fp4", False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import CONFIGS, FORMATS, checkpoint, oracle
+from quantised import CONFIGS, FORMATS, HYBRIDS, checkpoint, is_quantised, oracle
 
 from qwen_ref import backend
 from qwen_ref.loading import load_model
@@ -32,7 +32,7 @@ def matrices(model):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", [*CONFIGS, *HYBRIDS])
 def test_a_checkpoint_is_its_dequantised_weights(tmp_path, model_type, format):
     dequantised = checkpoint(tmp_path, model_type, format)
     model = load_model(tmp_path, dtype=torch.float32, progress=False)
@@ -40,8 +40,7 @@ def test_a_checkpoint_is_its_dequantised_weights(tmp_path, model_type, format):
     for name, weight in found.items():
         tolerance = {"rtol": 2.5e-7, "atol": 0} if format in REORDERED else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(weight, dequantised[name].float(), **tolerance)
-    quantised = {name for name, t in dequantised.items() if "proj.weight" in name}
-    assert set(found) == quantised, "every quantised matrix, and no other, is packed"
+    assert set(found) == set(filter(is_quantised, dequantised)), "every quantised matrix, and no other, is packed"
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
     theirs = oracle(tmp_path, dequantised)
     with torch.no_grad(), backend.use("eager"):
@@ -56,7 +55,7 @@ def test_the_reference_of_a_format_is_its_library(tmp_path, format, monkeypatch)
     monkeypatch.setattr("qwen_ref.loading.pack", lambda model, dtype: None)
     model = load_model(tmp_path, dtype=torch.float32, progress=False)
     stored = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    assert {f"{name}.weight" for name in stored} == {name for name in dequantised if "proj.weight" in name}
+    assert {f"{name}.weight" for name in stored} == set(filter(is_quantised, dequantised))
     for name, module in stored.items():
         assert torch.equal(module.dequantize(), dequantised[f"{name}.weight"].float()), name
     with torch.no_grad(), backend.use("eager"):

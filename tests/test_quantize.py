@@ -20,6 +20,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from conftest import TINY
 from gguf import GGUFReader, dequantize
+from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
 import qwen_ref.checkpoint
@@ -31,6 +32,7 @@ from qwen_ref.quant.layers import PackedEmbedding, PackedExperts, PackedLinear
 
 making_module = sys.modules["qwen_ref.quantize"]
 FIXED_CT = {"int4": 4, "int8": 8}
+HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 IDS = torch.tensor([[5, 77, 200, 12, 33, 100, 7]])
 
 
@@ -42,11 +44,14 @@ def matrix(rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.fl
 def source(tmp_path_factory):
     """A plain checkpoint whose rows are whole groups of 16 and blocks of ggml's 32, by name of the model."""
     folders = {}
-    for kind, sizes in (("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": []}), ("qwen2", {}), ("qwen2_moe", {"shared_expert_intermediate_size": 160})):
+    hybrid = {"num_hidden_layers": 3, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16,
+              "linear_value_head_dim": 32, "shared_expert_intermediate_size": 160}  # fmt: skip
+    for kind, sizes in (("qwen3", {}), ("qwen3_moe", {"mlp_only_layers": []}), ("qwen2", {}), ("qwen2_moe", {"shared_expert_intermediate_size": 160}),
+                        *((kind, hybrid) for kind in HYBRIDS)):
         module, config = TINY[kind]
         config = {**config, "hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2,
                   "head_dim": 32, "moe_intermediate_size": 64, "vocab_size": 4096, **sizes}
-        if not kind.endswith("moe"):
+        if not config.get("num_experts"):
             del config["moe_intermediate_size"]
         if kind.startswith("qwen2"):
             config.pop("head_dim")
@@ -241,6 +246,49 @@ def test_experts_without_tokens_are_rounded_and_named(source):
     assert torch.equal(packed.expert(stack, 4).codes, seen_before.codes)
 
 
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_gptq_of_hybrids(name, source, tmp_path):
+    """A layer at a time out of the file is the model as a whole, and what matrices are multiplied with is better kept."""
+    model = load_model(source[name], dtype="float32")
+    ids = torch.randint(0, 4096, (300,), generator=torch.Generator().manual_seed(3)).tolist()
+    block, seen = model.model.layers[0], calibrated.Calibration(model, [ids]).look(0)
+    z = "in_proj_qkvz" if name == "qwen3_next" else "in_proj_z"
+    path = f"model.layers.0.linear_attn.{z}"
+    x = block.input_layernorm(model.model.embed_tokens(torch.tensor(ids)))
+    weight = block.linear_attn.get_submodule(z).weight
+    assert torch.allclose(seen.hessians[seen.same.get(path, path)], x.T @ x, rtol=1e-4, atol=1e-2)
+    # Random embeddings are nearly uncorrelated, which leaves little to make good.
+    assert objective(weight, seen.rounder(32)(f"{path}.weight", weight), x) < 0.9 * objective(weight, rounding.int4(weight, 32), x)
+    qr.quantize(source[name], tmp_path / "out", "int4", method="gptq", group=32, calibration="the cat sat on a mat. " * 60, progress=False)
+    read, plain = load_model(tmp_path / "out", dtype="float32"), load_model(source[name], dtype="float32")
+    text = qr.Tokenizer.load(source[name]).encode("the cat sat on a mat. " * 60)
+    made, _ = calibrated.quantize_model(plain, calibrated.windows_of(text), group=32)
+    made.lm_head = read.lm_head  # in memory it takes eight bits
+    assert torch.equal(read(IDS), made(IDS))
+    linear = read.model.layers[1].linear_attn
+    assert isinstance(linear.out_proj, PackedLinear) and not any("in_proj_a" in n or "in_proj_b" in n for n, _ in read.packed_modules())
+
+
+@pytest.mark.parametrize("to", ["int8"])
+def test_of_a_multimodal_source_the_language_model_is_written(to, source, tmp_path):
+    shutil.copytree(source["qwen3_5_moe"], tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    weights = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
+    save_file({**weights, "model.visual.blocks.0.attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "whole" / "model.safetensors")
+    raw = json.loads((tmp_path / "whole" / "config.json").read_text())
+    whole = {"model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": raw, "vision_config": {}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    out = tmp_path / ("out.gguf" if "gguf" in to else "out")
+    notes = qr.quantize(tmp_path / "whole", out, to, progress=False).notes
+    assert notes == ["left out: 1 tensors that are not of the language model, such as model.visual.blocks.0.attn.qkv.weight"]
+    with torch.no_grad():
+        read, plain = load_model(out, dtype="float32")(IDS), load_model(source["qwen3_5_moe"], dtype="float32")(IDS)
+    assert (read - plain).norm() < 0.05 * plain.norm()
+    if "gguf" not in to:
+        written = json.loads((out / "config.json").read_text())
+        assert written["architectures"] == ["Qwen3_5MoeForCausalLM"] and not {"text_config", "vision_config"} & written.keys()
+
+
 def test_calibration_too_short():
     with pytest.raises(RequestError, match=r"has 100 tokens; it must have at least 256"):
         calibrated.windows_of(list(range(100)))
@@ -349,7 +397,7 @@ def test_peak_memory_is_the_result_and_one_matrix(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4", "fp8"])
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *HYBRIDS])
 def test_written_and_read_back_is_what_is_made_on_the_fly(name, kind, source, tmp_path):
     result = qr.quantize(source[name], tmp_path / "out", kind, group=32, progress=False)
     read = load_model(tmp_path / "out", dtype="float32")
@@ -384,7 +432,7 @@ def test_compressed_tensors_decompresses_what_is_written(kind, source, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe", *HYBRIDS])
 def test_transformers_opens_compressed_tensors(name, kind, source, tmp_path):
     qr.quantize(source[name], tmp_path / "out", kind, group=32, progress=False)
     wanted = load_model(tmp_path / "out", dtype="float32")(IDS)

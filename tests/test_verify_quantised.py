@@ -27,6 +27,14 @@ def test_a_quantised_checkpoint_verifies_at_every_level(tmp_path, format, dtype)
     assert any(check.name.startswith("linear_") for check in report.checks if check.level == "L1")
 
 
+@pytest.mark.parametrize("model_type, format", [("qwen3_next", "fp8"), ("qwen3_5", "gptq-int8"), ("qwen3_5_moe", "modelopt-nvfp4")])
+def test_a_quantised_hybrid_verifies(tmp_path, model_type, format):
+    checkpoint(tmp_path, model_type, format)
+    report = verify(tmp_path, dtype=torch.float32, new_tokens=6, progress=False)
+    assert report.ok, report.verdict
+    assert any(check.name.startswith("linear_") for check in report.checks if check.level == "L1")
+
+
 # ------------------------------------------------------------------------------------------------- faults
 
 

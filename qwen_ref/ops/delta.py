@@ -85,16 +85,16 @@ def gated_delta_chunked(
     q, k, v = (_in_chunks(x.to(wide), pad, chunk) for x in (q, k, v))  # (B, P, N, chunk, D)
     g, beta = (_in_chunks(x.to(wide)[..., None], pad, chunk) for x in (g, beta))  # (B, P, N, chunk, 1)
     memory = v.new_zeros(*v.shape[:2], k.shape[4], v.shape[4]) if state is None else state.to(wide)
-    s = g.cumsum(3)  # (B, P, N, chunk, 1)
-    decay = decay_between(s)  # (B, P, N, chunk, chunk)
+    s = g.double().cumsum(3)  # (B, P, N, chunk, 1); in fp64, for it is differences that count, beside decays to nothing too
+    decay = decay_between(s, wide)  # (B, P, N, chunk, chunk)
+    into, out_of, last = (x.to(wide).exp() for x in (s, s[..., -1:, :] - s, s[..., -1, :, None]))
     system = (beta * k @ k.mT * decay).tril(-1)  # (B, P, N, chunk, chunk)
-    rhs = torch.cat((beta * v, beta * s.exp() * k), dim=-1)
+    rhs = torch.cat((beta * v, beta * into * k), dim=-1)
     values, reads = torch.linalg.solve_triangular(system, rhs, upper=False, unitriangular=True).split(
         (v.shape[4], k.shape[4]), dim=-1
     )
     pattern = q @ k.mT * decay  # (B, P, N, chunk, chunk)
-    into, out_of = s.exp() * q, (s[..., -1:, :] - s).exp() * k
-    last = s[..., -1, :, None].exp()  # (B, P, N, 1, 1)
+    into, out_of = into * q, out_of * k
     outs = []
     for n in range(v.shape[2]):
         written = values[:, :, n] - reads[:, :, n] @ memory  # (B, P, chunk, Dv)
@@ -132,8 +132,8 @@ def gated_delta_pattern(q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> Tensor
     """
     wide = at_least_fp32(k.dtype)
     q, k = (x.transpose(1, 2) for x in unit_queries_keys(q, k, g.shape[2]))  # (B, P, T, Dk)
-    s, beta = (x.to(wide).transpose(1, 2)[..., None] for x in (g.cumsum(1), beta))  # (B, P, T, 1)
-    decay = decay_between(s)
+    s, beta = (x.transpose(1, 2)[..., None] for x in (g.double().cumsum(1), beta.to(wide)))  # (B, P, T, 1)
+    decay = decay_between(s, wide)
     system = (beta * k @ k.mT * decay).tril(-1)
     return torch.linalg.solve_triangular(system, q @ k.mT * decay, upper=False, unitriangular=True, left=False) * beta.mT
 
@@ -144,10 +144,10 @@ def unit_queries_keys(q: Tensor, k: Tensor, heads: int) -> tuple[Tensor, Tensor]
     return q * q.shape[-1] ** -0.5, k
 
 
-def decay_between(s: Tensor) -> Tensor:
+def decay_between(s: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(s_i - s_j) for j <= i, zero above: what is left at token i of a write at token j. (..., T, 1) -> (..., T, T)."""
     later = torch.ones(s.shape[-2], s.shape[-2], dtype=torch.bool, device=s.device).triu(1)
-    return (s - s.mT).masked_fill(later, -torch.inf).exp()  # masked before exp, which could overflow there
+    return (s - s.mT).to(dtype).masked_fill(later, -torch.inf).exp()  # masked before exp, which could overflow there
 
 
 def _in_chunks(x: Tensor, pad: int, chunk: int) -> Tensor:

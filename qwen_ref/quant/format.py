@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -75,15 +76,26 @@ class Format:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module is meant by one of these: a part of its path ("mlp.gate", "lm_head"), or a "re:" expression."""
-    dotted = f".{name}."
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.match(pattern[3:], name):
-                return True
-        elif f".{pattern}." in dotted:
-            return True
-    return False
+    """Whether a module is meant by one of these: a part of its path ("mlp.gate", "lm_head"), or a "re:" expression.
+
+    Multimodal files spell "model.layers.3" as "model.language_model.layers.3", so that is tried too.
+    """
+    parts, expressions = _compiled(tuple(patterns))
+    return any(any(part in f".{spelling}." for part in parts) or any(match(spelling) for match in expressions)
+               for spelling in spellings(name))  # fmt: skip
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A module's name, and the one it has in a multimodal file."""
+    return (name, name.replace("model.", "model.language_model.", 1)) if name.startswith("model.") else (name,)
+
+
+@lru_cache(maxsize=32)
+def _compiled(patterns: tuple[str, ...]) -> tuple[list[str], list[Callable[[str], Any]]]:
+    """A config may have hundreds of them, for tens of thousands of experts."""
+    written = [pattern.removeprefix("re:") for pattern in patterns if pattern.startswith("re:")]
+    expressions: list[Callable[[str], Any]] = [re.compile(pattern).match for pattern in written]
+    return [f".{pattern}." for pattern in patterns if not pattern.startswith("re:")], expressions
 
 
 def patterns(fields: Fields, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:

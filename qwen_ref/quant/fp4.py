@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import Fields
-from .format import Format, Matrix, Scheme, Slot, check_scales, groups, patterns
+from .format import Format, Matrix, Scheme, Slot, check_scales, groups, matches, patterns, spellings
 from .fp8 import FP8
 from .packed import Code4
 
@@ -88,14 +88,40 @@ def values(codes: Tensor) -> Tensor:
     return torch.tensor(E2M1)[both.long()]
 
 
+@dataclass(frozen=True)
+class Named(Format):
+    """Modules by their names in the config, each with what is below it ("mlp.experts"); the rest in full precision."""
+
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        if matches(name, self.skipped):
+            return None
+        for spelling in spellings(name):
+            while spelling:
+                if spelling in self.schemes:
+                    return self.schemes[spelling]
+                spelling = spelling.rpartition(".")[0]
+        return None
+
+
+MODELOPT: dict[str, Scheme] = {  # quant_algo -> how a matrix is stored
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4"), NVFP4("weight", "weight_scale_2", divides=False)),
+    "FP8": FP8(None, "weight_scale", "input_scale"),
+}
+
+
 def from_modelopt(fields: Fields) -> Format:
-    """NVFP4 or FP8 as NVIDIA ModelOpt writes them (`quant_method: modelopt`). ConfigError on its other algorithms."""
-    algorithm = fields.choice("quant_algo", ("NVFP4", "FP8"))
-    named = ("lm_head", *patterns(fields, "ignore"), *patterns(fields, "exclude_modules"))
-    skipped = tuple(map(_expression, named))
-    if algorithm == "FP8":
-        return Format(FP8(None, "weight_scale", "input_scale"), skipped)
-    return Format(NVFP4("weight", "weight_scale_2", divides=False), skipped)
+    """NVFP4, FP8 or both, as NVIDIA ModelOpt writes them (`quant_method: modelopt`). ConfigError on its other algorithms."""
+    algorithm = fields.choice("quant_algo", (*MODELOPT, "MIXED_PRECISION"))
+    skipped = tuple(map(_expression, (*patterns(fields, "ignore"), *patterns(fields, "exclude_modules"))))
+    if algorithm != "MIXED_PRECISION":
+        return Format(MODELOPT[algorithm], ("lm_head", *skipped))
+    layers = fields.object("quantized_layers")  # here a head may be among them
+    schemes = {name: MODELOPT[layers.object(name).choice("quant_algo", tuple(MODELOPT))] for name in layers.data}
+    if not schemes:
+        raise fields.error("quantized_layers", "is empty")
+    return Named(MODELOPT["NVFP4"], skipped, schemes)
 
 
 def _expression(pattern: str) -> str:

@@ -1,9 +1,10 @@
 """A model's plain matrices exchanged for packed ones, made on the spot.
 
 What stays as it is: norms, biases, the routers of a mixture of experts (small, and a wrong expert costs more than a
-rounded weight), the draft layer (MTP, which other readers of these formats leave out), and an embedding with a head of its
-own, of which a token reads one row. A head, and an embedding that is the head, take 8 bits whatever the rest takes: they are
-the widest matrices, and what is lost in them no later layer makes good.
+rounded weight), of a Gated DeltaNet the convolution and what makes its gates (a row or two per head, and an error in how
+fast a head forgets is multiplied by itself at every token), the draft layer (MTP, which other readers of these formats leave
+out), and an embedding with a head of its own, of which a token reads one row. A head, and an embedding that is the head, take
+8 bits whatever the rest takes: they are the widest matrices, and what is lost in them no later layer makes good.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Lend = Callable[[str], AbstractContextManager[Tensor]]  # a tensor by its offici
 
 GGUF = "gguf:"
 KINDS = (*rounding.ROUND, *(f"{GGUF}{preset}" for preset in ("q8_0", "q4_0", "q4_k")))
-KEPT = ("mlp.gate", "shared_expert_gate", "mtp")  # routers, and the draft layer
+# Routers, the gates of a Gated DeltaNet, and the draft layer.
+KEPT = ("mlp.gate", "shared_expert_gate", "in_proj_ba", "in_proj_a", "in_proj_b", "mtp")
 LEAST_GROUP = 16
 CHUNK, CHUNK_ROWS = 1 << 18, 128  # elements rounded at a time, in multiples of so many rows: whole blocks of every kind
 

@@ -19,7 +19,7 @@ from .packed import Code4, Fp8, Int4, Int8, pack4, unpack4
 from .rounding import NF4_BLOCK
 
 # Names of tensors end in a dot or nothing: "weight" + "_packed", "weight" + ".absmax". KEPT: as `making.KEPT`.
-KEPT = (r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$", r"re:^mtp\.")
+KEPT = (r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$", r"re:.*in_proj_(ba|a|b)$", r"re:^mtp\.")
 
 
 class Store(NamedTuple):
