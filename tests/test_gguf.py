@@ -93,7 +93,7 @@ def fill(model: Any, path: Path) -> set[str]:
 # ------------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_names_are_those_of_the_library(model_type):
     config = config_of(model_type)
     module = module_for(config)
@@ -212,7 +212,7 @@ def test_a_missing_exchanged_or_renamed_part_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------------- config and tokenizer
 
 
-@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("scaling", [None, YARN])
 def test_config_round_trip(tmp_path, model_type, scaling):
     tied = model_type in ("qwen2", "qwen3_moe")
@@ -330,7 +330,7 @@ def test_llama_cpp_computes_the_same(tmp_path):
     """Logits of fp32 weights; llama.cpp keeps keys and values in fp16."""
     reason = "llama-cpp-python is not installed: it is built from source and no dependency of the tests"
     llama_cpp = pytest.importorskip("llama_cpp", reason=reason)
-    for model_type in TINY:
+    for model_type in ARCHITECTURES:
         path = tmp_path / f"{model_type}.gguf"
         model, _ = write(path, model_type, "f32", rope_scaling=YARN)
         theirs = llama_cpp.Llama(str(path), logits_all=True, n_ctx=64, n_threads=1, verbose=False)
@@ -407,7 +407,7 @@ def test_kinds_of_a_preset():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_transformers_runs_what_is_written(tmp_path, model_type, preset):
     """Its dequantised weights are ours, element for element; so are its logits."""
     model, config = write(tmp_path / "m.gguf", model_type, preset, tie_word_embeddings=model_type == "qwen3")
