@@ -129,7 +129,9 @@ def opened(path: Path) -> Iterator[tuple[dict[str, Any], Format | None, Checkpoi
     from .quant.gguf import open_gguf
 
     with open_gguf(path) as gguf:
-        yield gguf.config, Ggml(kinds=gguf.kinds), Checkpoint(path, gguf.files)
+        checkpoint = Checkpoint(path, gguf.files)
+        checkpoint.report.notes += gguf.notes
+        yield gguf.config, Ggml(kinds=gguf.kinds, orders=gguf.orders), checkpoint
 
 
 def _quantize(network: LanguageModel, kind: str, checkpoint: Checkpoint, device: torch.device, progress: bool) -> list[str]:

@@ -91,7 +91,7 @@ def quantize(
 def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progress: bool) -> Quantized:
     from tqdm import tqdm
 
-    from .quant.gguf_write import Planned, Source, plan, write_gguf
+    from .quant.gguf_write import Planned, Source, plan, stored, write_gguf
 
     with Checkpoint(source) as checkpoint:
         network = skeleton(raw, checkpoint)
@@ -106,7 +106,7 @@ def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progr
                 with checkpoint.lent(name) as part:
                     parts.append(part.clone())
             bar.update()
-            return parts[0] if tensor.name == tensor.parts[0] else torch.stack(parts)
+            return stored(tensor, parts, raw)
 
         files = {name: (source / name).read_bytes() for name in EXTRA_FILES if (source / name).is_file()}
         with bar:

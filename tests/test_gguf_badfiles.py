@@ -89,7 +89,7 @@ BAD = {
     "half a block": (make(infos=[info(shape=(48, 2), kind=8)]), "not whole blocks of 32 .Q8_0"),
     "less than a block": (make(infos=[info(shape=(32, 8), kind=12)]), "not whole blocks of 256 .Q4_K"),
     "a tensor twice": (make(infos=[info(), info(offset=32)], data=bytes(64)), "stands twice"),
-    "a tensor of another model": (make(infos=[info("blk.0.ssm_a")]), "'blk.0.ssm_a' has no place"),
+    "a tensor of another model": (make(infos=[info("blk.0.ssm_d")]), "'blk.0.ssm_d' has no place"),
     "a tensor under its official name": (make(infos=[info("lm_head.weight")]), "no place"),
     "an offset between alignments": (make(infos=[info(offset=8)]), "no multiple of 32"),
     "an offset beyond the file": (make(infos=[info(offset=64)]), "hole"),

@@ -269,7 +269,7 @@ def test_gptq_of_hybrids(name, source, tmp_path):
     assert isinstance(linear.out_proj, PackedLinear) and not any("in_proj_a" in n or "in_proj_b" in n for n, _ in read.packed_modules())
 
 
-@pytest.mark.parametrize("to", ["int8"])
+@pytest.mark.parametrize("to", ["int8", "gguf:q8_0"])
 def test_of_a_multimodal_source_the_language_model_is_written(to, source, tmp_path):
     shutil.copytree(source["qwen3_5_moe"], tmp_path / "whole")
     weights = load_file(tmp_path / "whole" / "model.safetensors")

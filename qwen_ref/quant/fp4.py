@@ -8,7 +8,7 @@ fp32 number, by which ModelOpt multiplies (`weight_scale_2`) and compressed-tens
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ MODELOPT: dict[str, Scheme] = {  # quant_algo -> how a matrix is stored
 def from_modelopt(fields: Fields) -> Format:
     """NVFP4, FP8 or both, as NVIDIA ModelOpt writes them (`quant_method: modelopt`). ConfigError on its other algorithms."""
     algorithm = fields.choice("quant_algo", (*MODELOPT, "MIXED_PRECISION"))
-    skipped = tuple(map(_expression, (*patterns(fields, "ignore"), *patterns(fields, "exclude_modules"))))
+    skipped = _names((*patterns(fields, "ignore"), *patterns(fields, "exclude_modules")))
     if algorithm != "MIXED_PRECISION":
         return Format(MODELOPT[algorithm], ("lm_head", *skipped))
     layers = fields.object("quantized_layers")  # here a head may be among them
@@ -124,6 +124,8 @@ def from_modelopt(fields: Fields) -> Format:
     return Named(MODELOPT["NVFP4"], skipped, schemes)
 
 
-def _expression(pattern: str) -> str:
-    """ModelOpt writes shell patterns ("model.layers.*.mlp.gate"): as a "re:" expression with the same meaning."""
-    return "re:" + ".*".join(map(re.escape, pattern.split("*"))) + "$" if "*" in pattern else pattern
+def _names(patterns: Sequence[str]) -> tuple[str, ...]:
+    """ModelOpt writes shell patterns ("model.layers.*.mlp.gate"), hundreds of them: as one "re:" expression that means them."""
+    shell = [".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns if "*" in pattern]
+    plain = [pattern for pattern in patterns if "*" not in pattern]
+    return (*plain, f"re:(?:{'|'.join(shell)})$") if shell else tuple(plain)

@@ -20,16 +20,18 @@ class Blocks(Scheme):
 
     marker = "weight"
     kind: str
+    order: Tensor | None = field(default=None, compare=False)  # (K,) official column of each that is stored; None = as stored
 
     def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
         elements, size = BLOCK[self.kind]
         return {"weight": Slot((rows, groups(columns, elements) * size), (torch.uint8,))}
 
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        return DEQUANTIZE[self.kind](tensors["weight"])
+        weight = DEQUANTIZE[self.kind](tensors["weight"])
+        return weight if self.order is None else torch.empty_like(weight).index_copy(-1, self.order, weight)
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        return Matrix(repack(self.kind, tensors["weight"]))
+        return Matrix(repack(self.kind, tensors["weight"]), self.order)
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,15 @@ class Plain(Scheme):
 
 @dataclass(frozen=True)
 class Ggml(Format):
-    """`kinds`: official name of a tensor -> its kind of block; what is not named is in full precision."""
+    """`kinds`: official name of a tensor -> its kind of block; what is not named is in full precision. `orders`: `Blocks`."""
 
     scheme: Scheme = Plain()
     kinds: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scheme_of(self, name: str) -> Scheme | None:
         kind = self.kinds.get(f"{name}.weight")
-        return Blocks(kind) if kind is not None else None
+        return Blocks(kind, self.orders.get(f"{name}.weight")) if kind is not None else None
 
     def embedding_scheme_of(self, name: str) -> Scheme | None:
         return self.scheme_of(name)

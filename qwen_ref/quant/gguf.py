@@ -29,7 +29,8 @@ from ..checkpoint import SafetensorsFile, TensorInfo, quote
 from ..errors import CheckpointError
 from ..limits import LIMITS
 from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half
-from .gguf_meta import read_config, read_tokenizer
+from .gguf_hybrid import Heads, OfficialTensors
+from .gguf_meta import layer_count, read_config, read_tokenizer
 from .packed import Code4, Gguf, Int4, Int8, Packed
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -69,26 +70,50 @@ _LAYER_NAMES = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
-_GGML_NAMES = {official: name for name, official in (_OUTER_NAMES | _LAYER_NAMES).items()}
+_HYBRID_NAMES = {  # of Qwen3-Next and Qwen3.5; how the tensors differ: `gguf_hybrid`
+    "post_attention_norm": "post_attention_layernorm",  # where the others have ffn_norm
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+    "nextn.eh_proj": "mtp.fc",
+    "nextn.enorm": "mtp.pre_fc_norm_embedding",
+    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "mtp.norm",
+    "nextn.embed_tokens": "mtp.embed_tokens",
+    "nextn.shared_head_head": "mtp.lm_head",
+}
+_WHOLE_NAMES = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}  # neither a weight nor a bias
+_OFFICIAL_NAMES = _OUTER_NAMES | _LAYER_NAMES | _HYBRID_NAMES | _WHOLE_NAMES
+_GGML_NAMES = {official: name for name, official in _OFFICIAL_NAMES.items()}  # the norm before the feed-forward: hybrids'
 
 
 def official_name(name: str) -> str | None:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None if no Qwen model has such a tensor."""
-    match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,3})\.)?(\w+)\.(weight|bias)", name, re.ASCII)
+    match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,3})\.)?([\w.]+?)(\.weight|\.bias)?", name, re.ASCII)
     if match is None:
         return None
-    layer, module, kind = match.groups()
-    official = (_OUTER_NAMES if layer is None else _LAYER_NAMES).get(module)
-    prefix = "" if layer is None else f"model.layers.{layer}."
-    return None if official is None else f"{prefix}{official}.{kind}"
+    layer, module, kind = match.groups("")
+    if layer and f"{module}{kind}" in _WHOLE_NAMES:
+        return f"model.layers.{layer}.{_WHOLE_NAMES[f'{module}{kind}']}"
+    official = (_LAYER_NAMES | _HYBRID_NAMES if layer else _OUTER_NAMES).get(module) if kind else None
+    prefix = f"model.layers.{layer}." if layer else ""
+    return None if official is None else f"{prefix}{official}{kind}"
 
 
-def ggml_name(name: str) -> str | None:
-    """The inverse of `official_name`."""
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+def ggml_name(name: str, *, hybrid: bool = False) -> str | None:
+    """The inverse of `official_name`. `hybrid`: of Qwen3-Next or Qwen3.5, which call one norm otherwise."""
+    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+?)(\.weight|\.bias)?", name)
     if match is None or match[2] not in _GGML_NAMES:
         return None
-    candidate = ("" if match[1] is None else f"blk.{match[1]}.") + f"{_GGML_NAMES[match[2]]}.{match[3]}"
+    own = _GGML_NAMES[match[2]]
+    if own == "post_attention_norm" and not hybrid:
+        own = "ffn_norm"
+    candidate = ("" if match[1] is None else f"blk.{match[1]}.") + own + (match[3] or "")
     return candidate if official_name(candidate) == name else None
 
 
@@ -270,7 +295,8 @@ class GgufCheckpoint:
     """All files of one model, opened and checked. A context manager; views of mapped tensors outlive it.
 
     Attributes:
-        files: the parts, in order. kinds: official name -> block type of every quantised tensor in any of them.
+        files: the parts, in order; of a hybrid model, one `gguf_hybrid.OfficialTensors`, with its `orders` and `notes`.
+        kinds: official name -> block type of every quantised tensor in any of them.
         config: what config.json would hold, in the official spelling. `torch_dtype` is that of the matrices where they
             are unquantised and of one dtype, otherwise bfloat16.
         tokenizer_files: name -> content of vocab.json, merges.txt, tokenizer_config.json and generation_config.json.
@@ -281,8 +307,13 @@ class GgufCheckpoint:
         with ExitStack() as opened:
             first = opened.enter_context(GgufFile(path))
             paths = _parts(path, first.metadata)
-            self.files = [first if part == path else opened.enter_context(GgufFile(part)) for part in paths]
+            self.files: list[Any] = [first if part == path else opened.enter_context(GgufFile(part)) for part in paths]
             self._check_parts()
+            self.orders: dict[str, Tensor] = {}
+            self.notes: list[str] = []
+            if (heads := Heads.from_metadata(first.metadata, str(first.path))) is not None:
+                official = OfficialTensors(self.files, heads, layer_count(first.metadata, str(first.path)))
+                self.files, self.orders, self.notes = [official], official.orders, official.notes
             self._opened = opened.pop_all()
 
     def __enter__(self) -> GgufCheckpoint:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..checkpoint import parse_json, quote
-from ..config import Fields, Rope
+from ..config import Fields, Rope, hybrid_types
 from ..errors import TokenizerError
 from ..limits import LIMITS
 from ..tokenizer import PATTERN_QWEN, PATTERN_QWEN3_5, Tokenizer
@@ -24,7 +24,13 @@ ARCHITECTURES = {  # general.architecture -> model_type, architectures of config
     "qwen2moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "qwen3next": ("qwen3_next", "Qwen3NextForCausalLM"),
+    "qwen35": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
+    "qwen35moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
 }
+_MIXTURES = ("qwen2moe", "qwen3moe", "qwen3next", "qwen35moe")
+_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_SECTIONS = [11, 11, 10]  # of Qwen3.5's rotary frequencies, where a config names none
 _ROPE_SCALING = ("type", "factor", "original_context_length", "finetuned",
                  "yarn_beta_fast", "yarn_beta_slow", "yarn_attn_factor")  # fmt: skip
 # tokenizer.ggml.pre -> tokenizer_class, which is how a folder with vocab.json names its pattern
@@ -52,13 +58,14 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     f = Fields({key.removeprefix(f"{arch}."): value for key, value in metadata.items()}, f"{where}, {arch}")
     hidden, heads = f.integer("embedding_length"), f.integer("attention.head_count")
     head_dim = f.integer("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    model_type, name = ARCHITECTURES[arch]
+    whole = ("attention.value_length", "rope.dimension_count")[: 1 if model_type in _HYBRIDS else 2]  # they rotate a part
+    for key in whole:
         if f.integer(key, head_dim) != head_dim:
             raise f.error(key, f"is {f.data[key]}, not the {head_dim} of the keys, which is not implemented")
     f.refuse("attention.sliding_window", "attention.scale", "logit_scale", "expert_weights_scale", "expert_group_count")
     if not f.flag("attention.causal", True):
         raise f.error("attention.causal", "is false, which is not implemented")
-    model_type, name = ARCHITECTURES[arch]
     tokens = _tokens(metadata, where)
     return {
         "architectures": [name],
@@ -66,20 +73,62 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         "hidden_act": "silu",
         "vocab_size": len(tokens),
         "hidden_size": hidden,
-        "intermediate_size": f.integer("feed_forward_length"),
-        "num_hidden_layers": f.integer("block_count", high=LIMITS.layers),
+        "intermediate_size": _read_width(f),
+        "num_hidden_layers": layer_count(metadata, where),
         "num_attention_heads": heads,
         "num_key_value_heads": f.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": f.integer("context_length", high=1 << 40),
         "rms_norm_eps": _decimal(f.positive("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(f.positive("rope.freq_base", 10_000.0)),
-        "rope_scaling": _read_rope_scaling(f),
+        **_read_rope(f, model_type, head_dim),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "use_sliding_window": False,
         **_read_biases(model_type, shapes),
-        **(_read_experts(f, model_type) if model_type.endswith("_moe") else {}),
+        **(_read_experts(f, model_type) if arch in _MIXTURES else {}),
+        **(_read_delta(f, shapes, layer_count(metadata, where)) if model_type in _HYBRIDS else {}),
         **{f"{name}_token_id": id for name, id in _named_ids(metadata, len(tokens), where).items() if name != "eot"},
+    }
+
+
+def layer_count(metadata: Mapping[str, Any], where: str) -> int:
+    """Blocks of the trunk; those of a draft layer (MTP) come after them."""
+    arch = metadata.get("general.architecture")
+    f = Fields({key.removeprefix(f"{arch}."): value for key, value in metadata.items()}, f"{where}, {arch}")
+    blocks, drafts = f.integer("block_count", high=LIMITS.layers), f.integer("nextn_predict_layers", 0, low=0)
+    if drafts >= blocks:
+        raise f.error("nextn_predict_layers", f"is {drafts} of {blocks} blocks")
+    return blocks - drafts
+
+
+def _read_width(f: Fields) -> int:
+    """Of a dense feed-forward. A mixture without one may have no such key: then it does not matter what it is."""
+    width = f.integer("expert_feed_forward_length", 0, low=0)
+    return f.integer("feed_forward_length", width) if width else f.integer("feed_forward_length")
+
+
+def _read_rope(f: Fields, model_type: str, head_dim: int) -> dict[str, Any]:
+    theta, scaling = _decimal(f.positive("rope.freq_base", 10_000.0)), _read_rope_scaling(f)
+    if model_type not in _HYBRIDS:
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    width = f.integer("rope.dimension_count", head_dim)
+    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta, "partial_rotary_factor": width / head_dim}
+    if model_type != "qwen3_next":
+        sections = [*f.data.get("rope.dimension_sections", _SECTIONS)]
+        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
+    return {"rope_parameters": rope}
+
+
+def _read_delta(f: Fields, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Any]:
+    """The Gated DeltaNet. Which layers have one, their tensors say, whatever the interval is."""
+    heads = f.integer("ssm.time_step_rank")
+    linear = [f"model.layers.{i}.linear_attn.out_proj.weight" in shapes for i in range(layers)]
+    return {
+        "linear_conv_kernel_dim": f.integer("ssm.conv_kernel"),
+        "linear_num_key_heads": f.integer("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": f.integer("ssm.state_size"),
+        "linear_value_head_dim": f.integer("ssm.inner_size") // heads,
+        "layer_types": ["linear_attention" if own else "full_attention" for own in linear],
     }
 
 
@@ -91,17 +140,17 @@ def _read_biases(model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> dict
 
 
 def _read_experts(f: Fields, model_type: str) -> dict[str, Any]:
-    used, width = f.integer("expert_used_count"), f.integer("feed_forward_length")
+    used, width = f.integer("expert_used_count"), _read_width(f)
     config = {
         "num_experts": f.integer("expert_count"),
         "num_experts_per_tok": used,
         # The first files of qwen2moe have no such key; llama.cpp takes the same defaults.
         "moe_intermediate_size": f.integer("expert_feed_forward_length", max(1, width // used)),
-        "norm_topk_prob": model_type == "qwen3_moe",
+        "norm_topk_prob": model_type != "qwen2_moe",
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
-    if model_type == "qwen2_moe":
+    if model_type != "qwen3_moe":
         config["shared_expert_intermediate_size"] = f.integer("expert_shared_feed_forward_length", width)
     return config
 
@@ -145,22 +194,25 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     f = Fields(dict(config))
     architectures = {model_type: arch for arch, (model_type, _) in ARCHITECTURES.items()}
+    architectures |= {"qwen3_5": "qwen35", "qwen3_5_moe": "qwen35moe"}
     arch = architectures[f.choice("model_type", tuple(architectures))]
+    hybrid = ARCHITECTURES[arch][0] in _HYBRIDS
     hidden, heads = f.integer("hidden_size"), f.integer("num_attention_heads")
     head_dim, context = f.integer("head_dim", hidden // heads), f.integer("max_position_embeddings", high=1 << 32)
-    rope = Rope.from_json(f, context)
+    sections = tuple(_SECTIONS) if arch.startswith("qwen35") else ()
+    rope = Rope.from_json(f, context, default_share=0.25 if hybrid else None, default_sections=sections)
     f.choice("hidden_act", ("silu",), "silu")
     if f.flag("use_sliding_window", False) or "sliding_attention" in f.array("layer_types", []):
         raise f.error("use_sliding_window", "has no counterpart in GGUF: llama.cpp attends to everything")
     if f.data.get("dual_chunk_attention_config"):
         raise f.error("dual_chunk_attention_config", "has no counterpart in GGUF: llama.cpp attends plainly at any length")
-    if arch == "qwen3":
+    if arch == "qwen3" or hybrid:
         f.refuse("attention_bias")
     values = {
         "block_count": f.integer("num_hidden_layers"),
         "context_length": context,
         "embedding_length": hidden,
-        "feed_forward_length": f.integer("intermediate_size"),
+        "feed_forward_length": f.integer("moe_intermediate_size" if arch == "qwen35moe" else "intermediate_size"),
         "attention.head_count": heads,
         "attention.head_count_kv": f.integer("num_key_value_heads", heads),
         "attention.key_length": head_dim,
@@ -168,7 +220,8 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": f.positive("rms_norm_eps", 1e-6),
         "rope.freq_base": rope.theta,
         **_write_rope_scaling(f, rope),
-        **(_write_experts(f, arch) if arch.endswith("moe") else {}),
+        **(_write_experts(f, arch) if arch in _MIXTURES else {}),
+        **(_write_delta(f, rope, head_dim) if hybrid else {}),
         "vocab_size": f.integer("vocab_size"),
     }
     return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in values.items()}}
@@ -177,17 +230,35 @@ def write_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_experts(f: Fields, arch: str) -> dict[str, Any]:
     if f.array("mlp_only_layers", []) or f.integer("decoder_sparse_step", 1) != 1:
         raise f.error("mlp_only_layers", "or decoder_sparse_step leaves layers dense, which llama.cpp has no key for")
-    normalised = arch == "qwen3moe"
-    if f.flag("norm_topk_prob", False) != normalised:
+    normalised = arch != "qwen2moe"
+    if arch != "qwen35moe" and f.flag("norm_topk_prob", arch == "qwen3next") != normalised:
         raise f.error("norm_topk_prob", f"is {not normalised}; llama.cpp computes {arch} with {normalised} only")
     values = {
         "expert_count": f.integer("num_experts", f.integer("num_local_experts", 0, low=0)),
         "expert_used_count": f.integer("num_experts_per_tok"),
         "expert_feed_forward_length": f.integer("moe_intermediate_size"),
     }
-    if arch == "qwen2moe":
+    if arch != "qwen3moe":
         values["expert_shared_feed_forward_length"] = f.integer("shared_expert_intermediate_size")
     return values
+
+
+def _write_delta(f: Fields, rope: Rope, head_dim: int) -> dict[str, Any]:
+    layers, heads = f.integer("num_hidden_layers"), f.integer("linear_num_value_heads", 32)
+    types = hybrid_types(f, layers)
+    interval = types.index("full_attention") + 1 if "full_attention" in types else layers + 1
+    if any((kind == "full_attention") != ((i + 1) % interval == 0) for i, kind in enumerate(types)):
+        raise f.error("layer_types", "are not full attention at every n-th layer, and llama.cpp has no key for anything else")
+    return {
+        "full_attention_interval": interval,
+        "ssm.conv_kernel": f.integer("linear_conv_kernel_dim", 4),
+        "ssm.state_size": f.integer("linear_key_head_dim", 128),
+        "ssm.group_count": f.integer("linear_num_key_heads", 16),
+        "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * f.integer("linear_value_head_dim", 128),
+        "rope.dimension_count": rope.width(head_dim),
+        **({"rope.dimension_sections": [*rope.sections, 0]} if rope.sections else {}),
+    }
 
 
 def _write_rope_scaling(f: Fields, rope: Rope) -> dict[str, Any]:

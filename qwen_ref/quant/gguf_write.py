@@ -17,6 +17,7 @@ from ..checkpoint import quote
 from ..errors import CheckpointError
 from .gguf import ALIGNMENT, ARRAY, FLOATS, MAGIC, SCALARS, STRING, TENSOR_TYPES, VERSION, ggml_name
 from .gguf_blocks import BLOCK
+from .gguf_hybrid import CONV, QKV, QKVZ, Heads, Z, to_file
 from .gguf_meta import write_config, write_tokenizer
 from .gguf_quantize import QUANTIZE, quantize
 
@@ -26,6 +27,7 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q4_K": 15, 
 _QUANTIZATION_VERSION = 2
 _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+_GATES = tuple(f"linear_attn.{name}.weight" for name in ("in_proj_ba", "in_proj_a", "in_proj_b", "conv1d"))  # `making.KEPT`
 _TYPE_OF = {kind: code for code, kind in TENSOR_TYPES.items()}
 _CODE_OF = {code: kind for kind, code in SCALARS.items()}
 
@@ -56,7 +58,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], prese
     if preset not in PRESETS:
         raise CheckpointError(f"gguf:{preset} is not one of {', '.join(f'gguf:{name}' for name in PRESETS)}")
     tied = bool(config.get("tie_word_embeddings", False))
-    layers = int(config["num_hidden_layers"])
+    layers, heads = int(config["num_hidden_layers"]), Heads.from_config(config)
     stacks: dict[str, dict[int, str]] = {}
     for name in shapes:
         if not (tied and name == "lm_head.weight"):
@@ -68,17 +70,34 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], prese
         shape = shapes[parts[0]] if -1 in members else (len(parts), *shapes[parts[0]])
         if any(shapes[part] != shapes[parts[0]] for part in parts) or sorted(members) not in ([-1], [*range(len(parts))]):
             raise CheckpointError(f"the experts of {quote(name)} are not numbered from 0 or differ in shape")
-        planned.append(Planned(name, shape, kind_for(name, shape, preset, layers), parts))
+        for own, size in _as_stored(name, shape, heads):
+            planned.append(Planned(own, size, kind_for(own, size, preset, layers), parts))
     return planned
+
+
+def _as_stored(name: str, shape: tuple[int, ...], heads: Heads | None) -> list[tuple[str, tuple[int, ...]]]:
+    """The tensors that the file has for this one, and their shapes."""
+    if heads is not None and name.endswith(QKVZ):
+        return [(name.replace(QKVZ, part), (rows, shape[1])) for part, rows in zip((QKV, Z), heads.parts, strict=True)]
+    return [(name, (shape[0], *shape[2:]) if name.endswith(CONV) else shape)]
+
+
+def stored(planned: Planned, parts: Sequence[Tensor], config: Mapping[str, Any]) -> Tensor:
+    """What the file has for a planned tensor, out of its official parts."""
+    if planned.name not in planned.parts and len(planned.shape) == 3:
+        return torch.stack([*parts])
+    heads = Heads.from_config(config)
+    return parts[0] if heads is None else to_file(planned.name, parts[0], heads)
 
 
 def kind_for(name: str, shape: Sequence[int], preset: str, layers: int) -> str:
     """The type of a tensor, as llama.cpp's presets have it; `q4_k` is its Q4_K_M.
 
-    Norms, biases and routers stay F32. The 4-bit presets keep the embedding and the head in Q6_K, and `q4_k` also v_proj
-    and down_proj of the layers that lose the most: the first and last eighth, and every third between.
+    Norms, biases, routers and what makes the gates of a Gated DeltaNet stay F32. The 4-bit presets keep the embedding and
+    the head in Q6_K, and `q4_k` also v_proj and down_proj of the layers that lose the most: the first and last eighth, and
+    every third between.
     """
-    if len(shape) == 1 or name.endswith(_ROUTERS):
+    if len(shape) == 1 or name.endswith(_ROUTERS + _GATES):
         return "F32"
     kind = PRESETS[preset]
     if preset in ("q4_0", "q4_k") and name in _EMBEDDINGS:
@@ -107,7 +126,7 @@ def write_gguf(
     if path.exists():
         raise CheckpointError(f"{path} exists; nothing is overwritten")
     metadata = _metadata(config, tokenizer_files, tensors, name)
-    header = b"".join(_encode_header(metadata, tensors))
+    header = b"".join(_encode_header(metadata, tensors, hybrid=Heads.from_config(config) is not None))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -142,13 +161,13 @@ def _metadata(
     }
 
 
-def _encode_header(metadata: Mapping[str, Any], tensors: Sequence[Source]) -> Iterator[bytes]:
+def _encode_header(metadata: Mapping[str, Any], tensors: Sequence[Source], *, hybrid: bool) -> Iterator[bytes]:
     yield MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))
     for key, value in metadata.items():
         yield _string(key) + _value(value)
     offset, seen = 0, set()
     for source in tensors:
-        name = ggml_name(source.name)
+        name = ggml_name(source.name, hybrid=hybrid)
         if name is None or name in seen:
             raise CheckpointError(f"{quote(source.name)} " + ("has no name in GGUF" if name is None else "stands twice"))
         seen.add(name)
