@@ -24,7 +24,7 @@ from .checkpoint import INDEX, Checkpoint, SafetensorsFile, read_json, weight_fi
 from .errors import CheckpointError, RequestError
 from .layers import Experts, Linear
 from .loading import EXTRA_FILES, locate, materialize, pick_dtype, read_config, skeleton
-from .models.common import LanguageModel
+from .models.common import DRAFT, LanguageModel
 from .quant import rounding
 from .quant.calibrated import Calibration, windows_of
 from .quant.compressed_tensors import Integers
@@ -97,7 +97,10 @@ def _write_gguf(source: Path, raw: dict[str, Any], out: Path, preset: str, progr
         network = skeleton(raw, checkpoint)
         checkpoint.check(network)
         notes = _left_out(checkpoint)
-        planned = plan({name: tuple(t.shape) for name, t in network.checkpoint_tensors().items()}, raw, preset)
+        shapes = {name: tuple(t.shape) for name, t in network.checkpoint_tensors().items() if not name.startswith(DRAFT)}
+        if network.mtp is not None:
+            notes.append("left out: the draft layer (MTP), which is not implemented for GGUF")
+        planned = plan(shapes, raw, preset)
         bar = tqdm(total=len(planned), desc=f"gguf {preset}", disable=not progress)
 
         def make(tensor: Planned) -> Tensor:

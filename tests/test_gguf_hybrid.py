@@ -293,6 +293,19 @@ def test_written_and_read_back(tmp_path, model_type, preset):
     compare_tokenizers(Tokenizer.load(tmp_path / "tokenizer"), Tokenizer.load(ASSETS / "tiny"))
 
 
+def test_the_bundled_hybrid(tmp_path):
+    """With its draft layer left out, and tokenizer and all, from one file."""
+    result = qr.quantize("tiny-hybrid", tmp_path / "m.gguf", "gguf:q8_0", progress=False)
+    assert any("draft layer" in note for note in result.notes)
+    read, tokenizer = qr.load(tmp_path / "m.gguf", dtype="float32")
+    plain, _ = qr.load("tiny-hybrid", dtype="float32")
+    ids = torch.tensor([tokenizer.encode("Once upon a time there was a little cat who lived in a big house.")])
+    with torch.no_grad():
+        ours, right = read(ids), plain(ids)
+    assert read.mtp is None and (ours - right).norm() < 0.02 * right.norm()
+    assert (ours.argmax(-1) == right.argmax(-1)).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("model_type, changes, match", [
     ("qwen3_5", {"layer_types": ["full_attention", "linear_attention", "linear_attention"]}, "layer_types"),
     ("qwen3_5", {"attention_bias": True}, "attention_bias"),
