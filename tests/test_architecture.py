@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import qwen_ref
-from qwen_ref.models import qwen2, qwen3
+from qwen_ref.models import qwen2, qwen3, qwen3_5, qwen3_next, qwen4_exp
 
 PACKAGE = Path(qwen_ref.__file__).parent
 SUBJECTS = ("norms", "rotary", "attention", "delta", "dual_chunk", "moe", "linear", "streams", "tokens", "packed")  # the operations' families in the kernel bench
@@ -160,18 +160,25 @@ def test_import_stays_light():
         assert f"'{heavy}'" not in out, f"{heavy} is imported eagerly: {out}"
 
 
+def source(module, name):
+    """The lines of a class, comments and docstrings left out."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    return [line.split("  #")[0] for line in ast.unparse(node).splitlines() if not line.strip().startswith(('"""', "'"))]
+
+
+def differing(name, old, new):
+    """The lines that only one of two generations' classes has."""
+    lines = difflib.ndiff(source(old, name), source(new, name))
+    return {line[2:].strip() for line in lines if line[0] in "+-"}
+
+
 def test_siblings_differ_only_where_meant():
     """Qwen3's attention is Qwen2's but for the q/k norms and the bias; blocks and decoders are the same text, but that
     Qwen2's may attend in chunks."""
 
-    def source(module, name):
-        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-        node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
-        return [line.split("  #")[0] for line in ast.unparse(node).splitlines() if not line.strip().startswith(('"""', "'"))]
-
     def differences(name):
-        lines = difflib.ndiff(source(qwen2, name), source(qwen3, name))
-        return {line[2:].strip() for line in lines if line[0] in "+-"}
+        return differing(name, qwen2, qwen3)
 
     assert not differences("Decoder"), "Decoder has drifted between qwen2 and qwen3"
     assert differences("Block") == {
@@ -194,3 +201,19 @@ def test_siblings_differ_only_where_meant():
         "q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)",
         "k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)",
     }
+
+
+def test_hybrids_differ_only_where_meant():
+    """Qwen3.5 splits the projections of Qwen3-Next's Gated DeltaNet; Qwen4-Exp lets its gate be chosen."""
+    assert differing("Attention", qwen3_next, qwen3_5) == set()
+    assert differing("SparseMoE", qwen3_next, qwen4_exp) == set()
+    assert differing("SparseMoE", qwen3_next, qwen3_5) == {
+        "self.top_k, self.normalize = (config.num_experts_per_tok, config.norm_topk_prob)",
+        "self.top_k, self.normalize = (config.num_experts_per_tok, True)",
+    }
+    assert differing("GatedDeltaNet", qwen3_5, qwen4_exp) == {
+        "self.norm = GatedRMSNorm(value, config.rms_norm_eps)",
+        "self.norm = GatedRMSNorm(value, config.rms_norm_eps, config.output_gate_type)",
+    }
+    for line in source(qwen3_5, "GatedDeltaNet")[-11:]:  # convolution, rule, state, norm
+        assert line in source(qwen3_next, "GatedDeltaNet"), line
