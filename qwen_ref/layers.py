@@ -80,7 +80,7 @@ class CausalConv1d(nn.Module):
 class ShardedEmbedding(nn.Module):
     """Rows of a table that checkpoints store in shards, one below the other: (R, D).
 
-    The largest has 45 billion numbers, of which a token reads some thousands. So where the shards lie in mapped files they
+    The largest has 51 billion numbers, of which a token reads some thousands. So where the shards lie in mapped files they
     stay there (`map`): views outside of `parameters()`, which no cast, move or count touches, and which only `forward`
     reads, row by row. Without them, the table is an ordinary parameter.
     """

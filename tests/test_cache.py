@@ -128,6 +128,16 @@ def test_a_marked_length_can_be_come_back_to(name):
     torch.testing.assert_close(model(IDS, cache=cache), model(IDS), **CLOSER)
 
 
+@pytest.mark.parametrize("name", HYBRID)
+def test_a_state_keeps_nothing_of_the_prompt_alive(name):
+    """Its tensors are no views of what the pass computed: memory is what `nbytes` says, however long the prompt was."""
+    model, cache = MODELS[name], MODELS[name].make_cache()
+    model(IDS, cache=cache)
+    parts = [part for layer in cache.layers for part in (vars(layer).get("embedding"), vars(layer).get("mixer", layer))]
+    states = [x for part in parts if isinstance(part, RecurrentCache) for x in part.state]
+    assert states and all(x.untyped_storage().nbytes() == x.nbytes for x in states)
+
+
 @pytest.mark.parametrize("name", [*HYBRID, "qwen3", "qwen3_moe sliding"])
 def test_a_snapshot_is_left_alone_by_everything_after_it(name):
     model, cache = MODELS[name], MODELS[name].make_cache()

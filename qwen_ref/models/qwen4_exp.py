@@ -3,7 +3,7 @@
 From Qwen3.5's mixture of experts: four residual streams in place of one, mixed before and written to after every sub-layer by
 learned weights (`GatedResidual`), which replace the residual sums and all norms of blocks and of the model. The attention
 layers read only blocks of keys that a small indexer chooses (QSA, `Indexer`). One layer begins with embeddings of hashed
-n-grams, out of a table of 45 billion numbers (PLE). The gate of the Gated DeltaNet may be a sigmoid. The formulas of the
+n-grams, out of a table of 51 billion numbers (PLE). The gate of the Gated DeltaNet may be a sigmoid. The formulas of the
 three are in `ops.streams`, `ops.block_attention` and `ops.ngram`. transformers 5.23, models/qwen4_exp.
 
 The official files are multimodal: the language model's fields are in `text_config`, its tensors under `model.language_model`.
@@ -313,7 +313,7 @@ class NGramEmbedding(nn.Module):
         count = self.constants["layer_multipliers"].shape[0] - 1
         if before is None:
             before = input_ids.new_full((input_ids.shape[0], count), self.eos)
-        return torch.cat((before, input_ids), dim=1)[:, -count:]
+        return torch.cat((before, input_ids), dim=1)[:, -count:].clone()
 
 
 class DilatedConv1d(nn.Module):

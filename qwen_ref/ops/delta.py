@@ -32,7 +32,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tup
         state = x.new_zeros(x.shape[0], x.shape[2], width)
     inputs = torch.cat((state, x.transpose(1, 2)), dim=-1)  # (B, C, W + T)
     out = F.conv1d(inputs, weight[:, None], groups=weight.shape[0])[:, :, 1:]  # (B, C, T): the first is the last token before x
-    return F.silu(out).transpose(1, 2), inputs[:, :, inputs.shape[2] - width :]
+    return F.silu(out).transpose(1, 2), inputs[:, :, inputs.shape[2] - width :].clone()  # no view: it would keep x
 
 
 def delta_gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,4 +105,4 @@ def dilated_conv1d(x: Tensor, weight: Tensor, state: Tensor | None, dilation: in
         state = x.new_zeros(x.shape[0], x.shape[2], reach)
     inputs = torch.cat((state, x.transpose(1, 2)), dim=-1)  # (B, C, reach + T)
     out = F.conv1d(inputs, weight[:, None], groups=weight.shape[0], dilation=dilation)  # (B, C, T)
-    return F.silu(out).transpose(1, 2), inputs[:, :, inputs.shape[2] - reach :]
+    return F.silu(out).transpose(1, 2), inputs[:, :, inputs.shape[2] - reach :].clone()  # no view: it would keep x
