@@ -130,8 +130,7 @@ class IndexedKVCache(KVCache):
             self._index = self._index[rows]
 
     def copy(self) -> IndexedKVCache:
-        other = copy.copy(self)
-        other._buffer = None if self._buffer is None else self._buffer[:, :, :, : self.length].clone()
+        other: Any = super().copy()
         other._index = None if self._index is None else self._index[:, : self.length].clone()
         return other
 

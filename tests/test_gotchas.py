@@ -234,15 +234,9 @@ def router_in_half(logits, k, normalize):
     return (weights / weights.sum(-1, keepdim=True) if normalize else weights), experts
 
 
-def unrounded_weights(x, gate_up, down, weights, experts):
-    """Router weights kept in fp32 until the expert's output is scaled."""
-    out = torch.zeros_like(x)
-    for e in experts.unique().tolist():
-        token, slot = torch.where(experts == e)
-        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
-        y = F.linear(ops.swiglu(gate, up), down[e]).float() * (weights[token, slot, None].float() * 1.001953125)
-        out = out.index_add(0, token, y.to(out.dtype))
-    return out
+def unrounded_weights(logits, k, normalize):
+    """Router weights that stay fp32 until the expert's output is scaled."""
+    return ops.router_topk(wide(logits), k, normalize)
 
 
 def late_sum(x, gate_up, down, weights, experts):
@@ -276,7 +270,7 @@ WRONG_ROUNDING = {  # fault -> (model_type, module whose output must show it, ho
     "3: rotation in fp32": ("qwen3", "model.layers.0.self_attn", lambda: operation("rope", tables_in_fp32)),
     "4: router probabilities in bf16": ("qwen3_moe", "model.layers.0.mlp", lambda: operation("router_topk", router_in_half)),
     "4: experts summed in fp32": ("qwen3_moe", "model.layers.0.mlp", lambda: operation("moe_experts", late_sum)),
-    "4: router weights not rounded before the product": ("qwen3_moe", "model.layers.0.mlp", lambda: operation("moe_experts", unrounded_weights)),
+    "4: router weights not rounded before the product": ("qwen3_moe", "model.layers.0.mlp", lambda: operation("router_topk", unrounded_weights)),
     "5: softmax in bf16": ("qwen3", "model.layers.0.self_attn", lambda: replaced(sys.modules["qwen_ref.ops.attention"], "attention_softmax", half_softmax)),
     "9: beta in fp32": ("qwen3_5", "model.layers.0.linear_attn", lambda: replaced(ops, "delta_gates", beta_in_fp32)),
     "9: decay in bf16": ("qwen3_5", "model.layers.0.linear_attn", lambda: replaced(ops, "delta_gates", gates_in_half)),
