@@ -136,6 +136,22 @@ def test_session_reuses_the_common_prefix(tiny):
         qr.generate(model, tokenizer, PROMPTS, session=session)
 
 
+def test_a_hybrid_session_goes_on_from_its_marks():
+    """A recurrent state cannot be cut: what follows departs inside the first answer, and is read from the mark before it."""
+    model, tokenizer = qr.load("tiny-hybrid", dtype=torch.float32)
+    session = qr.Session(model)
+    options = {"temperature": 0, "max_tokens": 24, "enable_thinking": False}
+    long = [{"role": "user", "content": "Tell me a story about a dog, a cat, a bird and a big red ball. " * 9}]
+    first = qr.generate(model, tokenizer, long, session=session, **options)[0]
+    turns = [*long, {"role": "assistant", "content": first.text}, {"role": "user", "content": "Tell me another one."}]
+    for prompt, kept in ((turns, True), (turns[:1], True), ("Something else entirely.", False), (turns, False)):
+        warm = qr.generate(model, tokenizer, prompt, session=session, **options)[0]
+        cold = qr.generate(model, tokenizer, prompt, **options)[0]
+        assert warm.token_ids == cold.token_ids  # nothing of what was read before leaks into it
+        read = warm.usage.prompt_tokens - warm.usage.cached_tokens
+        assert warm.usage.cached_tokens > 0 and read <= 64 + 24 + 40 if kept else warm.usage.cached_tokens == 0
+
+
 def test_thinking_budget_closes_the_block(tiny):
     model, tokenizer = tiny
     close = tokenizer.id_of("</think>")
