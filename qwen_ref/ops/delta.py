@@ -112,8 +112,8 @@ def gated_delta_step(
     `gated_delta_rule` and `gated_rms_norm`, which a kernel can do in one pass over the state.
 
     Args: mixed (B, C), q|k|v; window (B, C, W) and conv_weight (C, W) of the convolution; a, b (B, P), a_log, dt_bias (P,);
-    z (B, P, Dv) the gate, norm_weight (Dv,), eps and activation of the norm; state S (B, P, Dk, Dv), at least fp32. C = 2 G Dk + P Dv.
-    Returns the normed output (B, P Dv) in mixed's dtype, and window and state after the token.
+    z (B, P, Dv) the gate, norm_weight (Dv,), eps and activation of the norm; state S (B, P, Dk, Dv), at least fp32.
+    C = 2 G Dk + P Dv. Returns the normed output (B, P Dv) in mixed's dtype, and window and state after the token.
     """
     (heads, width), dim = z.shape[1:], state.shape[2]
     keys = (mixed.shape[1] - heads * width) // 2  # G Dk

@@ -241,7 +241,7 @@ template <int BITS, int STEPS = 256 / READ<BITS>>
 void product_of_one(const Matrix& w, const Token& token, int type, const void* bias, int bias_type, void* out) {
     if constexpr (STEPS > 1)
         if (token.span < STEPS * READ<BITS>) return product_of_one<BITS, STEPS / 2>(w, token, type, bias, bias_type, out);
-#pragma omp parallel for schedule(dynamic, 4) if (w.rows * w.columns > SMALL)
+#pragma omp parallel for if (w.rows * w.columns > SMALL)  // one stretch a thread: what fetches ahead follows it
     for (int64_t first = 0; first < w.rows; first += 8) {
         const Matrix matrix = w;  // in registers
         alignas(32) float y[8] = {};
