@@ -31,11 +31,11 @@ class KVCache:
         end = self.length + k.shape[2]
         if self._buffer is None or end > self._buffer.shape[3]:
             self._grow(k, end)
-        keys, values = self._buffer  # type: ignore[misc]
-        keys.narrow(2, self.length, end - self.length).copy_(k)  # faster than slicing four axes
-        values.narrow(2, self.length, end - self.length).copy_(v)
+        buffer = self._buffer
+        buffer[0, :, :, self.length : end] = k  # type: ignore[index]
+        buffer[1, :, :, self.length : end] = v  # type: ignore[index]
         self.length = end
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+        return buffer[0, :, :, :end], buffer[1, :, :, :end]  # type: ignore[index]
 
     def _grow(self, like: Tensor, needed: int) -> None:
         batch, heads, _, dim = like.shape

@@ -111,6 +111,22 @@ def test_loaded_weights_can_be_thawed_and_trained(dtype):
 
 
 @pytest.mark.parametrize("kind", TINY)
+def test_gradients_flow_through_a_cache(kind):
+    """A first pass that fills a cache has the gradients of one without: the cache writes into no view autograd refuses."""
+    model = make_pair(TINY[kind][1], torch.float64)[0].requires_grad_(True)
+    ids = torch.randint(0, 211, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = []
+    for cache in (None, model.make_cache()):
+        model.zero_grad()
+        model(ids, cache=cache)[..., 3].sum().backward()
+        found.append([(name, p.grad) for name, p in model.named_parameters()])
+    for (name, plain), (_, cached) in zip(*found, strict=True):
+        assert (plain is None) == (cached is None), name
+        if plain is not None:
+            assert float((cached - plain).abs().max() / plain.abs().max().clamp_min(1e-12)) < 1e-10, name
+
+
+@pytest.mark.parametrize("kind", TINY)
 def test_gradients_are_those_of_transformers(kind):
     ours, theirs = make_pair(TINY[kind][1], torch.float64)
     ids = torch.randint(0, 211, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import shutil
 import subprocess
@@ -125,9 +124,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    if mask is not None or dim % 8 or not _alike(q, k, v) or keys < queries or not q.numel() or heads % kv_heads:
+    if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
         return torch_ops.attention(q, k, v, mask)
-    out = q.new_empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _functions().attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim,
                            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out.data_ptr())  # fmt: skip
     return out
@@ -187,33 +186,32 @@ def _linear_any(x: Tensor, weight: Packed) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
-    *batch, columns = x.shape
-    count = math.prod(batch)
+    count, columns = x.shape[:-1].numel(), x.shape[-1]
     if not _reads(x, weight, bias) or _learns(x) or (count > COMPILED_ROWS and _native(torch.bfloat16)):
         return linear_blocked(x, weight, bias)
+    bits = 4 if isinstance(weight, Int4) else 8
+    group = weight.group if weight.group < columns else max(COLUMNS, columns)
     codes, scale, zero, x = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero, x.contiguous()
     zero = None if zero is None else zero.contiguous()
     bias = None if bias is None else bias.contiguous()
-    rows, group = codes.shape[0], weight.group
-    out = x.new_empty((*batch, rows))
+    out = x.new_empty(*x.shape[:-1], codes.shape[0])
     _functions().linear(
-        codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), rows, columns,
-        group if group < columns else max(COLUMNS, columns), 4 if isinstance(weight, Int4) else 8, x.data_ptr(),
-        TYPES[x.dtype], count, None if bias is None else bias.data_ptr(), 0 if bias is None else TYPES[bias.dtype],
-        out.data_ptr(),
+        codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), codes.shape[0],
+        columns, group, bits, x.data_ptr(), TYPES[x.dtype], count, None if bias is None else bias.data_ptr(),
+        0 if bias is None else TYPES[bias.dtype], out.data_ptr(),
     )  # fmt: skip
     return out
 
 
 def _reads(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> bool:
     """Whether cpu.cpp has this length of groups, and all that it would read is there; what is not, PyTorch refuses."""
-    columns, group, codes, zero = x.shape[-1], weight.group, weight.codes, weight.zero
+    columns, group = x.shape[-1], weight.group
     known = group >= columns or group % COLUMNS == 0 or (COLUMNS % group == 0 and group % STEP == 0)
+    rows, groups = weight.codes.shape[0], -(-columns // group)
     width = -(-columns // 2) if isinstance(weight, Int4) else columns
-    rows, shape = codes.shape[0], (codes.shape[0], -(-columns // group))
     return (
-        known and codes.shape == (rows, width) and weight.scale.shape == shape and codes.is_cpu
-        and weight.scale.dtype in TYPES and (zero is None or zero.shape == shape)
+        known and weight.codes.shape == (rows, width) and weight.scale.shape == (rows, groups) and weight.codes.is_cpu
+        and weight.scale.dtype in TYPES and (weight.zero is None or weight.zero.shape == (rows, groups))
         and (bias is None or (bias.shape == (rows,) and bias.dtype in TYPES))
     )  # fmt: skip
 
