@@ -28,14 +28,24 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k, v (B, K, T, D); return all keys and values (B, K, S + T, D). The result is a view: do not write."""
-        end = self.length + k.shape[2]
+        buffer, end = self.reserve(k), self.length + k.shape[2]
+        buffer[0, :, :, self.length : end] = k
+        buffer[1, :, :, self.length : end] = v
+        return self.extend(k.shape[2])
+
+    def reserve(self, like: Tensor) -> Tensor:
+        """The buffer of keys and values, (2, B, K, capacity, D), with room behind `length` for tokens `like` these
+        (B, K, T, D). Who writes them there himself says so by `extend`."""
+        end = self.length + like.shape[2]
         if self._buffer is None or end > self._buffer.shape[3]:
-            self._grow(k, end)
-        buffer = self._buffer
-        buffer[0, :, :, self.length : end] = k  # type: ignore[index]
-        buffer[1, :, :, self.length : end] = v  # type: ignore[index]
-        self.length = end
-        return buffer[0, :, :, :end], buffer[1, :, :, :end]  # type: ignore[index]
+            self._grow(like, end)
+        return self._buffer  # type: ignore[return-value]
+
+    def extend(self, count: int) -> tuple[Tensor, Tensor]:
+        """Count tokens that were written behind `length`; return all keys and values, as `append` does."""
+        self.length += count
+        buffer: Any = self._buffer
+        return buffer[0, :, :, : self.length], buffer[1, :, :, : self.length]
 
     def _grow(self, like: Tensor, needed: int) -> None:
         batch, heads, _, dim = like.shape

@@ -87,7 +87,9 @@ def final_path(model: nn.Module) -> str:
 
 
 def _block_points(name: str, path: str, block: Any) -> list[Point]:
-    mixer, inside = next((kind, points) for kind, points in _MIXERS.items() if hasattr(block, kind))
+    mixer, inside = next(((kind, points) for kind, points in _MIXERS.items() if hasattr(block, kind)), ("", None))
+    if inside is None:
+        raise RequestError("this model has no named points inside its blocks; of a fused model, hook the one it was made of")
     first, second = ("ln_1", "ln_2") if hasattr(block, "ln_1") else ("input_layernorm", "post_attention_layernorm")
     mlp = _moe_points if hasattr(block.mlp, "experts") else _mlp_points
     if hasattr(block, "attn_hyper_connection"):

@@ -54,13 +54,14 @@ ALLOWED = {
     "checkpoint": {"errors", "limits"},
     "hub": {"checkpoint", "errors"},
     "models": {"errors"},
-    "models.common": {"cache", "layers", "checkpoint", "errors", "hooks", "quant.layers"},  # hooks inside the methods that offer it
+    "models.common": {"cache", "layers", "checkpoint", "errors", "fuse", "hooks", "quant.layers"},  # fuse and hooks inside the methods that offer them
     "models.qwen1": {"backend", "ops", "cache", "config", "layers", "models.common"},
     "models.qwen2": {"backend", "ops", "cache", "config", "layers", "models.common"},
     "models.qwen3": {"backend", "cache", "config", "layers", "models.common"},
     "models.qwen3_next": {"backend", "cache", "config", "layers", "models.common", "ops"},
     "models.qwen4_exp": {"backend", "cache", "config", "errors", "layers", "models.common", "ops"},
     "models.qwen3_5": {"backend", "cache", "config", "layers", "models.common", "ops"},
+    "fuse": {"backend", "cache", "errors", "layers", "models", "models.common", "quant.format", "quant.layers", "quant.packed"},
     "chat": {"errors", "limits"},
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},

@@ -178,6 +178,37 @@ def test_norm_and_rotation_round_where_the_formulas_do(dtype):
         assert torch.equal(cpu.rope(x, cos, sin), ops.rope(x, cos, sin))
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_joined_steps_are_the_formulas(dtype):
+    """Rows with gaps, negative slots, and what lies around the slots untouched. Sums in fp64 round otherwise at most once."""
+    x, residual, weight = torch.randn(3, 2, 83).to(dtype), torch.randn(3, 2, 166).to(dtype)[..., ::2], torch.randn(83).to(dtype)
+    for ours, formula in zip(cpu.add_rms_norm(x, residual, weight, 1e-6), ops.add_rms_norm(x, residual, weight, 1e-6), strict=True):
+        torch.testing.assert_close(ours, formula, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert (ours == formula).float().mean() > 0.98
+    q, k, v = (y.unflatten(-1, (-1, 20)) for y in torch.randn(7, 200).to(dtype).split([120, 40, 40], -1))
+    angles = torch.randn(7, 20)
+    cos, sin, slots = angles.cos().to(dtype), angles.sin().to(dtype), torch.tensor([0, 14, -1, 7, 3, 9, 5])
+    for weights in ((None, None), (weight[:20], weight[20:40])):
+        mine, theirs = torch.full((2, 2, 3, 2, 9, 20), float("nan"), dtype=dtype)[..., :5, :]  # caches of 3 pages, with gaps
+        ours = cpu.norm_rope_write(q, k, v, *weights, 1e-6, cos, sin, mine[0], mine[1], slots)
+        formula = ops.norm_rope_write(q, k, v, *weights, 1e-6, cos, sin, theirs[0], theirs[1], slots)
+        for a, b in ((ours, formula), (mine, theirs)):
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps, equal_nan=True)
+            assert ((a == b) | a.isnan()).float().mean() > 0.98
+    gate, up = torch.randn(4, 3, 66).to(dtype).chunk(2, -1)
+    assert torch.equal(cpu.swiglu(gate, up), cpu.swiglu(gate.contiguous(), up.contiguous()))
+
+
+@needs_compiler
+def test_a_slot_outside_the_caches_is_an_error_and_nothing_is_written():
+    q, k, v = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8)
+    caches = torch.zeros(2, 2, 1, 3, 8)
+    with pytest.raises(IndexError, match="which have 2 x 3"):
+        cpu.norm_rope_write(q, k, v, None, None, 0.0, q[:, 0], q[:, 0], *caches, torch.tensor([0, 1, 6, 2]))
+    assert not caches.any()
+
+
 HEADS = [  # batch, heads, kv heads, queries, keys, dim
     (1, 16, 8, 1, 77, 128), (2, 6, 2, 5, 9, 24), (1, 4, 4, 33, 33, 64), (1, 14, 2, 40, 90, 40), (2, 3, 1, 7, 7, 8),
     (1, 40, 2, 3, 64, 16),

@@ -6,7 +6,7 @@
 `--llama` names an interpreter that has llama-cpp-python; the `gguf` package writes its files. First comes the gate: in bf16
 the logits through the fast products may be off by no more than twice what the formulas lose. Then the sides take turns, each
 in a fresh process, `--rounds` times; medians and the spread (minimum to maximum) are printed, and one JSON object as the
-last line. The head is quantised as the other matrices are, on all sides.
+last line. The head is quantised as the other matrices are, on all sides. Ours is fused, and runs with `backend.use("cpp")`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=tuple(RIVAL), help="measure one width")
+    parser.add_argument("--apart", action="store_true", help="our model as it is loaded, not `model.fuse()`")
     parser.add_argument("--worker", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     parser.add_argument("--gate", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -65,6 +66,7 @@ def main() -> None:
         return
     widths = [args.only] if args.only else list(RIVAL)
     own = ["--layers", args.layers, "--prompt", args.prompt, "--tokens", args.tokens, "--threads", args.threads]
+    own += ["--apart"] if args.apart else []
     for width in widths:
         error = child([sys.executable, __file__, "--gate", width, *own])["error"]
         if not error < LIKE:
@@ -124,12 +126,13 @@ def measure(width: str, args: argparse.Namespace) -> dict[str, Any]:
     backend.use("cpp")
     with torch.inference_mode():
         model = random_model(width, args.layers)
-        packed = sum(t.nbytes for t in model.tensors)
+        packed = sum(t.nbytes for _, m in model.packed_modules() for t in m.packed_tensors)
+        model = model if args.apart else model.fuse()
         ids = torch.tensor([[i * 7919 % 150000 for i in range(args.prompt)]])
 
         def timed(chunk: torch.Tensor, cache: Any) -> float:
             start = time.perf_counter()
-            model.step(chunk, cache)
+            step(model, chunk, cache)
             return time.perf_counter() - start
 
         timed(ids, model.make_cache())  # the kernel may be compiled here
@@ -159,13 +162,18 @@ def gate(width: str, args: argparse.Namespace) -> dict[str, float]:
         model = random_model(width, min(args.layers, 2))
         prompts = [torch.tensor([[i * 7919 % 150000 for i in range(count)]]) for count in (1, 7)]
         with backend.use("cpp"):
-            fast = [model.step(ids, model.make_cache()).float() for ids in prompts]
+            fast = [step(model if args.apart else model.fuse(), ids, model.make_cache()).float() for ids in prompts]
         with backend.use("eager"):
-            plain = [model.step(ids, model.make_cache()).float() for ids in prompts]
+            plain = [step(model, ids, model.make_cache()).float() for ids in prompts]
             model.float()
-            exact = [model.step(ids, model.make_cache()) for ids in prompts]
+            exact = [step(model, ids, model.make_cache()) for ids in prompts]
     errors = [max(float((y - e).norm() / e.norm()) for y, e in zip(side, exact, strict=True)) for side in (fast, plain)]
     return {"error": errors[0] / errors[1]}
+
+
+def step(model: Any, ids: Any, cache: Any) -> Any:
+    """Logits of the last token, as `generate` has them computed."""
+    return model.lm_head(model.model(ids, None, cache)[:, -1:])
 
 
 def peak() -> float:
@@ -194,17 +202,8 @@ def random_model(width: str, layers: int) -> Any:
         codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
         return Int4(codes, torch.rand(rows, columns // 128).add(0.5).mul(0.02 / 4.6), None, 128)
 
-    class Random(qwen3.Model):
-        def step(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-            return self.lm_head(self.model(ids, None, cache)[:, -1:])
-
-        @property
-        def tensors(self) -> list[torch.Tensor]:
-            found = [t for m in self.modules() if isinstance(m, PackedLinear | PackedEmbedding) for t in m.packed_tensors]
-            return list({t.data_ptr(): t for t in found}.values())
-
     with torch.device("meta"), _NoInitialValues():
-        model = Random(qwen3.Config.from_json({**QWEN3_06B, "num_hidden_layers": layers}))
+        model = qwen3.Model(qwen3.Config.from_json({**QWEN3_06B, "num_hidden_layers": layers}))
     for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, plain.Linear):

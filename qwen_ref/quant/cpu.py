@@ -5,8 +5,8 @@ the CPU has AVX2: the library is kept in the user's cache folder, and loading it
 needs nothing and takes every layout: a few rows are dequantised and multiplied at a time.
 
 What lies between the products costs a token as much as int4's products do if it runs as many small calls. The same
-library has `attention`, `swiglu`, `rms_norm` and `rope`, which `backend.use("cpp")` chooses together: each rounds where its
-formula does, except that attention rounds only its result.
+library has the operations there, which `backend.use("cpp")` chooses together: each rounds where its formula does, except
+that attention rounds only its result.
 """
 
 from __future__ import annotations
@@ -36,15 +36,21 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-ffp-contract=off", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
 COMPILE_SECONDS = 120
 COLUMNS, STEP = 256, 32  # what cpu.cpp calls BLOCK and STEP
+MOST_DIM = 1024  # of a head, what cpu.cpp calls MOST
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "linear": (_POINTER, _POINTER, _INT, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER),
     "attention": (_POINTER, _POINTER, _POINTER, _INT, *15 * (_LONG,), _POINTER),
     "rms_norm": (_POINTER, _POINTER, _INT, ctypes.c_float, _LONG, _LONG, _POINTER),
+    "add_rms_norm": (*3 * (_POINTER,), _INT, ctypes.c_float, _LONG, _LONG, _POINTER, _POINTER),
     "rope": (_POINTER, _POINTER, _POINTER, _INT, *8 * (_LONG,), _POINTER),
-    "swiglu": (_POINTER, _POINTER, _INT, _LONG, _POINTER),
+    "norm_rope_write": (
+        *5 * (_POINTER,), _INT, ctypes.c_float, *10 * (_LONG,), *3 * (_POINTER,), *8 * (_LONG,), *3 * (_POINTER,)
+    ),
+    "swiglu": (_POINTER, _POINTER, _INT, *4 * (_LONG,), _POINTER),
 }
+_RESULTS = {"norm_rope_write": _INT}
 
 
 # ------------------------------------------------------------------------------------------------- a block at a time
@@ -136,9 +142,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`ops.swiglu` in one call."""
     if gate.dtype != up.dtype or gate.shape != up.shape or _learns(gate) or _learns(up):
         return ops.swiglu(gate, up)
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    _functions().swiglu(gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], gate.numel(), out.data_ptr())
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    rows, columns = 1, gate.numel()
+    if not (gate.is_contiguous() and up.is_contiguous()):  # halves of one projection: rows with gaps between them
+        rows, columns = gate.shape[:-1].numel(), gate.shape[-1]
+        gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate.reshape(rows, columns), up.reshape(rows, columns)))
+    _functions().swiglu(gate.data_ptr(), up.data_ptr(), TYPES[gate.dtype], rows, columns, gate.stride(0) if rows > 1 else 0,
+                        up.stride(0) if rows > 1 else 0, out.data_ptr())  # fmt: skip
     return out
 
 
@@ -155,6 +165,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm` in one call."""
+    alike = x.shape == residual.shape and x.dtype == residual.dtype == weight.dtype and weight.shape == x.shape[-1:]
+    if not alike or _learns(x) or _learns(residual) or _learns(weight):
+        return ops.add_rms_norm(x, residual, weight, eps)
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _functions().add_rms_norm(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), TYPES[x.dtype], eps, x.shape[:-1].numel(),
+                              x.shape[-1], total.data_ptr(), out.data_ptr())  # fmt: skip
+    return total, out
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`ops.rope` in one call."""
     batch, heads, tokens, dim = x.shape
@@ -169,12 +191,44 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def norm_rope_write(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """`ops.norm_rope_write` in one call."""
+    (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
+    weights = [w for w in (q_weight, k_weight) if w is not None]
+    read = (q, k, v, cos, sin, *weights)
+    fits = (
+        k.shape == v.shape == (tokens, kv_heads, dim) and cos.shape == sin.shape == (tokens, dim) and slots.shape == (tokens,)
+        and slots.dtype == torch.int64 and all(w.shape == (dim,) for w in weights) and dim % 2 == 0 and 0 < dim <= MOST_DIM
+        and k_cache.shape == v_cache.shape and k_cache.shape[1::2] == (kv_heads, dim)
+    )  # fmt: skip
+    alike = all(x.dtype == q.dtype for x in (*read, k_cache, v_cache)) and not any(_learns(x) for x in read)
+    if not fits or not alike or any(x.stride(-1) != 1 for x in (q, k, v, *weights, k_cache, v_cache)):
+        return ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots)
+    cos, sin, slots, out = cos.contiguous(), sin.contiguous(), slots.contiguous(), q.new_empty(q.shape)
+    outside = _functions().norm_rope_write(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(q_weight), _pointer(k_weight), TYPES[q.dtype], eps, tokens, heads,
+        kv_heads, dim, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.data_ptr(), sin.data_ptr(), slots.data_ptr(),
+        *k_cache.shape[::2], *k_cache.stride()[:3], *v_cache.stride()[:3], k_cache.data_ptr(), v_cache.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+    if outside:
+        raise IndexError(f"a slot lies outside the caches, which have {k_cache.shape[0]} x {k_cache.shape[2]}")
+    return out
+
+
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v are what cpu.cpp reads: one type, last axes contiguous, keys and values of the same shape."""
     return (
         q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
         and q.stride(3) == k.stride(3) == v.stride(3) == 1 and not (_learns(q) or _learns(k) or _learns(v))
     )  # fmt: skip
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _learns(x: Tensor) -> bool:
@@ -196,8 +250,8 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], codes.shape[0])
     _functions().linear(
-        codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], None if zero is None else zero.data_ptr(), codes.shape[0],
-        columns, group, bits, x.data_ptr(), TYPES[x.dtype], count, None if bias is None else bias.data_ptr(),
+        codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], _pointer(zero), codes.shape[0],
+        columns, group, bits, x.data_ptr(), TYPES[x.dtype], count, _pointer(bias),
         0 if bias is None else TYPES[bias.dtype], out.data_ptr(),
     )  # fmt: skip
     return out
@@ -230,7 +284,7 @@ def _library() -> ctypes.CDLL | str:
         return f"compiling failed: {error}"
     for name, types in _ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, _RESULTS.get(name)
     return library
 
 

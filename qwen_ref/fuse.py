@@ -1,0 +1,233 @@
+"""A loaded model in fewer and larger steps: the same weights, caches and logits, but for the rounding of larger products.
+
+    fast = model.fuse()
+    qr.generate(fast, tokenizer, "Once upon a time")
+
+Reading one token costs as many calls as reading a thousand. So projections of one input become one product, a residual
+sum goes with the norm that reads it, and the norms of q and k and their rotation with the write into the cache: what is
+15 operations, two sums and two copies in a layer of Qwen3 is 9 operations here. Each is one of `backend`, so it runs on
+whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have all of them.
+
+The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
+joined one. So it is the one to hook, to save and to move; a fused model only runs, without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backend, layers
+from .cache import Cache, KVCache
+from .errors import RequestError
+from .layers import Linear, RMSNorm, place
+from .models import qwen2, qwen3
+from .models.common import LanguageModel
+from .quant.format import Matrix
+from .quant.layers import PackedLinear, joined
+from .quant.packed import Packed, rows
+
+Slots = dict[tuple[int, int], Tensor]  # see `Attention._room`
+
+
+class Together(nn.Module):
+    """Projections of one input: one product where one matrix can hold them all, else one after the other."""
+
+    def __init__(self, *projections: nn.Module) -> None:
+        super().__init__()
+        self.widths = [projection.out_features for projection in projections]
+        self.parts = nn.ModuleList(_join(projections) or projections)
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:  # (..., H) -> (..., width) of each
+        if len(self.parts) == 1:
+            return self.parts[0](x).split(self.widths, dim=-1)
+        return [part(x) for part in self.parts]
+
+
+class MLP(nn.Module):
+    """`layers.MLP`: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, mlp: layers.MLP) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = Together(mlp.gate_proj, mlp.up_proj), mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., H) -> (..., H)
+        return self.down_proj(backend.swiglu(*self.gate_up_proj(x)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, with the norms of queries and keys where the generation has them."""
+
+    def __init__(self, attention: qwen2.Attention | qwen3.Attention) -> None:
+        super().__init__()
+        self.head_dim = attention.head_dim
+        self.qkv_proj = Together(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = attention.o_proj
+        self.q_norm: Any = getattr(attention, "q_norm", None)
+        self.k_norm: Any = getattr(attention, "k_norm", None)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
+    ) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).flatten(0, 1) for part in self.qkv_proj(x))  # (M, N or K, D)
+        norms = (None, None, 0.0) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        room, where = self._room(k.view(heads).transpose(1, 2), cache, slots)
+        q = backend.norm_rope_write(q, k, v, *norms, *rope, room[0], room[1], where)  # (M, N, D)
+        if cache is None:
+            keys, values = room[0], room[1]
+        elif cache.window is None:
+            keys, values = cache.extend(x.shape[1])  # (B, K, S, D)
+        else:
+            keys, values = cache.append(room[0], room[1])
+        out = backend.attention(q.view(heads).transpose(1, 2), keys, values, mask)  # (B, N, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H)
+
+    @staticmethod
+    def _room(new: Tensor, cache: KVCache | None, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Where new keys and values belong: a buffer (2, B, K, capacity, D), and the place of each token in it, (M,).
+
+        The cache's own, unless it slides and has none. `slots`: the places of this pass, which layers share.
+        """
+        if cache is not None and cache.window is None:
+            room, start = cache.reserve(new), cache.length
+        else:
+            room, start = new.new_empty(2, *new.shape), 0
+        (batch, _, count, _), capacity = new.shape, room.shape[3]
+        if (start, capacity) not in slots:
+            places = torch.arange(start, start + count, device=new.device)
+            slots[start, capacity] = (torch.arange(batch, device=new.device)[:, None] * capacity + places).flatten()
+        return room, slots[start, capacity]
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each sum made together with the norm that reads it next."""
+
+    def __init__(self, block: qwen2.Block | qwen3.Block, following: RMSNorm) -> None:
+        super().__init__()
+        self.attention, self.post_attention_layernorm = Attention(block.self_attn), block.post_attention_layernorm
+        self.mlp = MLP(block.mlp) if isinstance(block.mlp, layers.MLP) else block.mlp
+        self.following = following  # of the next block, or the last of all
+
+    def forward(
+        self, x: Tensor, normed: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
+    ) -> tuple[Tensor, Tensor]:  # the residual stream and its norm, (B, T, H) each -> the same two for the next block
+        x, normed = _add_norm(self.attention(normed, rope, mask, cache, slots), x, self.post_attention_layernorm)
+        return _add_norm(self.mlp(normed), x, self.following)
+
+
+class Decoder(nn.Module):
+    """Token ids to final hidden states."""
+
+    def __init__(self, decoder: qwen2.Decoder | qwen3.Decoder) -> None:
+        super().__init__()
+        self.embed_tokens, self.rotary_emb, self.windows = decoder.embed_tokens, decoder.rotary_emb, decoder.windows
+        blocks: list[Any] = list(decoder.layers)
+        self.norm = blocks[0].input_layernorm
+        following = [*(block.input_layernorm for block in blocks[1:]), decoder.norm]
+        self.layers = nn.ModuleList(map(Block, blocks, following))
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
+        cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in self.rotary_emb(positions, x.dtype))  # (M, D)
+        normed, slots = self.norm(x), Slots()
+        for i, block in enumerate(self.layers):
+            layer = cache.layers[i] if cache is not None else None
+            x, normed = block(x, normed, (cos, sin), masks[self.windows[i]], layer, slots)
+        return normed  # (B, T, H)
+
+
+class Fused(LanguageModel):
+    """Any model of Qwen2 or Qwen3, to be called, and given to `generate`, as the model is."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model.config)
+        self.model, self.lm_head, self.make_cache = Decoder(model.model), model.lm_head, model.make_cache  # type: ignore[method-assign]
+        self.raw_config, self.generation_config, self.extra_files = model.raw_config, model.generation_config, model.extra_files
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Next-token logits of every position, as the model's own `forward` gives them, and without gradients."""
+        return self.lm_head(self.model(input_ids, positions, cache))
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        raise RequestError("a fused model's matrices are joined and have no official names; save the model it was made of")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise RequestError("a fused model shares its memory with the model it was made of; move or convert that one first, "
+                           "then fuse it again")
+
+
+def fuse(model: LanguageModel) -> Fused:
+    """The model in fewer steps, see above. Plain or quantised, dense or mixture of experts, of Qwen2 or Qwen3.
+
+    RequestError for the other generations, and for dual chunk attention.
+    """
+    known = (qwen2.Attention, qwen3.Attention)
+    unknown = next((b for b in model.model.layers if type(getattr(b, "self_attn", None)) not in known), None)
+    if unknown is not None:
+        raise RequestError(f"{type(model).__module__.rpartition('.')[2]} cannot be fused: only models whose every layer has "
+                           "the plain attention of Qwen2 or Qwen3 can")
+    return Fused(model).eval()
+
+
+def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    return backend.add_rms_norm(x, residual, norm.weight, norm.eps)
+
+
+def _join(projections: Sequence[Any]) -> list[nn.Module]:
+    """One projection that stands for all of them, whose weights become views of its; none if there can be none."""
+    if any((p.bias is None) != (projections[0].bias is None) for p in projections):
+        return []
+    bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
+    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if all(type(p) is Linear for p in projections):
+        return _join_plain(projections, parameter)
+    return _join_packed(projections, parameter) if all(type(p) is PackedLinear for p in projections) else []
+
+
+def _join_plain(projections: Sequence[Linear], bias: nn.Parameter | None) -> list[nn.Module]:
+    if len({(p.weight.dtype, p.weight.device) for p in projections}) > 1:
+        return []
+    weight = torch.cat([p.weight.data for p in projections])  # (N, H)
+    whole = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), bias  # type: ignore[assignment]
+    for projection, part in zip(projections, weight.split([p.out_features for p in projections]), strict=True):
+        projection.weight.data = part
+    return [whole]
+
+
+def _join_packed(projections: Sequence[PackedLinear], bias: nn.Parameter | None) -> list[nn.Module]:
+    """Where all are in one layout; those of a GGUF file may not be, and act-order shuffles each in its own way."""
+    first = projections[0]
+    if any(p.order is not None or p.dynamic != first.dynamic for p in projections):
+        return []
+    packed: Packed | None = first.packed
+    for p in projections[1:]:
+        packed = None if packed is None else joined(packed, p.packed)
+    if packed is None or not all(_same_form(packed, p.packed) for p in projections):
+        return []
+    whole = PackedLinear(Matrix(packed), (sum(p.out_features for p in projections), first.in_features), bias)
+    whole.dynamic = first.dynamic
+    start = 0
+    for projection in projections:
+        projection.packed = rows(packed, start, start + projection.out_features)
+        start += projection.out_features
+    return [whole]
+
+
+def _same_form(whole: Packed, part: Packed) -> bool:
+    """Whether rows of the one are the other, and not only equal to it: a scale of other blocks or in another type is not."""
+    for name, a in whole._asdict().items():
+        b = getattr(part, name)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.dtype != b.dtype or (name == "table" and not torch.equal(a, b)):
+                return False
+        elif a != b:
+            return False
+    return True
