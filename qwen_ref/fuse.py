@@ -222,11 +222,11 @@ def _join_packed(projections: Sequence[PackedLinear], bias: nn.Parameter | None)
 
 
 def _same_form(whole: Packed, part: Packed) -> bool:
-    """Whether rows of the one are the other, and not only equal to it: a scale of other blocks or in another type is not."""
+    """Whether rows of the one are the other, and not only equal to it, as where scales of other blocks or tables are."""
     for name, a in whole._asdict().items():
         b = getattr(part, name)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.dtype != b.dtype or (name == "table" and not torch.equal(a, b)):
+            if name == "table" and not torch.equal(a, b):
                 return False
         elif a != b:
             return False

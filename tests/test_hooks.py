@@ -12,9 +12,9 @@ from conftest import TINY, casts_lifted, make_pair
 from torch import nn
 
 import qwen_ref as qr
-from qwen_ref import backend, hooks, ops
+from qwen_ref import backend, ops
 from qwen_ref.errors import RequestError
-from qwen_ref.hooks import points
+from qwen_ref.hook_points import final_path, points
 from qwen_ref.verify import capture
 
 ALL = [pytest.param(config, id=name) for name, (_, config) in TINY.items()]
@@ -105,7 +105,7 @@ def test_captured_values_are_those_of_transformers(config):
         close(f"{name}.hook_attn_out", expected[f"{path}.{'linear_attn' if linear else 'self_attn'}"])
         close(f"{name}.hook_mlp_out", expected[f"{path}.mlp"])
         close(f"{name}.hook_resid_post", expected[path])
-    close("ln_final.hook_out", expected[hooks.final_path(ours)])
+    close("ln_final.hook_out", expected[final_path(ours)])
 
 
 def test_attention_by_hand(dense):
@@ -664,4 +664,4 @@ def test_sliding_window_patterns(dense):
     model, _ = make_pair(config)
     _, acts = model.run_with_cache(IDS, "*pattern")
     assert acts["pattern", 0][..., 8, 0].min() > 0 and acts["pattern", 1].tril(-4).abs().max() == 0
-    assert hooks.points(model).keys() == hooks.points(dense).keys()
+    assert points(model).keys() == points(dense).keys()

@@ -215,10 +215,10 @@ class LanguageModel(nn.Module):
         return hooks.active(self, fwd_hooks)
 
     def list_hooks(self) -> list[str]:
-        """The names of all points, in the order in which they are computed; `hooks.points` says what each is."""
-        from .. import hooks
+        """The names of all points, in the order in which they are computed; `hook_points.points` says what each is."""
+        from ..hook_points import points
 
-        return list(hooks.points(self))
+        return list(points(self))
 
     def fuse(self) -> LanguageModel:
         """The same model in fewer and larger steps, for speed: see `fuse.fuse`. This one goes on as it was."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import backend
 from ..errors import RequestError
-from ..hooks import points, run_with_cache
+from ..hook_points import points
+from ..hooks import run_with_cache
 from .inputs import Ids, one_sequence
 
 

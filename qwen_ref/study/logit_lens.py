@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..hooks import final_path, run_with_cache
+from ..hook_points import final_path
+from ..hooks import run_with_cache
 from .inputs import Ids, head_of, one_sequence
 
 

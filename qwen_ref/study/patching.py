@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..hooks import Filter, Point, letter_sizes, points, run_with_cache, run_with_hooks, select
+from ..hook_points import Point, letter_sizes, points
+from ..hooks import Filter, run_with_cache, run_with_hooks, select
 from .inputs import Ids, one_position, one_sequence, one_token
 
 Metric = Callable[[Tensor], Tensor | float]  # logits (T, V) of one sequence -> a number

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import SafetensorsFile, parse_json, write_safetensors
 from ..errors import CheckpointError, NumericsError, RequestError
-from ..hooks import letter_sizes
+from ..hook_points import letter_sizes
 from ..models.common import LanguageModel
 from . import oracle
 

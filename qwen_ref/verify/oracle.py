@@ -1,6 +1,6 @@
 """The oracle: transformers' model on the same weights, and the activations of both sides under one set of names.
 
-Names are those of `hooks.points`, and two of our own for the rotary tables. Ours are seen through `hooks`; transformers'
+Names are those of `hook_points`, and two of our own for the rotary tables. Ours are seen through `hooks`; transformers'
 through PyTorch hooks on the modules of the same official paths, so nothing of our arithmetic takes part in its numbers.
 
 This is the only module of the package that imports transformers, and only when it runs.
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backend, hooks
+from .. import backend, hook_points, hooks
 from ..errors import RequestError
-from ..hooks import Point
+from ..hook_points import Point
 from ..models.common import LanguageModel
 
 ROTARY = "model.rotary_emb"
@@ -102,7 +102,7 @@ def skeleton(folder: Path, ours: LanguageModel, dtype: torch.dtype, device: torc
 def points(model: nn.Module) -> dict[str, Point]:
     """The points both sides can show, in the order in which they are computed; `model` may be either side's."""
     found = {}
-    for name, point in hooks.points(model).items():
+    for name, point in hook_points.points(model).items():
         inside_rule = point.place == "gated_delta_rule" and point.short in ("pattern", "state")
         if not name.endswith(_UNSEEN) and not inside_rule:
             found[name] = point

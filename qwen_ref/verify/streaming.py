@@ -24,9 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import backend, hooks
+from .. import backend
 from ..checkpoint import Checkpoint, SafetensorsFile, weight_files
 from ..errors import CheckpointError, RequestError
+from ..hook_points import final_path
 from ..loading import build, materialize, pick_dtype, read_config, skeleton
 from ..models.common import LanguageModel
 from . import oracle
@@ -109,7 +110,7 @@ def weights(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Ite
     with _Ours(folder, read_config(folder), dtype, torch.device(device), EAGER) as ours:
         blocks = [f"model.layers.{i}" for i in range(len(ours.model.model.layers))]
         head = ["lm_head"] if ours.model.lm_head is not None else []
-        for path in ("model.embed_tokens", *blocks, hooks.final_path(ours.model), *head):
+        for path in ("model.embed_tokens", *blocks, final_path(ours.model), *head):
             with ours.loaded(path):
                 yield ours.tensors(path)
 
@@ -149,7 +150,7 @@ class _Side:
     def begin(self, prompts: Sequence[Tensor]) -> list[Acts]:
         """The embedding and the rotary tables; notes what every block is given."""
         captures: list[Acts] = []
-        with self.loaded("model.embed_tokens", hooks.final_path(self.model)):
+        with self.loaded("model.embed_tokens", final_path(self.model)):
             for ids in prompts:
                 names = self._names("hook_embed", "rotary.")
                 with self.recording(names, {}) as acts, self._noting() as calls:
@@ -175,7 +176,7 @@ class _Side:
         """The final norm and, if there is one, the head."""
         head, names = self.model.lm_head, self._names("ln_final.", "hook_logits")
         captures: list[Acts] = []
-        path = hooks.final_path(self.model)
+        path = final_path(self.model)
         with self.loaded(path, *(["lm_head"] if head is not None else [])):
             for x in self.residuals:
                 with self.recording(names, {}) as acts:
