@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import INDEX, parse_object, read_index
+from .checkpoint import INDEX, read_index
 from .config import text_config
 from .errors import ConfigError, RequestError
 from .loading import build, extra_files, locate, opened, read_config
@@ -17,6 +17,7 @@ from .models.common import DRAFT, LanguageModel
 from .quant.convert import install, read_format
 from .quant.format import Format
 from .quant.ggml import Ggml
+from .strict_json import parse_object
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpoint import INDEX, quote, read_index
+from .checkpoint import INDEX, read_index
 from .errors import CheckpointError
+from .strict_json import quote
 
 _METADATA = ["*.json", "merges.txt", "*.tiktoken", "*.jinja"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

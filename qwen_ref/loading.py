@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, LoadReport, empty, parse_object, read_json
+from .checkpoint import Checkpoint, LoadReport, empty
 from .config import text_config
 from .errors import CheckpointError, ConfigError, RequestError
 from .hub import find
@@ -21,6 +21,7 @@ from .models.common import LanguageModel
 from .quant.convert import expand, install, pack, read_format
 from .quant.format import Format
 from .quant.making import matrices, quantize_model
+from .strict_json import parse_object, read_json
 from .tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"

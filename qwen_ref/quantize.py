@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import INDEX, Checkpoint, SafetensorsFile, read_json, weight_files, write_json, write_safetensors
+from .checkpoint import INDEX, Checkpoint, weight_files
 from .errors import CheckpointError, RequestError
 from .layers import Experts, Linear
 from .loading import EXTRA_FILES, locate, materialize, pick_dtype, read_config, skeleton
@@ -32,6 +32,8 @@ from .quant.format import matches
 from .quant.making import GGUF, KEPT, KINDS, Round, fitting, matrices, quantize_module, rounded, rounder
 from .quant.packed import Packed
 from .quant.store import STORES
+from .safetensors_file import SafetensorsFile, write_safetensors
+from .strict_json import read_json, write_json
 from .tokenizer import Tokenizer
 
 RECORD = "qwen_ref_quantize.json"

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qwen_ref.checkpoint import SafetensorsFile, load_weights, read_json, save_model
+from qwen_ref.checkpoint import load_weights, save_model
 from qwen_ref.errors import CheckpointError, ConfigError
 from qwen_ref.hub import find
+from qwen_ref.safetensors_file import SafetensorsFile
+from qwen_ref.strict_json import read_json
 
 U8 = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
 
@@ -72,7 +74,7 @@ SLOW = {
 def test_damage_is_found_in_linear_time(tmp_path, case):
     header, match = SLOW[case]
     path = make(tmp_path / "x.safetensors", header)
-    code = "import sys; from qwen_ref.checkpoint import *; from pathlib import Path; SafetensorsFile(Path(sys.argv[1]))"
+    code = "import sys; from qwen_ref.safetensors_file import *; from pathlib import Path; SafetensorsFile(Path(sys.argv[1]))"
     out = subprocess.run([sys.executable, "-O", "-c", code, str(path)], capture_output=True, text=True, timeout=60)
     assert out.returncode == 1 and "CheckpointError" in out.stderr and match in out.stderr
 

@@ -19,18 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
-from qwen_ref.checkpoint import (
-    DTYPES,
-    INDEX,
-    SafetensorsFile,
-    load_weights,
-    read_index,
-    read_json,
-    save_model,
-    write_safetensors,
-)
+from qwen_ref.checkpoint import INDEX, load_weights, read_index, save_model
 from qwen_ref.errors import CheckpointError, ConfigError, QwenRefError
 from qwen_ref.loading import build, load_model, materialize, read_config
+from qwen_ref.safetensors_file import DTYPES, SafetensorsFile, write_safetensors
+from qwen_ref.strict_json import read_json
 
 IDS = torch.randint(0, 211, (2, 9), generator=torch.Generator().manual_seed(5))
 

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
-from qwen_ref.checkpoint import INDEX, Checkpoint, SafetensorsFile, save_model
+from qwen_ref.checkpoint import INDEX, Checkpoint, save_model
 from qwen_ref.errors import CheckpointError
 from qwen_ref.loading import build, load_model, materialize, read_config
+from qwen_ref.safetensors_file import SafetensorsFile
 
 IDS = torch.randint(0, 211, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -157,7 +158,7 @@ def test_a_system_that_cannot_map_reads(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise OSError(19, "No such device")
 
-    monkeypatch.setattr(qr.checkpoint.mmap, "mmap", refuse)
+    monkeypatch.setattr(qr.safetensors_file.mmap, "mmap", refuse)
     monkeypatch.setattr(qr.loading, "empty", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
     loaded = load_model(tmp_path / "m", device="cpu")
     assert loaded.load_report.mapped == 0
@@ -167,9 +168,9 @@ def test_a_system_that_cannot_map_reads(tmp_path, monkeypatch):
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_systems_without_advice_map_too(platform, tmp_path, monkeypatch):
     model = saved(tmp_path / "m")
-    monkeypatch.setattr(qr.checkpoint.sys, "platform", platform)
+    monkeypatch.setattr(qr.safetensors_file.sys, "platform", platform)
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    monkeypatch.setattr(qr.checkpoint, "_POPULATE_READ", None)  # passing it on would be a TypeError
+    monkeypatch.setattr(qr.safetensors_file, "_POPULATE_READ", None)  # passing it on would be a TypeError
     loaded = load_model(tmp_path / "m", device="cpu")
     assert loaded.load_report.mapped == loaded.load_report.bytes
     same_logits(loaded(IDS), model(IDS))
@@ -177,7 +178,7 @@ def test_systems_without_advice_map_too(platform, tmp_path, monkeypatch):
 
 def test_a_kernel_that_does_not_know_the_advice(tmp_path, monkeypatch):
     model = saved(tmp_path / "m")
-    monkeypatch.setattr(qr.checkpoint, "_POPULATE_READ", 9999)  # EINVAL
+    monkeypatch.setattr(qr.safetensors_file, "_POPULATE_READ", 9999)  # EINVAL
     same_logits(load_model(tmp_path / "m", device="cpu")(IDS), model(IDS))
 
 

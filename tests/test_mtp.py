@@ -10,11 +10,11 @@ from conftest import TINY, casts_lifted, make_pair
 
 import qwen_ref as qr
 from qwen_ref import backend
-from qwen_ref.checkpoint import SafetensorsFile, write_safetensors
 from qwen_ref.describe import describe
 from qwen_ref.errors import CheckpointError, RequestError
 from qwen_ref.loading import load_model
 from qwen_ref.quant.making import quantize_model
+from qwen_ref.safetensors_file import SafetensorsFile, write_safetensors
 from qwen_ref.verify.levels import structure
 
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")

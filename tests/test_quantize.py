@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
 import qwen_ref.checkpoint
-from qwen_ref.checkpoint import SafetensorsFile
 from qwen_ref.errors import CheckpointError, RequestError
 from qwen_ref.loading import load_model
 from qwen_ref.quant import calibrated, making, packed, rounding
 from qwen_ref.quant.layers import PackedEmbedding, PackedExperts, PackedLinear
+from qwen_ref.safetensors_file import SafetensorsFile
 
 making_module = sys.modules["qwen_ref.quantize"]
 FIXED_CT = {"int4": 4, "int8": 8}

@@ -25,12 +25,12 @@ from transformers.models.qwen4_exp import modeling_qwen4_exp as official
 
 from qwen_ref import backend, ops, study, torch_ops
 from qwen_ref.cache import IndexedKVCache, JoinedCache
-from qwen_ref.checkpoint import write_json
 from qwen_ref.describe import describe
 from qwen_ref.errors import CheckpointError, ConfigError
 from qwen_ref.layers import ShardedEmbedding
 from qwen_ref.loading import build, load_model
 from qwen_ref.models import qwen4_exp
+from qwen_ref.strict_json import write_json
 from qwen_ref.verify import oracle
 
 CONFIG = TINY["qwen4_exp"][1]

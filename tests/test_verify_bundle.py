@@ -11,9 +11,9 @@ import torch
 from conftest import TINY, make_pair
 
 from qwen_ref import ops
-from qwen_ref.checkpoint import SafetensorsFile, write_safetensors
 from qwen_ref.errors import CheckpointError, NumericsError, RequestError
 from qwen_ref.models import module_for
+from qwen_ref.safetensors_file import SafetensorsFile, write_safetensors
 from qwen_ref.verify import bundle, oracle
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}

@@ -12,8 +12,8 @@ import torch
 from conftest import TINY, make_pair, patch_formula
 
 from qwen_ref import loading
-from qwen_ref.checkpoint import SafetensorsFile, write_safetensors
 from qwen_ref.errors import CheckpointError, RequestError
+from qwen_ref.safetensors_file import SafetensorsFile, write_safetensors
 from qwen_ref.verify import levels, oracle, streaming
 
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}

@@ -60,7 +60,7 @@ def read_format(raw: Mapping[str, Any]) -> Format | None:
 def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[str]:
     """Exchange, on the meta device, each matrix that is quantised for a `QuantLinear` with the tensors it is stored in.
 
-    `disk`: what the files hold, by official name, as `checkpoint.TensorInfo`. A matrix that the format quantises and
+    `disk`: what the files hold, by official name, as `safetensors_file.TensorInfo`. A matrix that the format quantises and
     the files have in full precision stays plain; those are returned by name. CheckpointError, ConfigError.
     """
     wanted = _matrices(model)

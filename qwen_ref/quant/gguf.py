@@ -25,9 +25,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..checkpoint import SafetensorsFile, TensorInfo, quote
 from ..errors import CheckpointError
 from ..limits import LIMITS
+from ..safetensors_file import SafetensorsFile, TensorInfo
+from ..strict_json import quote
 from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half
 from .gguf_hybrid import Heads, OfficialTensors
 from .gguf_meta import layer_count, read_config, read_tokenizer

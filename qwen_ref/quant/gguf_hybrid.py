@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import SafetensorsFile, TensorInfo, quote
 from ..config import Fields
 from ..errors import CheckpointError
 from ..limits import LIMITS
+from ..safetensors_file import SafetensorsFile, TensorInfo
+from ..strict_json import quote
 from .gguf_blocks import BLOCK, DEQUANTIZE
 
 HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")

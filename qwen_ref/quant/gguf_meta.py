@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..checkpoint import parse_json, quote
 from ..config import Fields, Rope, hybrid_types
 from ..errors import TokenizerError
 from ..limits import LIMITS
+from ..strict_json import parse_json, quote
 from ..tokenizer import PATTERN_QWEN, PATTERN_QWEN3_5, Tokenizer
 
 ARCHITECTURES = {  # general.architecture -> model_type, architectures of config.json

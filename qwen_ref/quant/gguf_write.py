@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import quote
 from ..errors import CheckpointError
+from ..strict_json import quote
 from .gguf import ALIGNMENT, ARRAY, FLOATS, MAGIC, SCALARS, STRING, TENSOR_TYPES, VERSION, ggml_name
 from .gguf_blocks import BLOCK
 from .gguf_hybrid import CONV, QKV, QKVZ, Heads, Z, to_file

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import SafetensorsFile, parse_json, write_safetensors
 from ..errors import CheckpointError, NumericsError, RequestError
 from ..hook_points import letter_sizes
 from ..models.common import LanguageModel
+from ..safetensors_file import SafetensorsFile, write_safetensors
+from ..strict_json import parse_json
 from . import oracle
 
 FORMAT = 1

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..checkpoint import Checkpoint, SafetensorsFile, weight_files
+from ..checkpoint import Checkpoint, weight_files
 from ..errors import CheckpointError, RequestError
 from ..hook_points import final_path
 from ..loading import build, materialize, pick_dtype, read_config, skeleton
 from ..models.common import LanguageModel
+from ..safetensors_file import SafetensorsFile
 from . import oracle
 from .levels import HALF, Acts, Choice, Comparison, Oracle, Tolerances, following
 from .report import Row
