@@ -34,6 +34,7 @@ class Description:
     kv_bytes_per_token: int
     context: int
     kv_bytes: int  # at `context` tokens, sliding windows counted as such
+    state_bytes: int  # of the layers that keep no keys, however many tokens they have read
     end_tokens: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
     format: str | None  # how the weights are quantised; None = they are not
@@ -56,6 +57,8 @@ class Description:
         lines += [f"  {'weights':30} {size(self.weight_bytes):>16}"]
         lines += [f"  {'KV cache per token':30} {size(self.kv_bytes_per_token):>16}"]
         lines += [f"  {f'KV cache at {self.context:,} tokens':30} {size(self.kv_bytes):>16}"]
+        if self.state_bytes:
+            lines += [f"  {'recurrent states':30} {size(self.state_bytes):>16}"]
         lines += ["", "end tokens (generation stops at any of them)"]
         lines += [f"  {place:30} {value if value is not None else '-'}" for place, value in self.end_tokens.items()]
         if tensors:
@@ -97,6 +100,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         kv_bytes_per_token=token_bytes * len(config.windows),
         context=context,
         kv_bytes=token_bytes * held,
+        state_bytes=_state_bytes(config, _BYTES.get(dtype, 4)),
         end_tokens={
             "generation_config.json": _eos(ends.get("generation_config.json")),
             "config.json": raw.get("eos_token_id"),
@@ -115,6 +119,21 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def _state_bytes(config: Any, itemsize: int) -> int:
+    """Of one sequence: the inputs that convolutions look back to, the states of the delta rule, and the last n-gram."""
+    layers = getattr(config, "layer_types", ()).count("linear_attention")
+    if not layers:
+        return 0
+    key_dim, values = config.linear_key_head_dim, config.linear_num_value_heads * config.linear_value_head_dim
+    window = (2 * config.linear_num_key_heads * key_dim + values) * config.linear_conv_kernel_dim * itemsize
+    rule = key_dim * values * torch.float32.itemsize  # in every dtype
+    ngrams = 0
+    if ple := getattr(config, "ple_layer_ids", ()):
+        history = config.hc_count * config.hidden_size * (config.ple_conv_kernel_size - 1) * config.ngram_size * itemsize
+        ngrams = len(ple) * (history + (config.ngram_size - 1) * torch.int64.itemsize)
+    return layers * (window + rule) + ngrams
 
 
 def _part(name: str) -> str:

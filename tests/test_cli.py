@@ -8,8 +8,12 @@ import sys
 
 import pytest
 import torch
+from conftest import TINY
 
 import qwen_ref as qr
+from qwen_ref.cache import RecurrentCache
+from qwen_ref.describe import describe
+from qwen_ref.models import module_for
 
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -67,6 +71,21 @@ def test_inspect_needs_no_weights(tmp_path):
     assert data["end_tokens"]["tokenizer_config.json"] == "<|im_end|>"
     text = run("inspect", str(tmp_path), "--tensors").stdout
     assert "active per token" in text and "model.layers.5.mlp.experts.9.down_proj.weight" in text
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inspect_counts_states_that_do_not_grow(name, dtype, tmp_path):
+    config = {**TINY[name][1], "dtype": str(dtype).removeprefix("torch.")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = module_for(config).Model(module_for(config).Config.from_json(config)).to(dtype)
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(torch.zeros(1, 5, dtype=torch.int64), cache=cache)
+    parts = [part for layer in cache.layers for part in (getattr(layer, "embedding", layer), getattr(layer, "mixer", layer))]
+    states = {id(part): part.nbytes() for part in parts if isinstance(part, RecurrentCache)}
+    found = describe(tmp_path)
+    assert found.state_bytes == sum(states.values()) and ("recurrent states" in found.text()) == (name != "qwen3")
 
 
 def test_inspect_counts_active_parameters_of_the_official_moe(data):
