@@ -44,8 +44,8 @@ class KVCache:
     def extend(self, count: int) -> tuple[Tensor, Tensor]:
         """Count tokens that were written behind `length`; return all keys and values, as `append` does."""
         self.length += count
-        buffer: Any = self._buffer
-        return buffer[0, :, :, : self.length], buffer[1, :, :, : self.length]
+        held = self._buffer.narrow(3, 0, self.length)  # type: ignore[union-attr]
+        return held[0], held[1]
 
     def _grow(self, like: Tensor, needed: int) -> None:
         batch, heads, _, dim = like.shape

@@ -14,7 +14,10 @@ joined one. So it is the one to hook, to save and to move; a fused model only ru
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,13 +41,16 @@ class Together(nn.Module):
 
     def __init__(self, *projections: nn.Module) -> None:
         super().__init__()
-        self.widths = [projection.out_features for projection in projections]
-        self.parts = nn.ModuleList(_join(projections) or projections)
+        widths = [projection.out_features for projection in projections]
+        self.spans = list(zip(accumulate(widths, initial=0), widths))  # noqa: B905 - the last start is the end of all
+        self.whole = _join(projections)
+        self.parts = nn.ModuleList(projections if self.whole is None else ())
 
-    def forward(self, x: Tensor) -> Sequence[Tensor]:  # (..., H) -> (..., width) of each
-        if len(self.parts) == 1:
-            return self.parts[0](x).split(self.widths, dim=-1)
-        return [part(x) for part in self.parts]
+    def forward(self, x: Tensor) -> list[Tensor]:  # (..., H) -> (..., width) of each
+        if self.whole is None:
+            return [part(x) for part in self.parts]
+        y = self.whole(x)
+        return [y.narrow(-1, start, width) for start, width in self.spans]
 
 
 class MLP(nn.Module):
@@ -72,18 +78,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
     ) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).flatten(0, 1) for part in self.qkv_proj(x))  # (M, N or K, D)
+        (batch, count, _), dim = x.shape, self.head_dim  # x (B, T, H)
+        q, k, v = (part.view(batch * count, -1, dim) for part in self.qkv_proj(x))  # (M, N or K, D)
         norms = (None, None, 0.0) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        room, where = self._room(k.view(heads).transpose(1, 2), cache, slots)
-        q = backend.norm_rope_write(q, k, v, *norms, *rope, room[0], room[1], where)  # (M, N, D)
-        if cache is None:
-            keys, values = room[0], room[1]
-        elif cache.window is None:
-            keys, values = cache.extend(x.shape[1])  # (B, K, S, D)
-        else:
-            keys, values = cache.append(room[0], room[1])
-        out = backend.attention(q.view(heads).transpose(1, 2), keys, values, mask)  # (B, N, T, D)
+        room, where = self._room(k.view(batch, count, -1, dim).transpose(1, 2), cache, slots)
+        keys, values = room.unbind()
+        q = backend.norm_rope_write(q, k, v, *norms, *rope, keys, values, where)  # (M, N, D)
+        if cache is not None:
+            keys, values = cache.extend(count) if cache.window is None else cache.append(keys, values)  # (B, K, S, D)
+        out = backend.attention(q.view(batch, count, -1, dim).transpose(1, 2), keys, values, mask)  # (B, N, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H)
 
     @staticmethod
@@ -172,7 +175,10 @@ def fuse(model: LanguageModel) -> Fused:
     if unknown is not None:
         raise RequestError(f"{type(model).__module__.rpartition('.')[2]} cannot be fused: only models whose every layer has "
                            "the plain attention of Qwen2 or Qwen3 can")
-    return Fused(model).eval()
+    fused = Fused(model).eval()
+    with suppress(OSError, AttributeError, TypeError):  # glibc keeps what was freed between what is held, until it is asked
+        ctypes.CDLL(None).malloc_trim(0)
+    return fused
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
@@ -180,45 +186,45 @@ def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tenso
     return backend.add_rms_norm(x, residual, norm.weight, norm.eps)
 
 
-def _join(projections: Sequence[Any]) -> list[nn.Module]:
-    """One projection that stands for all of them, whose weights become views of its; none if there can be none."""
+def _join(projections: Sequence[Any]) -> nn.Module | None:
+    """One projection that stands for all of them, whose weights become views of its; None if there can be none."""
     if any((p.bias is None) != (projections[0].bias is None) for p in projections):
-        return []
+        return None
     bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
     parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
     if all(type(p) is Linear for p in projections):
         return _join_plain(projections, parameter)
-    return _join_packed(projections, parameter) if all(type(p) is PackedLinear for p in projections) else []
+    return _join_packed(projections, parameter) if all(type(p) is PackedLinear for p in projections) else None
 
 
-def _join_plain(projections: Sequence[Linear], bias: nn.Parameter | None) -> list[nn.Module]:
+def _join_plain(projections: Sequence[Linear], bias: nn.Parameter | None) -> Linear | None:
     if len({(p.weight.dtype, p.weight.device) for p in projections}) > 1:
-        return []
+        return None
     weight = torch.cat([p.weight.data for p in projections])  # (N, H)
     whole = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), bias  # type: ignore[assignment]
     for projection, part in zip(projections, weight.split([p.out_features for p in projections]), strict=True):
         projection.weight.data = part
-    return [whole]
+    return whole
 
 
-def _join_packed(projections: Sequence[PackedLinear], bias: nn.Parameter | None) -> list[nn.Module]:
+def _join_packed(projections: Sequence[PackedLinear], bias: nn.Parameter | None) -> PackedLinear | None:
     """Where all are in one layout; those of a GGUF file may not be, and act-order shuffles each in its own way."""
     first = projections[0]
     if any(p.order is not None or p.dynamic != first.dynamic for p in projections):
-        return []
+        return None
     packed: Packed | None = first.packed
     for p in projections[1:]:
         packed = None if packed is None else joined(packed, p.packed)
     if packed is None or not all(_same_form(packed, p.packed) for p in projections):
-        return []
+        return None
     whole = PackedLinear(Matrix(packed), (sum(p.out_features for p in projections), first.in_features), bias)
     whole.dynamic = first.dynamic
     start = 0
     for projection in projections:
         projection.packed = rows(packed, start, start + projection.out_features)
         start += projection.out_features
-    return [whole]
+    return whole
 
 
 def _same_form(whole: Packed, part: Packed) -> bool:

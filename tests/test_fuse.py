@@ -113,8 +113,7 @@ def test_the_model_goes_on_and_nothing_is_held_twice():
     for block, fused in zip(ours.model.layers, fast.model.layers, strict=True):
         for together, parts in ((fused.attention.qkv_proj, [block.self_attn.get_submodule(f"{p}_proj") for p in "qkv"]),
                                 (fused.mlp.gate_up_proj, [block.mlp.gate_proj, block.mlp.up_proj])):  # fmt: skip
-            (whole,) = together.parts
-            storage = whole.weight.untyped_storage()
+            storage = together.whole.weight.untyped_storage()
             assert storage.nbytes() == sum(p.weight.nbytes for p in parts)
             assert all(p.weight.untyped_storage().data_ptr() == storage.data_ptr() for p in parts)
     assert fast.num_parameters() == ours.num_parameters()
@@ -138,16 +137,16 @@ def test_every_format(tmp_path, format):
         assert off(fast(IDS), before) < 2e-6 and torch.equal(model(IDS), before)
     assert all(torch.equal(w, weights[name]) for name, w in model.named_weights())
     together = [module for module in fast.modules() if isinstance(module, Together)]
-    assert all(len(t.parts) == 1 for t in together) == (format not in APART)
+    assert all(t.whole is not None for t in together) == (format not in APART)
     own = {t.untyped_storage().data_ptr() for _, m in model.packed_modules() for t in m.packed_tensors}
-    assert {t.untyped_storage().data_ptr() for m in together for p in m.parts for t in p.packed_tensors} <= own
+    assert {t.untyped_storage().data_ptr() for m in together for p in (m.whole or [], *m.parts) for t in getattr(p, 'packed_tensors', [])} <= own
 
 
 def test_what_differs_stays_apart():
     bare, biased, wide = Linear(8, 3, bias=False), Linear(8, 5, bias=True), Linear(8, 4, bias=False).double()
-    assert len(Together(bare, wide).parts) == 2
+    assert Together(bare, wide).whole is None
     together, x = Together(bare, biased), torch.randn(4, 8)
-    assert len(together.parts) == 2
+    assert together.whole is None
     assert all(torch.equal(y, p(x)) for y, p in zip(together(x), (bare, biased), strict=True))
 
 

@@ -198,14 +198,15 @@ def norm_rope_write(
     """`ops.norm_rope_write` in one call."""
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     weights = [w for w in (q_weight, k_weight) if w is not None]
-    read = (q, k, v, cos, sin, *weights)
     fits = (
         k.shape == v.shape == (tokens, kv_heads, dim) and cos.shape == sin.shape == (tokens, dim) and slots.shape == (tokens,)
-        and slots.dtype == torch.int64 and all(w.shape == (dim,) for w in weights) and dim % 2 == 0 and 0 < dim <= MOST_DIM
-        and k_cache.shape == v_cache.shape and k_cache.shape[1::2] == (kv_heads, dim)
+        and k_cache.shape == v_cache.shape and k_cache.shape[1] == kv_heads and k_cache.shape[3] == dim
+        and dim % 2 == 0 and 0 < dim <= MOST_DIM and slots.dtype == torch.int64
+        and q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype
+        and q.stride(2) == k.stride(2) == v.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1
+        and not (_learns(q) or _learns(k) or _learns(v))
     )  # fmt: skip
-    alike = all(x.dtype == q.dtype for x in (*read, k_cache, v_cache)) and not any(_learns(x) for x in read)
-    if not fits or not alike or any(x.stride(-1) != 1 for x in (q, k, v, *weights, k_cache, v_cache)):
+    if not fits or any(w.shape != (dim,) or w.dtype != q.dtype or w.stride(0) != 1 or _learns(w) for w in weights):
         return ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots)
     cos, sin, slots, out = cos.contiguous(), sin.contiguous(), slots.contiguous(), q.new_empty(q.shape)
     outside = _functions().norm_rope_write(

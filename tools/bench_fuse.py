@@ -1,0 +1,53 @@
+"""What `model.fuse()` gains in decoding: both models on the same weights, token by token in turn, in one process.
+
+    python tools/bench_fuse.py --width int4         # Qwen3-0.6B's shape, random packed weights, backend.use("cpp")
+
+The gate: at every token the logits are alike. Then the median time of each, and of the ratio of neighbours, with its
+quartiles; above 1: fused is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from bench_quantized import QWEN3_06B, RIVAL, random_model, step
+
+from qwen_ref import backend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", choices=tuple(RIVAL), default="int4")
+    parser.add_argument("--layers", type=int, default=QWEN3_06B["num_hidden_layers"])
+    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ids = torch.tensor([[i * 7919 % 150000 for i in range(16 + args.tokens)]])
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.inference_mode(), backend.use("cpp"):
+        model = random_model(args.width, args.layers)
+        sides = [(side, side.make_cache()) for side in (model, model.fuse())]
+        for side, cache in sides:
+            step(side, ids[:, :16], cache)
+        for i in range(16, ids.shape[1]):
+            logits = []
+            for taken, (side, cache) in zip(times, sides, strict=True):
+                start = time.perf_counter()
+                logits.append(step(side, ids[:, i : i + 1], cache))
+                taken.append(time.perf_counter() - start)
+            apart, fused = (x.flatten().float() for x in logits)
+            # The same products in other groups: equal but for the attention's and norms' own rounding to bf16.
+            if float((apart - fused).norm() / apart.norm()) > 1e-2:
+                raise SystemExit("the fused model's logits differ; nothing is reported")
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(*times, strict=True)), n=4)
+    apart_ms, fused_ms = (statistics.median(taken) * 1e3 for taken in times)
+    print(f"{args.width}: apart {apart_ms:.1f} ms, fused {fused_ms:.1f} ms a token, "
+          f"ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    main()
