@@ -133,6 +133,7 @@ class Decoder(nn.Module):
         following = [*(block.input_layernorm for block in blocks[1:]), decoder.norm]
         self.layers = nn.ModuleList(map(Block, blocks, following))
 
+    @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
         positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)

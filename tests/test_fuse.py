@@ -186,7 +186,10 @@ def test_hooks_of_the_model_still_work():
 
 
 def test_it_runs_without_gradients():
-    assert not plain("qwen3").requires_grad_(True).fuse()(IDS).requires_grad
+    fast = plain("qwen3").requires_grad_(True).fuse()
+    cache = fast.make_cache()
+    for call in (fast, fast.model):
+        assert not call(IDS).requires_grad and not call(IDS[:, :3], None, cache).requires_grad
 
 
 # ---------------------------------------------------------------- faster implementations

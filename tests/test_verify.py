@@ -526,7 +526,9 @@ def test_the_oracles_second_choice_is_no_tie_by_itself(dtype):
 def test_other_dtypes_pass(name, dtype):
     model, _ = make_pair(TINY[name][1], dtype)
     levels = ("L0", "L1", "L2", "L3", "L4", "L5")
-    if name == "qwen4_exp" and dtype == torch.float16:  # TINY's choices of blocks and experts are nearly tied, we think: not traced
+    # In fp16 one generated token reads block 1 in place of 4: their scores in fp32 are 14.826 and 14.834. What it then says is
+    # another matter, and L4 does not follow the oracle's blocks.
+    if name == "qwen4_exp" and dtype == torch.float16:
         levels = ("L0", "L1", "L2", "L3", "L5")
     report = verify(model, new_tokens=6, levels=",".join(levels))
     assert report.ok, report.verdict
