@@ -9,7 +9,8 @@ sum goes with the norm that reads it, and the norms of q and k and their rotatio
 whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have all of them.
 
 The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
-joined one. So it is the one to hook, to save and to move; a fused model only runs, without gradients.
+joined one. So it is the one to save and to hook (in its own passes: a fused one skips most points); and once it was moved
+or converted, it has to be fused again. A fused model only runs, without gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Together(nn.Module):
     def __init__(self, *projections: nn.Module) -> None:
         super().__init__()
         widths = [projection.out_features for projection in projections]
-        self.spans = list(zip(accumulate(widths, initial=0), widths))  # noqa: B905 - the last start is the end of all
+        self.spans = list(zip(accumulate(widths, initial=0), widths, strict=False))  # the last start is the end of all
         self.whole = _join(projections)
         self.parts = nn.ModuleList(projections if self.whole is None else ())
 
@@ -191,11 +192,15 @@ def _join(projections: Sequence[Any]) -> nn.Module | None:
     """One projection that stands for all of them, whose weights become views of its; None if there can be none."""
     if any((p.bias is None) != (projections[0].bias is None) for p in projections):
         return None
-    bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
-    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    if all(type(p) is Linear for p in projections):
-        return _join_plain(projections, parameter)
-    return _join_packed(projections, parameter) if all(type(p) is PackedLinear for p in projections) else None
+    biased = projections[0].bias is not None
+    bias = nn.Parameter(torch.cat([p.bias.data for p in projections]), requires_grad=False) if biased else None
+    kinds = {type(p) for p in projections}
+    join: Any = _join_plain if kinds == {Linear} else _join_packed if kinds == {PackedLinear} else None
+    whole = None if join is None else join(projections, bias)
+    if whole is not None and bias is not None:
+        for projection, part in zip(projections, bias.data.split([p.out_features for p in projections]), strict=True):
+            projection.bias.data = part
+    return whole
 
 
 def _join_plain(projections: Sequence[Linear], bias: nn.Parameter | None) -> Linear | None:

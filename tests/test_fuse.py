@@ -42,7 +42,7 @@ def read(model, pieces, positions=None):
 @pytest.mark.parametrize("variant", KNOWN)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float64, 1e-10)])
 def test_logits_are_transformers(variant, dtype, bound):
-    """To the bounds of the parity suite. The first check of each model_type, and of biases, windows, YaRN and tied heads."""
+    """To the bounds of the parity suite, with biases, windows, YaRN and tied heads among its variants."""
     ours, theirs = make_pair(VARIANTS[variant], dtype)
     with backend.use("eager"), casts_lifted(theirs):
         assert off(ours.fuse()(IDS), theirs(IDS).logits) <= bound
@@ -116,6 +116,8 @@ def test_the_model_goes_on_and_nothing_is_held_twice():
             storage = together.whole.weight.untyped_storage()
             assert storage.nbytes() == sum(p.weight.nbytes for p in parts)
             assert all(p.weight.untyped_storage().data_ptr() == storage.data_ptr() for p in parts)
+            if parts[0].bias is not None:
+                assert {p.bias.untyped_storage().data_ptr() for p in parts} == {together.whole.bias.untyped_storage().data_ptr()}
     assert fast.num_parameters() == ours.num_parameters()
 
 

@@ -59,7 +59,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=tuple(RIVAL), help="measure one width")
-    parser.add_argument("--apart", action="store_true", help="our model as it is loaded, not `model.fuse()`")
     parser.add_argument("--worker", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     parser.add_argument("--gate", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,7 +67,6 @@ def main() -> None:
         return
     widths = [args.only] if args.only else list(RIVAL)
     own = ["--layers", args.layers, "--prompt", args.prompt, "--tokens", args.tokens, "--threads", args.threads]
-    own += ["--apart"] if args.apart else []
     for width in widths:
         error = child([sys.executable, __file__, "--gate", width, *own])["error"]
         if not error < LIKE:
@@ -135,7 +133,7 @@ def measure(width: str, args: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         model = random_model(width, args.layers)
         packed = sum(t.nbytes for _, m in model.packed_modules() for t in m.packed_tensors)
-        model = model if args.apart else model.fuse()
+        model = model.fuse()
         ids = torch.tensor([[i * 7919 % 150000 for i in range(args.prompt)]])
 
         def timed(chunk: torch.Tensor, cache: Any) -> float:
@@ -169,7 +167,7 @@ def gate(width: str, args: argparse.Namespace) -> dict[str, float]:
         model = random_model(width, min(args.layers, 2))
         prompts = [torch.tensor([[i * 7919 % 150000 for i in range(count)]]) for count in (1, 7)]
         with backend.use("cpp"):
-            fast = [step(model if args.apart else model.fuse(), ids, model.make_cache()).float() for ids in prompts]
+            fast = [step(model.fuse(), ids, model.make_cache()).float() for ids in prompts]
         with backend.use("eager"):
             plain = [step(model, ids, model.make_cache()).float() for ids in prompts]
             model.float()
