@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from . import ops, torch_ops
+from .cpp import operations as cpp
 from .errors import RequestError
-from .quant import cpu, packed
+from .quant import blocked, packed
 
 Supports = Callable[[torch.device, torch.dtype], "str | None"]  # None = yes, otherwise the reason it cannot run
 
@@ -176,13 +177,13 @@ def _operation_of(
 
 
 def _operation_of_packed(
-    formula: Callable[..., Any], *, blocked: Callable[..., Any], compiled: Callable[..., Any] | None = None
+    formula: Callable[..., Any], *, in_blocks: Callable[..., Any], compiled: Callable[..., Any] | None = None
 ) -> Operation:
     """A formula over packed matrices and what a CPU prefers to it: a compiled kernel, then one block at a time."""
     operation = _operation_of(formula)
-    mine = [Implementation("torch", _given(blocked), cpu.supports_blocked)]
+    mine = [Implementation("torch", _given(in_blocks), blocked.supports)]
     if compiled is not None:
-        mine.insert(0, Implementation("cpp", _given(compiled), cpu.supports_compiled))
+        mine.insert(0, Implementation("cpp", _given(compiled), cpp.supports_packed))
     operation.implementations = {i.name: i for i in (*mine, *operation.implementations.values())}
     return operation
 
@@ -225,7 +226,7 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cuda" and dtype.itemsize == 2 else "cuDNN needs an NVIDIA GPU and 16-bit numbers"
 
 
-linear = _operation_of(ops.linear)
+linear = _operation_of(ops.linear, preferred=torch_ops.linear)
 rms_norm = _operation_of(ops.rms_norm)
 add_rms_norm = _operation_of(ops.add_rms_norm)
 zero_centred_rms_norm = _operation_of(ops.zero_centred_rms_norm)
@@ -249,17 +250,17 @@ router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
 sample = _operation_of(ops.sample)
 cross_entropy = _operation_of(ops.cross_entropy, also=torch_ops.cross_entropy)
-linear_int4 = _operation_of_packed(packed.linear_int4, blocked=cpu.linear_blocked, compiled=cpu.linear_int4)
-linear_int8 = _operation_of_packed(packed.linear_int8, blocked=cpu.linear_blocked, compiled=cpu.linear_int8)
-linear_fp8 = _operation_of_packed(packed.linear_fp8, blocked=cpu.linear_blocked)
+linear_int4 = _operation_of_packed(packed.linear_int4, in_blocks=blocked.linear_blocked, compiled=cpp.linear_int4)
+linear_int8 = _operation_of_packed(packed.linear_int8, in_blocks=blocked.linear_blocked, compiled=cpp.linear_int8)
+linear_fp8 = _operation_of_packed(packed.linear_fp8, in_blocks=blocked.linear_blocked)
 linear_fp8_dynamic = _operation_of(packed.linear_fp8_dynamic)
-linear_code4 = _operation_of_packed(packed.linear_code4, blocked=cpu.linear_blocked)
-linear_gguf = _operation_of_packed(packed.linear_gguf, blocked=cpu.linear_blocked)
-moe_int4 = _operation_of_packed(packed.moe_int4, blocked=cpu.moe_blocked, compiled=cpu.moe_compiled)
-moe_int8 = _operation_of_packed(packed.moe_int8, blocked=cpu.moe_blocked, compiled=cpu.moe_compiled)
-moe_fp8 = _operation_of_packed(packed.moe_fp8, blocked=cpu.moe_blocked)
-moe_code4 = _operation_of_packed(packed.moe_code4, blocked=cpu.moe_blocked)
-moe_gguf = _operation_of_packed(packed.moe_gguf, blocked=cpu.moe_blocked)
+linear_code4 = _operation_of_packed(packed.linear_code4, in_blocks=blocked.linear_blocked)
+linear_gguf = _operation_of_packed(packed.linear_gguf, in_blocks=blocked.linear_blocked)
+moe_int4 = _operation_of_packed(packed.moe_int4, in_blocks=blocked.moe_blocked, compiled=cpp.moe)
+moe_int8 = _operation_of_packed(packed.moe_int8, in_blocks=blocked.moe_blocked, compiled=cpp.moe)
+moe_fp8 = _operation_of_packed(packed.moe_fp8, in_blocks=blocked.moe_blocked)
+moe_code4 = _operation_of_packed(packed.moe_code4, in_blocks=blocked.moe_blocked)
+moe_gguf = _operation_of_packed(packed.moe_gguf, in_blocks=blocked.moe_blocked)
 
 OPERATIONS: dict[str, Operation] = {
     op.name: op
@@ -273,9 +274,6 @@ OPERATIONS: dict[str, Operation] = {
     )
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
-register("attention", "cpp", supports=cpu.supports_compiled)(cpu.attention)
-register("swiglu", "cpp", supports=cpu.supports_compiled)(cpu.swiglu)
-register("rms_norm", "cpp", supports=cpu.supports_compiled)(cpu.rms_norm)
-register("rope", "cpp", supports=cpu.supports_compiled)(cpu.rope)
-register("add_rms_norm", "cpp", supports=cpu.supports_compiled)(cpu.add_rms_norm)
-register("norm_rope_write", "cpp", supports=cpu.supports_compiled)(cpu.norm_rope_write)
+for _operation_in_cpp in (cpp.linear, cpp.rms_norm, cpp.add_rms_norm, cpp.rope, cpp.norm_rope_write, cpp.swiglu, cpp.attention,
+                          cpp.attention_decode):  # fmt: skip
+    register(_operation_in_cpp.__name__, "cpp", supports=cpp.supports)(_operation_in_cpp)

@@ -10,15 +10,15 @@ from test_parity import IDS, VARIANTS
 
 import qwen_ref as qr
 from qwen_ref import backend
+from qwen_ref.cpp import operations as cpp
 from qwen_ref.errors import QwenRefError
 from qwen_ref.fuse import Together, fuse
 from qwen_ref.layers import Linear
 from qwen_ref.loading import load_model
 from qwen_ref.models import qwen2
-from qwen_ref.quant import cpu
 
 KNOWN = [name for name in VARIANTS if name.split()[0] in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")]
-COMPILED = cpu.supports_compiled(torch.device("cpu"), torch.bfloat16)
+COMPILED = cpp.supports_packed(torch.device("cpu"), torch.bfloat16)
 
 
 def off(ours: torch.Tensor, exact: torch.Tensor) -> float:

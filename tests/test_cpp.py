@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen_ref import backend, ops
-from qwen_ref.quant import cpu, packed
+from qwen_ref import backend, ops, torch_ops
+from qwen_ref.bench.check import check
+from qwen_ref.cpp import library
+from qwen_ref.cpp import operations as cpp
+from qwen_ref.quant import blocked, packed
 from qwen_ref.quant.packed import Code4, Fp8, Gguf, Int4, Int8
 
-COMPILED = cpu.supports_compiled(torch.device("cpu"), torch.bfloat16)
+COMPILED = cpp.supports_packed(torch.device("cpu"), torch.bfloat16)
 needs_compiler = pytest.mark.skipif(COMPILED is not None, reason=f"no compiled kernel: {COMPILED}")
 
 
@@ -61,7 +64,7 @@ SHAPES = [  # tokens, rows, columns, group
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_compiled_against_fp64(bits, shape):
     tokens, rows, columns, group = shape
-    linear = cpu.linear_int4 if bits == 4 else cpu.linear_int8
+    linear = cpp.linear_int4 if bits == 4 else cpp.linear_int8
     for zero in (False, True):
         weight, values = random_int(bits, rows, columns, group, zero)
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)) * 3
@@ -82,7 +85,7 @@ def test_only_x_is_rounded():
         weight = weight._replace(codes=filled, zero=torch.full_like(weight.zero, zero), scale=torch.ones(16, 2))
         for tokens in (1, 6):
             x = torch.full((tokens, 512), -1.0)
-            y = (cpu.linear_int4 if bits == 4 else cpu.linear_int8)(x, weight)
+            y = (cpp.linear_int4 if bits == 4 else cpp.linear_int8)(x, weight)
             torch.testing.assert_close(y, torch.full((tokens, 16), -512.0 * (code - zero)), rtol=1e-6, atol=0)
 
 
@@ -91,7 +94,7 @@ def test_only_x_is_rounded():
 @pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_compiled_in_half_precision_is_at_least_as_close_as_the_formula(dtype, scale, tokens):
-    for bits, linear, formula in ((4, cpu.linear_int4, packed.linear_int4), (8, cpu.linear_int8, packed.linear_int8)):
+    for bits, linear, formula in ((4, cpp.linear_int4, packed.linear_int4), (8, cpp.linear_int8, packed.linear_int8)):
         weight, values = random_int(bits, 48, 512, 64, scale=scale)
         x, bias = torch.randn(2, tokens, 512).to(dtype), torch.randn(48).to(dtype)
         y = linear(x, weight, bias)
@@ -104,15 +107,15 @@ def test_compiled_in_half_precision_is_at_least_as_close_as_the_formula(dtype, s
 def test_strided_empty_and_outlying_inputs():
     weight, values = random_int(8, 24, 256, 64)
     x = torch.randn(256, 6).T  # not contiguous
-    assert off(cpu.linear_int8(x, weight), x, values) < 2e-4
-    assert cpu.linear_int8(torch.empty(0, 256), weight).shape == (0, 24)
+    assert off(cpp.linear_int8(x, weight), x, values) < 2e-4
+    assert cpp.linear_int8(torch.empty(0, 256), weight).shape == (0, 24)
     big = torch.randn(3, 256)
     big[1, 7] = 5e4  # a massive activation costs the columns beside it precision, no other token
-    y = cpu.linear_int8(big, weight)
+    y = cpp.linear_int8(big, weight)
     assert off(y[[0, 2]], big[[0, 2]], values) < 2e-4
     rounding = 0.5 * 5e4 / 32767 * values.abs().sum(1)  # half a step of x, in every column
     assert ((y[1].double() - big[1].double() @ values.T).abs() <= 1.01 * rounding).all()
-    zero = cpu.linear_int8(torch.zeros(2, 256), weight)
+    zero = cpp.linear_int8(torch.zeros(2, 256), weight)
     assert torch.equal(zero, torch.zeros(2, 24))
 
 
@@ -120,7 +123,7 @@ def test_strided_empty_and_outlying_inputs():
 def test_a_bias_with_gaps_is_read_where_it_is():
     weight, values = random_int(8, 24, 256, 64)
     x, bias = torch.randn(3, 256), torch.randn(48)[::2]
-    assert off(cpu.linear_int8(x, weight, bias), x, values, bias) < 2e-4
+    assert off(cpp.linear_int8(x, weight, bias), x, values, bias) < 2e-4
 
 
 @needs_compiler
@@ -131,7 +134,7 @@ def test_shapes_that_do_not_fit_never_reach_the_kernel(fields):
     for name in fields.keys() - {"bias"}:
         weight = weight._replace(**{name: getattr(weight, name)[: fields[name][0], : fields[name][1]]})
     with pytest.raises(RuntimeError):
-        cpu.linear_int8(torch.randn(2, 256), weight, bias)
+        cpp.linear_int8(torch.randn(2, 256), weight, bias)
 
 
 @needs_compiler
@@ -140,13 +143,13 @@ def test_what_is_not_finite_stays_so(bad):
     weight, _ = random_int(4, 24, 256, 64)
     x = torch.randn(5, 256)
     x[2, 100] = bad
-    y = cpu.linear_int4(x, weight)
+    y = cpp.linear_int4(x, weight)
     assert not y[2].isfinite().any() and y[[0, 1, 3, 4]].isfinite().all()
 
 
 @needs_compiler
 def test_groups_the_kernel_has_not_go_another_way():
-    for bits, linear in ((4, cpu.linear_int4), (8, cpu.linear_int8)):
+    for bits, linear in ((4, cpp.linear_int4), (8, cpp.linear_int8)):
         for columns, group in ((96, 48), (100, 20), (900, 300), (64, 8)):
             weight, values = random_int(bits, 10, columns, group)
             x = torch.randn(3, columns)
@@ -166,7 +169,7 @@ def test_gradients_pass():
 def test_norm_and_rotation_round_where_the_formulas_do(dtype):
     x = torch.randn(2, 7, 3, 20).transpose(1, 2).to(dtype)  # (B, N, T, D), only the last axis contiguous
     weight = torch.randn(20).to(dtype)
-    ours, formula = cpu.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)
+    ours, formula = cpp.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)
     eps = torch.finfo(dtype).eps
     # In fp32 the formula's own sum is as far off as ours; three roundings from fp64 is a bound, not luck.
     right = ops.rms_norm(x.double(), weight.double(), 1e-6) if dtype == torch.float32 else formula.double()
@@ -175,7 +178,7 @@ def test_norm_and_rotation_round_where_the_formulas_do(dtype):
     for tables in (1, 2):
         angles = torch.randn(tables, 7, 20)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        assert torch.equal(cpu.rope(x, cos, sin), ops.rope(x, cos, sin))
+        assert torch.equal(cpp.rope(x, cos, sin), ops.rope(x, cos, sin))
 
 
 @needs_compiler
@@ -183,7 +186,7 @@ def test_norm_and_rotation_round_where_the_formulas_do(dtype):
 def test_joined_steps_are_the_formulas(dtype):
     """Rows with gaps, negative slots, and what lies around the slots untouched. Sums in fp64 round otherwise at most once."""
     x, residual, weight = torch.randn(3, 2, 83).to(dtype), torch.randn(3, 2, 166).to(dtype)[..., ::2], torch.randn(83).to(dtype)
-    for ours, formula in zip(cpu.add_rms_norm(x, residual, weight, 1e-6), ops.add_rms_norm(x, residual, weight, 1e-6), strict=True):
+    for ours, formula in zip(cpp.add_rms_norm(x, residual, weight, 1e-6), ops.add_rms_norm(x, residual, weight, 1e-6), strict=True):
         torch.testing.assert_close(ours, formula, rtol=2 * torch.finfo(dtype).eps, atol=0)
         assert (ours == formula).float().mean() > 0.98
     q, k, v = (y.unflatten(-1, (-1, 20)) for y in torch.randn(7, 200).to(dtype).split([120, 40, 40], -1))
@@ -191,13 +194,13 @@ def test_joined_steps_are_the_formulas(dtype):
     cos, sin, slots = angles.cos().to(dtype), angles.sin().to(dtype), torch.tensor([0, 14, -1, 7, 3, 9, 5])
     for weights in ((None, None), (weight[:20], weight[20:40])):
         mine, theirs = torch.full((2, 2, 3, 2, 9, 20), float("nan"), dtype=dtype)[..., :5, :]  # caches of 3 pages, with gaps
-        ours = cpu.norm_rope_write(q, k, v, *weights, 1e-6, cos, sin, mine[0], mine[1], slots)
+        ours = cpp.norm_rope_write(q, k, v, *weights, 1e-6, cos, sin, mine[0], mine[1], slots)
         formula = ops.norm_rope_write(q, k, v, *weights, 1e-6, cos, sin, theirs[0], theirs[1], slots)
         for a, b in ((ours, formula), (mine, theirs)):
             torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps, equal_nan=True)
             assert ((a == b) | a.isnan()).float().mean() > 0.98
     gate, up = torch.randn(4, 3, 66).to(dtype).chunk(2, -1)
-    assert torch.equal(cpu.swiglu(gate, up), cpu.swiglu(gate.contiguous(), up.contiguous()))
+    assert torch.equal(cpp.swiglu(gate, up), cpp.swiglu(gate.contiguous(), up.contiguous()))
 
 
 @needs_compiler
@@ -205,8 +208,62 @@ def test_a_slot_outside_the_caches_is_an_error_and_nothing_is_written():
     q, k, v = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8)
     caches = torch.zeros(2, 2, 1, 3, 8)
     with pytest.raises(IndexError, match="which have 2 x 3"):
-        cpu.norm_rope_write(q, k, v, None, None, 0.0, q[:, 0], q[:, 0], *caches, torch.tensor([0, 1, 6, 2]))
+        cpp.norm_rope_write(q, k, v, None, None, 0.0, q[:, 0], q[:, 0], *caches, torch.tensor([0, 1, 6, 2]))
     assert not caches.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("operation, dtype", [  # packed products refuse fp32: see test_compiled_against_fp64
+    (op.name, dtype) for op in backend.OPERATIONS.values() if "cpp" in op.implementations
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if not (op.name.endswith(("int4", "int8")) and dtype.itemsize == 4)
+])  # fmt: skip
+def test_every_operation_passes_the_check(operation, dtype):
+    """Odd, strided and empty inputs in poisoned memory against fp64: at most twice the formula's error in the same dtype."""
+    report = check(operation, "cpp", dtype=dtype, device="cpu", model="tiny")
+    assert report.ok, report.table()
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17])
+def test_plain_products_of_few_tokens(tokens):
+    """Every count of sums in registers, odd rows and columns; in bf16 the sums are fp32, so there is one rounding."""
+    for rows, columns in ((1, 1), (19, 83), (8, 32), (40, 264)):
+        x, weight, bias = torch.randn(tokens, columns), torch.randn(rows, columns), torch.randn(rows)
+        bound = x.abs().double() @ weight.abs().double().T + bias.abs()
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert ((cpp.linear(x, weight, bias).double() - exact).abs() < 3e-7 * bound).all()
+        x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert ((cpp.linear(x, weight, bias).double() - exact).abs() <= 2**-8 * exact.abs() + 3e-7 * bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plain_products_of_many_tokens_in_fp32_blocks(dtype, monkeypatch):
+    monkeypatch.setattr(torch_ops, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(torch_ops, "BLOCK_BYTES", 4 * 83 * 7)  # seven rows, the last block fewer
+    x, weight, bias = torch.randn(3, 11, 83).to(dtype), torch.randn(40, 83).to(dtype), torch.randn(40).to(dtype)
+    for b in (None, bias):
+        y = torch_ops.linear(x, weight, b)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        bound = x.abs().double() @ weight.abs().double().T + 3
+        assert y.dtype == dtype and y.shape == (3, 11, 40)
+        assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * bound).all()
+    weight.requires_grad_()
+    torch_ops.linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.flatten(0, 1).float().sum(0).to(dtype).expand(40, -1), rtol=0.02, atol=0.02)
+
+
+@needs_compiler
+def test_decode_reads_what_is_held_and_no_more():
+    """Lengths of nothing, some and all, a window, NaN behind every end, and a length beyond the room."""
+    q, k, v = torch.randn(4, 6, 16), torch.randn(4, 2, 50, 16), torch.randn(4, 2, 50, 16)
+    lengths = torch.tensor([0, 1, 37, 50], dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        k[b, :, length:] = v[b, :, length:] = float("nan")
+    for window in (None, 1, 33, 90):
+        exact = ops.attention_decode(q.double(), k.double(), v.double(), lengths, window)
+        torch.testing.assert_close(cpp.attention_decode(q, k, v, lengths, window).double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(cpp.attention_decode(q, k, v, lengths + 9)[3], cpp.attention_decode(q, k, v, lengths)[3])
 
 
 HEADS = [  # batch, heads, kv heads, queries, keys, dim
@@ -229,7 +286,7 @@ def heads(shape, dtype, scale=2.0):
 def test_attention_is_closer_than_the_formula(shape, dtype):
     q, k, v = heads(shape, dtype)
     exact = ops.attention(q.double(), k.double(), v.double())
-    y = cpu.attention(q, k, v)
+    y = cpp.attention(q, k, v)
     assert y.dtype == dtype and y.shape == exact.shape
     off = (y.double() - exact).abs()
     # Rounded once to its type; before that fp32's sums of a few hundred terms, in the scores (up to 100) as in the result.
@@ -242,14 +299,14 @@ def test_attention_is_closer_than_the_formula(shape, dtype):
 def test_attention_at_the_extremes():
     q, k, v = heads((1, 4, 2, 40, 70, 16), torch.bfloat16, scale=60)  # scores of thousands: one key has all the weight
     exact = ops.attention(q.double(), k.double(), v.double())
-    assert ((cpu.attention(q, k, v).double() - exact).norm() < 5e-3 * exact.norm())
+    assert ((cpp.attention(q, k, v).double() - exact).norm() < 5e-3 * exact.norm())
     for bad in (float("nan"), float("inf"), float("-inf")):
         q, k, v = heads((1, 4, 2, 3, 50, 16), torch.bfloat16)
         k[0, 1, 47] = bad  # the first query that sees it is the first of all; kv head 0 does not
-        y = cpu.attention(q, k, v)
+        y = cpp.attention(q, k, v)
         assert y[:, :2].isfinite().all() and (bad < 0 or y[:, 2:].isnan().any())
         k[0, 1, 47], k[0, 1, 49] = 0, bad  # now only the last query sees it
-        assert cpu.attention(q, k, v)[:, :, :2].isfinite().all()
+        assert cpp.attention(q, k, v)[:, :, :2].isfinite().all()
 
 
 @needs_compiler
@@ -259,10 +316,10 @@ def test_attention_it_has_not_goes_another_way():
     mask[..., 0] = True
     for shape, seen in (((2, 6, 2, 5, 9, 24), mask), ((2, 6, 2, 5, 9, 20), None), ((1, 2, 2, 0, 3, 8), None)):
         q, k, v = heads(shape, torch.float32)
-        torch.testing.assert_close(cpu.attention(q, k, v, seen), ops.attention(q, k, v, seen))
+        torch.testing.assert_close(cpp.attention(q, k, v, seen), ops.attention(q, k, v, seen))
     q, k, v = heads((1, 2, 1, 3, 3, 8), torch.float32)
     q.requires_grad_(), v.requires_grad_()
-    cpu.attention(q, k, v).sum().backward()
+    cpp.attention(q, k, v).sum().backward()
     torch.testing.assert_close(v.grad.sum(), torch.tensor(48.0))  # every query's weights sum to one
     assert q.grad is not None
 
@@ -272,14 +329,14 @@ def test_attention_it_has_not_goes_another_way():
 def test_swiglu_rounds_where_the_formula_does(dtype):
     special = torch.tensor([0.0, 100.0, -100.0, 88.5, -88.5, 3e4, -3e4, float("inf"), float("nan")])
     gate, up = torch.cat((torch.randn(4000) * 6, special)).to(dtype), torch.randn(4009).to(dtype)
-    y, formula = cpu.swiglu(gate, up), ops.swiglu(gate, up)
+    y, formula = cpp.swiglu(gate, up), ops.swiglu(gate, up)
     eps, right = torch.finfo(dtype).eps, ops.swiglu(gate.double(), up.double())
     # Twice rounded, and e^x to two units of fp32; below the type's normal numbers steps are absolute.
     near = (y.double() - right).abs() <= (eps + 4e-7) * right.abs() + torch.finfo(dtype).smallest_normal
     assert (near | ~right.isfinite())[:-2].all() and y[-2].isinf() and y[-1].isnan()
     assert (y == formula).float().mean() > (0.5 if dtype == torch.float32 else 0.99)
-    torch.testing.assert_close(cpu.swiglu(gate[::2], up[::2]), formula[::2], equal_nan=True)
-    assert cpu.swiglu(gate[:0], up[:0]).shape == (0,)
+    torch.testing.assert_close(cpp.swiglu(gate[::2], up[::2]), formula[::2], equal_nan=True)
+    assert cpp.swiglu(gate[:0], up[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -293,13 +350,13 @@ def test_blocked_equals_the_formula(dtype, monkeypatch):
         "fp8": Fp8(floats.to(torch.float8_e4m3fn), torch.rand(3, 2, generator=g) + 0.5, (16, 48)),
         "code4": Code4(torch.randint(0, 256, (37, 32), dtype=torch.uint8), torch.rand(37, 4), torch.randn(16), 16),
     }
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 64 * 4 * 5)
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", 64 * 4 * 5)
     x, bias = torch.randn(2, 3, 64, generator=g).to(dtype), torch.randn(37, generator=g).to(dtype)
     for name, weight in layouts.items():
         formula = getattr(packed, f"linear_{name}")
         values = weight.dequantize(torch.float64, 64)
         for b in (None, bias):
-            y = cpu.linear_blocked(x, weight, b)
+            y = blocked.linear_blocked(x, weight, b)
             assert y.dtype == dtype
             exact = x.double() @ values.T + (0 if b is None else b.double())
             allowed = 1.05 * (formula(x, weight, b).double() - exact).norm() + 1e-6 * exact.norm()
@@ -316,10 +373,10 @@ def test_blocked_holds_one_block(monkeypatch):
         return real(self, dtype, columns)
 
     monkeypatch.setattr(Int8, "dequantize", watched)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", 4096)
     weight, values = random_int(8, 100, 96, 32)
     x = torch.randn(2, 96)
-    assert off(cpu.linear_blocked(x, weight), x, values) < 1e-5
+    assert off(blocked.linear_blocked(x, weight), x, values) < 1e-5
     assert len(seen) > 5 and max(seen) <= 4096
 
 
@@ -357,56 +414,56 @@ def test_blocked_gguf():
     blocks[:, 1] = blocks[:, 35] = 0x3C  # fp16 one
     blocks[:, 2] = 3
     x = torch.randn(4, 64)
-    torch.testing.assert_close(cpu.linear_blocked(x, Gguf(blocks, kind)), 3 * x[:, :1].expand(-1, 10))
+    torch.testing.assert_close(blocked.linear_blocked(x, Gguf(blocks, kind)), 3 * x[:, :1].expand(-1, 10))
 
 
 def test_without_a_compiler_the_next_one_runs_and_the_report_says_why(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    cpu._library.cache_clear()
+    library.library.cache_clear()
     try:
-        reason = cpu.supports_compiled(torch.device("cpu"), torch.bfloat16)
+        reason = cpp.supports_packed(torch.device("cpu"), torch.bfloat16)
         assert reason is not None and ("compiler" in reason or "AVX2" in reason)
         assert backend.linear_int4.resolve(torch.device("cpu"), torch.bfloat16).name == "torch"
         assert reason in backend.report()
     finally:
-        cpu._library.cache_clear()
+        library.library.cache_clear()
 
 
-@pytest.mark.parametrize("script, message", [("exit 3", "failed"), ("echo 'cpu.cpp:1: no such thing' >&2; exit 1", "no such thing")])
+@pytest.mark.parametrize("script, message", [("exit 3", "failed"), ("echo 'library.cpp:1: no such thing' >&2; exit 1", "no such thing")])
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, script, message):
     compiler = tmp_path / "mine"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu._library.cache_clear()
+    library.library.cache_clear()
     try:
-        assert message in str(cpu._library())
+        assert message in str(library.library())
     finally:
-        cpu._library.cache_clear()
+        library.library.cache_clear()
 
 
 @needs_compiler
 def test_the_library_is_kept_and_a_folder_others_write_to_is_not_trusted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = cpu._compiler()
-    path = cpu._compile(compiler)
+    compiler = library._compiler()
+    path = library._compile(compiler)
     made = path.stat()
     assert path.parent == tmp_path / "qwen-ref" and not path.parent.stat().st_mode & 0o077
-    assert cpu._compile(compiler).stat().st_mtime_ns == made.st_mtime_ns
+    assert library._compile(compiler).stat().st_mtime_ns == made.st_mtime_ns
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     path.parent.chmod(0o777)
-    assert cpu._folder() != path.parent
+    assert library._folder() != path.parent
 
 
 def test_refusals(monkeypatch):
-    assert "CPU" in cpu.supports_compiled(torch.device("cuda"), torch.bfloat16)
-    assert "CPU" in cpu.supports_blocked(torch.device("cuda"), torch.bfloat16)
-    assert "float64" in cpu.supports_compiled(torch.device("cpu"), torch.float64)
-    assert "finer" in cpu.supports_compiled(torch.device("cpu"), torch.float32)
+    assert "CPU" in cpp.supports_packed(torch.device("cuda"), torch.bfloat16)
+    assert "CPU" in blocked.supports(torch.device("cuda"), torch.bfloat16)
+    assert "float64" in cpp.supports_packed(torch.device("cpu"), torch.float64)
+    assert "finer" in cpp.supports_packed(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert cpu.supports_compiled(torch.device("cpu"), torch.bfloat16) == "needs AVX2"
+    assert cpp.supports_packed(torch.device("cpu"), torch.bfloat16) == "needs AVX2"
 
 
 def test_importing_compiles_nothing():
@@ -422,7 +479,7 @@ def test_one_thread_and_many_give_the_same():
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(SimpleNamespace(one=cpu.linear_int4(torch.ones(1, 512), weight), many=cpu.linear_int4(torch.ones(300, 512), weight)))
+            results.append(SimpleNamespace(one=cpp.linear_int4(torch.ones(1, 512), weight), many=cpp.linear_int4(torch.ones(300, 512), weight)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0].one, results[1].one) and torch.equal(results[0].many, results[1].many)

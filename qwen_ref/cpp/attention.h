@@ -1,0 +1,167 @@
+// Attention, a kv head's keys and values read once for all the queries that share it.
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t KEYS = 32;     // keys and values in fp32 at a time
+constexpr int64_t QUERIES = 16;  // rows of queries that share them, if one kv head has no more
+
+// (rows, KEYS) = queries (rows, dim) keys (KEYS, dim)^T, rows even.
+void scores_of(const float* q, const float* k, int64_t rows, int64_t dim, float* scores) {
+    for (int64_t r = 0; r < rows; r += 2)
+        for (int64_t s = 0; s < KEYS; s += 4) {
+            __m256 sum[2][4];
+            for (int i = 0; i < 8; i++) sum[i / 4][i % 4] = _mm256_setzero_ps();
+            for (int64_t d = 0; d < dim; d += 8) {
+                __m256 one = _mm256_loadu_ps(q + r * dim + d), two = _mm256_loadu_ps(q + (r + 1) * dim + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    __m256 key = _mm256_loadu_ps(k + (s + i) * dim + d);
+                    sum[0][i] = _mm256_fmadd_ps(one, key, sum[0][i]), sum[1][i] = _mm256_fmadd_ps(two, key, sum[1][i]);
+                }
+            }
+            for (int i = 0; i < 2; i++) {
+                __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[i][0], sum[i][1]), _mm256_hadd_ps(sum[i][2], sum[i][3]));
+                __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+                _mm_storeu_ps(scores + (r + i) * KEYS + s, four);
+            }
+        }
+}
+
+// out (rows, dim) += p (rows, KEYS) v (KEYS, dim), V * 8 columns of two rows.
+template <int V>
+void weigh(const float* p, const float* v, int64_t dim, float* out) {
+    __m256 sum[2][V];
+    for (int i = 0; i < V; i++) sum[0][i] = _mm256_loadu_ps(out + 8 * i), sum[1][i] = _mm256_loadu_ps(out + dim + 8 * i);
+    for (int64_t s = 0; s < KEYS; s++) {
+        __m256 one = _mm256_set1_ps(p[s]), two = _mm256_set1_ps(p[KEYS + s]);
+#pragma GCC unroll 4
+        for (int i = 0; i < V; i++) {
+            __m256 value = _mm256_loadu_ps(v + s * dim + 8 * i);
+            sum[0][i] = _mm256_fmadd_ps(one, value, sum[0][i]), sum[1][i] = _mm256_fmadd_ps(two, value, sum[1][i]);
+        }
+    }
+    for (int i = 0; i < V; i++) _mm256_storeu_ps(out + 8 * i, sum[0][i]), _mm256_storeu_ps(out + dim + 8 * i, sum[1][i]);
+}
+
+struct Heads {
+    const void* data;
+    int64_t batch, head, token;  // strides, in numbers
+};
+
+// Queries t .. t + tokens of the heads that share one kv head, over all keys they see, KEYS at a time with a running maximum
+// (Milakov and Gimelshein 2018, arXiv 1805.02867).
+template <int TYPE>
+void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t kv, int64_t shared, int64_t t, int64_t tokens,
+            int64_t past, int64_t dim, int64_t heads, int64_t queries, float* memory, void* out) {
+    int64_t rows = shared * tokens, even = (rows + 1) / 2 * 2;  // row: (token, head)
+    float *query = memory, *sum = query + even * dim, *block = sum + even * dim, *scores = block + KEYS * dim;
+    float *most = scores + even * KEYS, *mass = most + even;
+    const __m256 root = _mm256_set1_ps(1 / std::sqrt(float(dim)));
+    std::fill(query, block, 0.f), std::fill(most, mass, -INFINITY), std::fill(mass, mass + even, 0.f);
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t from = b * q.batch + (kv * shared + r % shared) * q.head + (t + r / shared) * q.token;
+        for (int64_t d = 0; d < dim; d += 8)
+            _mm256_storeu_ps(query + r * dim + d, _mm256_mul_ps(get8(q.data, from + d, TYPE), root));
+    }
+    int64_t end = past + t + tokens;
+    auto widen_block = [&](const Heads& x, int64_t first) {
+        for (int64_t s = 0; s < KEYS; s++) {
+            int64_t from = b * x.batch + kv * x.head + (first + s) * x.token;
+            for (int64_t d = 0; d < dim; d += 8)
+                _mm256_storeu_ps(block + s * dim + d, first + s < end ? get8(x.data, from + d, TYPE) : _mm256_setzero_ps());
+        }
+    };
+    for (int64_t first = 0; first < end; first += KEYS) {
+        widen_block(k, first);
+        scores_of(query, block, even, dim, scores);
+        for (int64_t r = 0; r < even; r++) {
+            float* row = scores + r * KEYS;
+            int64_t seen = std::max<int64_t>(std::min(past + t + std::min(r / shared, tokens - 1) + 1 - first, KEYS), 0);
+            std::fill(row + seen, row + KEYS, -INFINITY);
+            float before = most[r];
+            for (int64_t s = 0; s < seen; s++) most[r] = row[s] > most[r] ? row[s] : most[r];
+            if (most[r] == -INFINITY) {  // nothing seen yet, or only scores of minus infinity
+                std::fill(row, row + KEYS, 0.f);
+                continue;
+            }
+            __m256 top = _mm256_set1_ps(most[r]), part = _mm256_setzero_ps();
+            for (int64_t s = 0; s < KEYS; s += 8) {
+                __m256 value = _mm256_loadu_ps(row + s), p = exp8(_mm256_sub_ps(value, top));
+                p = _mm256_andnot_ps(_mm256_cmp_ps(value, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ), p);
+                _mm256_storeu_ps(row + s, p);
+                part = _mm256_add_ps(part, p);
+            }
+            float kept = before == most[r] ? 1 : std::exp(before - most[r]);
+            mass[r] = mass[r] * kept + total(part);
+            for (int64_t d = 0; kept != 1 && d < dim; d += 8)
+                _mm256_storeu_ps(sum + r * dim + d, _mm256_mul_ps(_mm256_loadu_ps(sum + r * dim + d), _mm256_set1_ps(kept)));
+        }
+        widen_block(v, first);
+        for (int64_t r = 0; r < even; r += 2) {
+            int64_t d = 0;
+            for (; d + 32 <= dim; d += 32) weigh<4>(scores + r * KEYS, block + d, dim, sum + r * dim + d);
+            for (; d < dim; d += 8) weigh<1>(scores + r * KEYS, block + d, dim, sum + r * dim + d);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t to = ((b * heads + kv * shared + r % shared) * queries + t + r / shared) * dim;
+        for (int64_t d = 0; d < dim; d += 8)
+            put8(out, to + d, TYPE, _mm256_div_ps(_mm256_loadu_ps(sum + r * dim + d), _mm256_set1_ps(mass[r])));
+    }
+}
+
+// `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
+// dim a multiple of eight. Everything is fp32 until the result is rounded.
+void attention(const void* q, const void* k, const void* v, int type, int64_t batch, int64_t heads,
+                          int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2,
+                          int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
+    Heads qh = {q, q0, q1, q2}, kh = {k, k0, k1, k2}, vh = {v, v0, v1, v2};
+    int64_t shared = heads / kv_heads, tokens = std::min(queries, std::max<int64_t>(QUERIES / shared, 1));
+    int64_t tiles = (queries + tokens - 1) / tokens, rows = shared * tokens + 1;
+    with_type(type, [&](auto known) {
+#pragma omp parallel if (batch * heads * queries * keys * dim > SMALL)
+        {
+            std::vector<float> memory(rows * (2 * dim + KEYS + 2) + KEYS * dim);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < batch * kv_heads * tiles; i++) {
+                int64_t t = (tiles - 1 - i % tiles) * tokens;  // the longest first
+                attend<decltype(known)::value>(qh, kh, vh, i / tiles / kv_heads, i / tiles % kv_heads, shared, t,
+                    std::min(tokens, queries - t), keys - queries, dim, heads, queries, memory.data(), out);
+            }
+        }
+    });
+}
+
+// `ops.attention_decode`: q (batch, heads, dim) and as many keys of each sequence as `lengths` says, the last `window` of them
+// (0: all), of k and v (batch, kv_heads, room, dim).
+void attention_decode(const void* q, const void* k, const void* v, const int32_t* lengths, int type, int64_t batch,
+                      int64_t heads, int64_t kv_heads, int64_t room, int64_t dim, int64_t window, int64_t q0, int64_t q1,
+                      int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
+    int64_t shared = heads / kv_heads, most = 0;
+    auto held = [&](int64_t b) { return std::max<int64_t>(std::min<int64_t>(lengths[b], room), 0); };
+    for (int64_t b = 0; b < batch; b++) most = std::max(most, held(b));
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+#pragma omp parallel if (batch * heads * most * dim > SMALL)
+        {
+            std::vector<float> memory((shared + 1) * (2 * dim + KEYS + 2) + KEYS * dim);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < batch * kv_heads; i++) {
+                int64_t b = i / kv_heads, kv = i % kv_heads, keys = window ? std::min(held(b), window) : held(b);
+                int64_t first = (held(b) - keys) * size(TYPE);
+                if (!keys) {
+                    std::memset(static_cast<uint8_t*>(out) + i * shared * dim * size(TYPE), 0, shared * dim * size(TYPE));
+                    continue;
+                }
+                Heads kh = {static_cast<const uint8_t*>(k) + first * k2, k0, k1, k2};
+                Heads vh = {static_cast<const uint8_t*>(v) + first * v2, v0, v1, v2};
+                attend<TYPE>({q, q0, q1, 0}, kh, vh, b, kv, shared, 0, 1, keys - 1, dim, heads, 1, memory.data(), out);
+            }
+        }
+    });
+}
+
+}  // namespace

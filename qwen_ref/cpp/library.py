@@ -1,0 +1,174 @@
+"""The compiled operations: `library.cpp` as a shared library, its calls, and lists of them that are made again at once.
+
+It is compiled when it is first asked for, if there is a C++ compiler and the CPU has AVX2, and kept in the user's cache
+folder: loading it again takes no time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SOURCE = Path(__file__).with_name("library.cpp")
+FLAGS = ("-O3", "-ffp-contract=off", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
+COMPILE_SECONDS = 120
+
+Argument = Tensor | int | float | None
+
+
+def why_not() -> str | None:
+    """Why the library cannot be had; None if it can."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs AVX2"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def call(operation: str, *arguments: Argument) -> int:
+    """Call an operation of library.cpp, for callers whom `why_not` has let through: tensors by their address, None for no
+    tensor. Returns what it returns, 0 if nothing. What its tensors are and hold is for the caller to know."""
+    numbers = [a.data_ptr() if isinstance(a, Tensor) else _bits(a) if isinstance(a, float) else a or 0 for a in arguments]
+    cells = struct.pack(f"{len(numbers) + 2}q", _number(operation), len(numbers), *numbers)
+    if (tape := _recording.get()) is not None:
+        tape.add(cells, arguments)
+    return _run(cells)
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def _run(cells: bytes) -> int:
+    found: Any = library()
+    return found.run(cells, len(cells) // 8)
+
+
+@cache
+def _number(operation: str) -> int:
+    found: Any = library()
+    number = found.find(operation.encode())
+    if number < 0:
+        raise AttributeError(f"library.cpp has no operation {operation!r}")
+    return number
+
+
+# ------------------------------------------------------------------------------------------------- recording
+
+
+class Tape:
+    """Calls in the order in which they were made, to be made again at once: with the same memory, whatever is in it by then.
+
+    `whole`: whether they are all that was computed, so that `replay` computes the same from other numbers.
+    """
+
+    def __init__(self) -> None:
+        self.whole = True
+        self._cells = b""
+        self._held: list[Tensor] = []  # so that nobody else gets their memory
+
+    def add(self, cells: bytes, arguments: tuple[Argument, ...]) -> None:
+        self._cells += cells
+        self._held += (a for a in arguments if isinstance(a, Tensor))
+
+    def replay(self) -> None:
+        """RuntimeError if an operation refuses what is in its memory now."""
+        if failed := _run(self._cells):
+            raise RuntimeError(f"a recorded call of {SOURCE.name} failed ({failed})")
+
+
+_recording: ContextVar[Tape | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def record() -> Iterator[Tape]:
+    """Within the context, calls are also noted on the tape, which is given back."""
+    tape = Tape()
+    token = _recording.set(tape)
+    try:
+        with _Watch(tape):
+            yield tape
+    finally:
+        _recording.reset(token)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what PyTorch computes meanwhile, which no tape holds: views and new memory are not computed."""
+
+    MEMORY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided)
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.overloadpacket not in self.MEMORY:
+            self.tape.whole = False
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------- compiling
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """library.cpp compiled, or the reason why it cannot be."""
+    compiler = _compiler()
+    if not compiler:
+        return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
+    try:
+        found = ctypes.CDLL(str(_compile(compiler)))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler[0]} failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"compiling failed: {error}"
+    found.find.argtypes, found.find.restype = (ctypes.c_char_p,), ctypes.c_int64
+    found.run.argtypes, found.run.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int
+    return found
+
+
+def _compiler() -> list[str]:
+    """The command that CXX names, or the first compiler found; empty if there is none."""
+    named = os.environ.get("CXX", "").split()
+    return named or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+
+
+def _compile(compiler: list[str]) -> Path:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=COMPILE_SECONDS).stdout
+    sources = [path.read_bytes() for path in sorted((*SOURCE.parent.glob("*.h"), SOURCE))]
+    key = hashlib.sha256(b"\0".join((*sources, " ".join((*compiler, *FLAGS)).encode(), version))).hexdigest()
+    path = _folder() / f"cpu-{key[:24]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # complete before it has its name
+            made = Path(folder) / path.name
+            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
+            made.replace(path)
+    return path
+
+
+def _folder() -> Path:
+    """The user's cache folder for what was compiled; one that others may write to is not trusted."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-ref"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if os.access(folder, os.W_OK) and not (state.st_mode & 0o022) and state.st_uid == os.getuid():
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="qwen-ref-"))

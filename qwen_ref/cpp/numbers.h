@@ -1,0 +1,110 @@
+// Numbers of three types, eight at a time: always fp32 in a register, rounded where they are stored.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int64_t SMALL = 1 << 15;  // numbers that one thread has done before a second has begun
+constexpr int64_t AHEAD = 2048;     // bytes of a matrix asked for before they are read
+
+enum Type { FLOAT32, BFLOAT16, FLOAT16 };
+
+__m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
+__m128i load_half(const void* data) { return _mm_loadu_si128(static_cast<const __m128i*>(data)); }
+
+// To nearest, ties to even; a NaN stays one.
+__m256i bfloat16_bits(__m256 v) {
+    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    up = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+    return _mm256_srli_epi32(up, 16);
+}
+
+// v rounded to a type.
+__m256 rounded(__m256 v, int type) {
+    if (type == FLOAT32) return v;
+    if (type == FLOAT16) return _mm256_cvtph_ps(_mm256_cvtps_ph(v, 0));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bfloat16_bits(v), 16));
+}
+
+// Eight numbers from index i on.
+__m256 get8(const void* data, int64_t i, int type) {
+    if (type == FLOAT32) return _mm256_loadu_ps(static_cast<const float*>(data) + i);
+    __m128i halves = load_half(static_cast<const uint16_t*>(data) + i);
+    return type == FLOAT16 ? _mm256_cvtph_ps(halves)
+                           : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+void put8(void* data, int64_t i, int type, __m256 v) {
+    if (type == FLOAT32) return _mm256_storeu_ps(static_cast<float*>(data) + i, v);
+    __m128i halves;
+    if (type == FLOAT16) {
+        halves = _mm256_cvtps_ph(v, 0);
+    } else {
+        __m256i bits = bfloat16_bits(v);
+        halves = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(data) + i), halves);
+}
+
+int64_t size(int type) { return type == FLOAT32 ? 4 : 2; }
+
+// The same for the last few of a row: `count` numbers, zeros behind them.
+__m256 get8(const void* data, int64_t i, int type, int64_t count) {
+    if (count >= 8) return get8(data, i, type);
+    uint8_t some[32] = {};
+    std::memcpy(some, static_cast<const uint8_t*>(data) + i * size(type), count * size(type));
+    return get8(some, 0, type);
+}
+
+void put8(void* data, int64_t i, int type, __m256 v, int64_t count) {
+    if (count >= 8) return put8(data, i, type, v);
+    uint8_t some[32];
+    put8(some, 0, type, v);
+    std::memcpy(static_cast<uint8_t*>(data) + i * size(type), some, count * size(type));
+}
+
+float get(const void* data, int64_t i, int type) {
+    if (type == FLOAT32) return static_cast<const float*>(data)[i];
+    uint32_t half = static_cast<const uint16_t*>(data)[i];
+    return type == FLOAT16 ? _cvtsh_ss(uint16_t(half)) : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(int(half << 16))));
+}
+
+float total(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// e^x within two units of fp32's last place: 2^n e^r with |r| <= ln 2 / 2, and seven terms of e^r's series.
+__m256 exp8(__m256 x) {
+    x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(89), x));  // infinite at 89; a NaN stays one
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  // ln 2 in two parts, the first of few bits
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 y = _mm256_set1_ps(1.f / 5040);
+    for (float term : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
+        y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(term));
+    __m256i half = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126)), 23);  // of 2^n
+    return _mm256_mul_ps(_mm256_mul_ps(y, _mm256_castsi256_ps(half)), _mm256_set1_ps(2));
+}
+
+// f with a type known when compiled.
+template <typename F>
+void with_type(int type, F f) {
+    if (type == FLOAT32) return f(std::integral_constant<int, FLOAT32>());
+    if (type == BFLOAT16) return f(std::integral_constant<int, BFLOAT16>());
+    f(std::integral_constant<int, FLOAT16>());
+}
+
+}  // namespace

@@ -1,0 +1,209 @@
+"""The operations of library.cpp, as `backend.use("cpp")` chooses them together: what a CPU with AVX2 does in fewer steps.
+
+Products with packed matrices are what they are made for, and the default there. What lies between the products costs a token
+as much as int4's products do if it runs as many small calls. Each rounds where its formula does, except that attention rounds
+only its result. What an operation has not (a mask, gradients, other types) goes to PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops, torch_ops
+from ..quant import packed
+from ..quant.blocked import linear_blocked
+from ..quant.packed import Int4, Int8, Packed
+from .library import call, why_not
+
+COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
+COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
+FEW = 16  # what plain.h calls so
+MOST_DIM = 1024  # of a head, what rows.h calls MOST
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "made for CPUs"
+    return why_not() if dtype in TYPES else f"has no {dtype}"
+
+
+def supports_packed(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cpu" and dtype == torch.float32:
+        return "rounds x to 16 bits, which float32 is finer than"
+    return supports(device, dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`ops.linear` of up to FEW tokens, summed in fp32; `torch_ops.linear` of more."""
+    count = x.shape[:-1].numel()
+    fits = (
+        0 < count <= FEW and x.dtype == weight.dtype and weight.dim() == 2 and weight.shape[1] == x.shape[-1] > 0
+        and weight.is_cpu and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype))
+    )  # fmt: skip
+    if not fits or any(_learns(t) for t in (x, weight, bias) if t is not None):
+        return torch_ops.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    call("linear", weight.contiguous(), *weight.shape, x.contiguous(), TYPES[x.dtype], count,
+         None if bias is None else bias.contiguous(), out)  # fmt: skip
+    return out
+
+
+def linear_int4(x: Tensor, weight: Int4, bias: Tensor | None = None) -> Tensor:
+    """`packed.linear_int4` with x rounded to 16 bits for every 256 columns and everything else exact."""
+    return _linear(x, weight, bias)
+
+
+def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
+    """`packed.linear_int8` with x rounded to 16 bits for every 256 columns and everything else exact."""
+    return _linear(x, weight, bias)
+
+
+def moe(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`packed.moe_packed`, the matrices of 4- and 8-bit codes through `linear_int4` and `linear_int8`."""
+    return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`ops.attention` in fp32 throughout, a kv head's keys and values read once for all the queries that share it.
+
+    With a mask, or heads of other sizes than multiples of eight, PyTorch's runs.
+    """
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
+        return torch_ops.attention(q, k, v, mask)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    call("attention", q, k, v, TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim, *q.stride()[:3], *k.stride()[:3],
+         *v.stride()[:3], out)  # fmt: skip
+    return out
+
+
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None = None) -> Tensor:
+    """`ops.attention_decode` in fp32 throughout."""
+    (batch, heads, dim), (kv_heads, room) = q.shape, k.shape[1:3]
+    odd = dim % 8 or not q.numel() or heads % kv_heads or lengths.shape != (batch,) or lengths.dtype != torch.int32
+    if odd or not _alike(q[:, :, None], k, v) or window == 0:
+        return ops.attention_decode(q, k, v, lengths, window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    call("attention_decode", q, k, v, lengths.contiguous(), TYPES[q.dtype], batch, heads, kv_heads, room, dim, window,
+         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], out)  # fmt: skip
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`ops.swiglu` in one call."""
+    if gate.dtype != up.dtype or gate.shape != up.shape or _learns(gate) or _learns(up):
+        return ops.swiglu(gate, up)
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    rows, columns = 1, gate.numel()
+    if not (gate.is_contiguous() and up.is_contiguous()):  # halves of one projection: rows with gaps between them
+        rows, columns = gate.shape[:-1].numel(), gate.shape[-1]
+        gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate.reshape(rows, columns), up.reshape(rows, columns)))
+    call("swiglu", gate, up, TYPES[gate.dtype], rows, columns, *(x.stride(0) if rows > 1 else 0 for x in (gate, up)), out)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm` in one call: what it costs with one token is calls, not arithmetic."""
+    if x.dtype != weight.dtype or weight.shape != x.shape[-1:] or _learns(x) or _learns(weight):
+        return ops.rms_norm(x, weight, eps)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    call("rms_norm", x, weight.contiguous(), TYPES[x.dtype], float(eps), x.shape[:-1].numel(), x.shape[-1], out)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm` in one call."""
+    alike = x.shape == residual.shape and x.dtype == residual.dtype == weight.dtype and weight.shape == x.shape[-1:]
+    if not alike or _learns(x) or _learns(residual) or _learns(weight):
+        return ops.add_rms_norm(x, residual, weight, eps)
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    call("add_rms_norm", x, residual, weight, TYPES[x.dtype], float(eps), x.shape[:-1].numel(), x.shape[-1], total, out)
+    return total, out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ops.rope` in one call."""
+    batch, heads, tokens, dim = x.shape
+    tables = cos.shape == sin.shape and cos.shape in ((1, tokens, dim), (batch, tokens, dim)) and dim % 2 == 0
+    if not tables or x.stride(-1) != 1 or not x.dtype == cos.dtype == sin.dtype or _learns(x):
+        return ops.rope(x, cos, sin)
+    out = x.new_empty(x.shape)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    table = tokens * dim if cos.shape[0] > 1 else 0
+    call("rope", x, cos, sin, TYPES[x.dtype], batch, heads, tokens, dim, *x.stride()[:3], table, out)
+    return out
+
+
+def norm_rope_write(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """`ops.norm_rope_write` in one call."""
+    (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
+    weights = [w for w in (q_weight, k_weight) if w is not None]
+    fits = (
+        k.shape == v.shape == (tokens, kv_heads, dim) and cos.shape == sin.shape == (tokens, dim) and slots.shape == (tokens,)
+        and k_cache.shape == v_cache.shape and k_cache.shape[1] == kv_heads and k_cache.shape[3] == dim
+        and dim % 2 == 0 and 0 < dim <= MOST_DIM and slots.dtype == torch.int64
+        and q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype
+        and q.stride(2) == k.stride(2) == v.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1
+        and not (_learns(q) or _learns(k) or _learns(v))
+    )  # fmt: skip
+    if not fits or any(w.shape != (dim,) or w.dtype != q.dtype or w.stride(0) != 1 or _learns(w) for w in weights):
+        return ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots)
+    cos, sin, slots, out = cos.contiguous(), sin.contiguous(), slots.contiguous(), q.new_empty(q.shape)
+    outside = call("norm_rope_write", q, k, v, q_weight, k_weight, TYPES[q.dtype], float(eps), tokens, heads, kv_heads, dim,
+                   *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos, sin, slots, *k_cache.shape[::2],
+                   *k_cache.stride()[:3], *v_cache.stride()[:3], k_cache, v_cache, out)  # fmt: skip
+    if outside:
+        raise IndexError(f"a slot lies outside the caches, which have {k_cache.shape[0]} x {k_cache.shape[2]}")
+    return out
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are what attention.h reads: one type, last axes contiguous, keys and values of the same shape."""
+    return (
+        q.dtype == k.dtype == v.dtype and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1 and not (_learns(q) or _learns(k) or _learns(v))
+    )  # fmt: skip
+
+
+def _learns(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _linear_any(x: Tensor, weight: Packed) -> Tensor:
+    return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_blocked(x, weight)
+
+
+def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
+    count, columns = x.shape[:-1].numel(), x.shape[-1]
+    if not _reads(x, weight, bias) or _learns(x) or (count > COMPILED_ROWS and torch_ops.native(torch.bfloat16)):
+        return linear_blocked(x, weight, bias)
+    bits = 4 if isinstance(weight, Int4) else 8
+    group = weight.group if weight.group < columns else max(COLUMNS, columns)
+    codes, scale, zero, x = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero, x.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = x.new_empty(*x.shape[:-1], codes.shape[0])
+    call("linear_packed", codes, scale, TYPES[scale.dtype], zero, codes.shape[0], columns, group, bits, x, TYPES[x.dtype],
+         count, bias, 0 if bias is None else TYPES[bias.dtype], out)  # fmt: skip
+    return out
+
+
+def _reads(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> bool:
+    """Whether packed.h has this length of groups, and all that it would read is there; what is not, PyTorch refuses."""
+    columns, group = x.shape[-1], weight.group
+    known = group >= columns or group % COLUMNS == 0 or (COLUMNS % group == 0 and group % STEP == 0)
+    rows, groups = weight.codes.shape[0], -(-columns // group)
+    width = -(-columns // 2) if isinstance(weight, Int4) else columns
+    return (
+        known and weight.codes.shape == (rows, width) and weight.scale.shape == (rows, groups) and weight.codes.is_cpu
+        and weight.scale.dtype in TYPES and (weight.zero is None or weight.zero.shape == (rows, groups))
+        and (bias is None or (bias.shape == (rows,) and bias.dtype in TYPES))
+    )  # fmt: skip

@@ -1,0 +1,297 @@
+// y = x W^T + bias with a matrix of 4- or 8-bit codes, multiplied as integers.
+//
+// The codes are taken as they are; x is rounded to 16 bits under one scale for every BLOCK columns of a token, which is finer
+// than bfloat16. One instruction then multiplies sixteen columns and adds them in pairs: twice the speed of fp32. With one
+// token the codes are widened to 16 bits in a register, at the speed of memory; with many, PANEL rows at a time are widened
+// to the first-level cache, once for all tokens, and laid so that a register holds one pair of columns of eight rows: their
+// sums never have to be added across a register.
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 256;  // columns under one scale of x; their largest sum, 256 * 255 * 32767, fits 32 bits
+constexpr int64_t STEP = 32;    // the smallest group; others are whole multiples of it
+constexpr int64_t PANEL = 16;   // rows that one thread takes at a time
+constexpr int64_t TILE = 6;     // tokens multiplied with them at once: 2 * 6 sums in registers
+constexpr int64_t CHUNK = 512;  // tokens rounded together
+
+struct Matrix {
+    const uint8_t* codes;
+    const void* scale;
+    int scale_type;
+    const int8_t* zero;  // null: 8 of 4-bit codes, 0 of 8-bit ones
+    int64_t rows, columns, group;
+    int64_t width, groups;  // bytes of a row, groups of a row
+
+    float scale_at(int64_t row, int64_t k) const { return get(scale, row * groups + group_at(k), scale_type); }
+    int zero_at(int64_t row, int64_t k, int middle) const { return zero ? zero[row * groups + group_at(k)] : middle; }
+    int64_t group_at(int64_t k) const { return std::min(k / group, groups - 1); }
+};
+
+// Up to BLOCK numbers in 16 bits, zeros behind them; returns their scale.
+float round_block(const void* x, int64_t first, int type, int64_t count, int16_t* out) {
+    alignas(32) float values[BLOCK];
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256i most = _mm256_setzero_si256();
+    for (int64_t k = 0; k < BLOCK; k += 8) {
+        __m256 v = k < count ? get8(x, first + k, type, count - k) : _mm256_setzero_ps();
+        _mm256_store_ps(values + k, v);
+        most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_and_ps(v, magnitude)));  // ordered as bits; NaN is largest
+    }
+    alignas(32) float each[8];
+    _mm256_store_ps(each, _mm256_castsi256_ps(most));
+    float largest = 0;
+    for (float value : each) largest = value > largest || std::isnan(value) ? value : largest;
+    const __m256 inverse = _mm256_set1_ps(largest != 0 ? 32767 / largest : 0);
+    for (int64_t k = 0; k < BLOCK; k += 16) {
+        __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(values + k), inverse));
+        __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(values + k + 8), inverse));
+        __m256i codes = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), codes);
+    }
+    return largest / 32767;
+}
+
+// One token, ready to be multiplied. Every `span` columns are summed in integers; both halves of the register that holds
+// their sums have a scale and a zero of their own, since 4-bit groups can be half as long as what one register reads.
+struct Token {
+    int64_t span, spans;
+    std::vector<int16_t> codes;
+    std::vector<float> scale;    // (spans)
+    std::vector<int64_t> group;  // (spans, 2): of the weights
+    std::vector<int32_t> shift;  // (spans, 8): minus the sums of the codes, lane by lane as the products are summed
+};
+
+template <int BITS>
+constexpr int64_t READ = BITS == 4 ? 2 * STEP : STEP;  // columns of one step
+
+template <int BITS>
+Token round_token(const Matrix& w, const void* x, int type) {
+    int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, span = std::max(std::min(w.group, BLOCK), READ<BITS>);
+    while (w.columns % span) span /= 2;
+    int64_t spans = w.columns / span;
+    Token token = {span, spans, std::vector<int16_t>(blocks * BLOCK), std::vector<float>(spans),
+                   std::vector<int64_t>(spans * 2), std::vector<int32_t>(spans * 8)};
+    std::vector<float> scale(blocks);
+    for (int64_t i = 0; i < blocks; i++) {
+        int16_t codes[BLOCK], *to = &token.codes[i * BLOCK];
+        scale[i] = round_block(x, i * BLOCK, type, std::min(BLOCK, w.columns - i * BLOCK), codes);
+        for (int64_t k = 0; k < BLOCK; k += 64)  // four columns share 16 bits of 4-bit codes: first every first, ...
+            for (int64_t j = 0; j < 64; j++) to[k + j] = codes[BITS == 4 ? k + j % 16 * 4 + j / 16 : k + j];
+    }
+    const __m256i by = _mm256_set1_epi16(w.zero ? -1 : BITS == 4 ? -8 : 0);
+    for (int64_t s = 0; s < spans; s++) {
+        token.scale[s] = scale[s * span / BLOCK];
+        token.group[2 * s] = w.group_at(s * span), token.group[2 * s + 1] = w.group_at(s * span + READ<BITS> / 2);
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t k = s * span; k < (s + 1) * span; k += 16)
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(load(&token.codes[k]), by));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(&token.shift[s * 8]), sum);
+    }
+    return token;
+}
+
+// One token times one row, STEPS registers of codes to a span. Four-bit codes are not all shifted down: with the second and
+// the third of sixteen bits where they are, the products are 16 and 256 times too large, which 32 bits can hold.
+template <int BITS, int STEPS>
+float multiply_row(const Matrix& w, int64_t row, const Token& token) {
+    constexpr bool HALVES = BITS == 4 && STEPS == 1;  // the halves of the register may be of two groups
+    const uint8_t* codes = w.codes + row * w.width;
+    const int16_t* x = token.codes.data();
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t s = 0; s < token.spans; s++, codes += 32 * STEPS, x += READ<BITS> * STEPS) {
+        int64_t low = row * w.groups + token.group[2 * s], high = row * w.groups + token.group[2 * s + 1];
+        __m256i part = load(&token.shift[s * 8]), more = _mm256_setzero_si256(), most = more;
+        if (w.zero) {
+            __m128i zero = _mm_set1_epi32(w.zero[low]), other = HALVES ? _mm_set1_epi32(w.zero[high]) : zero;
+            part = _mm256_mullo_epi32(part, _mm256_set_m128i(other, zero));
+        }
+        auto add = [](__m256i& to, __m256i a, const int16_t* b) { to = _mm256_add_epi32(to, _mm256_madd_epi16(a, load(b))); };
+#pragma GCC unroll 8
+        for (int i = 0; i < STEPS; i++) {
+            const uint8_t* from = codes + 32 * i;
+            const int16_t* by = x + READ<BITS> * i;
+            if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
+            if constexpr (BITS == 4) {
+                __m256i four = load(from);
+                add(part, _mm256_and_si256(four, _mm256_set1_epi16(0x000f)), by);
+                add(more, _mm256_and_si256(four, _mm256_set1_epi16(0x00f0)), by + 16);
+                add(most, _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), by + 32);
+                add(part, _mm256_srli_epi16(four, 12), by + 48);
+            } else {
+                add(part, _mm256_cvtepi8_epi16(load_half(from)), by);
+                add(more, _mm256_cvtepi8_epi16(load_half(from + 16)), by + 16);
+            }
+        }
+        if constexpr (BITS == 4) more = _mm256_add_epi32(_mm256_srai_epi32(more, 4), _mm256_srai_epi32(most, 8));
+        __m256 scale = _mm256_set1_ps(get(w.scale, low, w.scale_type));
+        if (HALVES) scale = _mm256_insertf128_ps(scale, _mm_set1_ps(get(w.scale, high, w.scale_type)), 1);
+        scale = _mm256_mul_ps(scale, _mm256_set1_ps(token.scale[s]));
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part, more)), scale, sum);
+    }
+    return total(sum);
+}
+
+template <int BITS, int STEPS = 256 / READ<BITS>>
+void product_of_one(const Matrix& w, const Token& token, int type, const void* bias, int bias_type, void* out) {
+    if constexpr (STEPS > 1)
+        if (token.span < STEPS * READ<BITS>) return product_of_one<BITS, STEPS / 2>(w, token, type, bias, bias_type, out);
+#pragma omp parallel for if (w.rows * w.columns > SMALL)  // one stretch a thread: what fetches ahead follows it
+    for (int64_t first = 0; first < w.rows; first += 8) {
+        const Matrix matrix = w;  // in registers
+        alignas(32) float y[8] = {};
+        int64_t count = std::min<int64_t>(8, w.rows - first);
+        for (int64_t i = 0; i < count; i++)
+            y[i] = multiply_row<BITS, STEPS>(matrix, first + i, token) + (bias ? get(bias, first + i, bias_type) : 0);
+        put8(out, first, type, _mm256_load_ps(y), count);
+    }
+}
+
+// Sixteen codes of a row less their zero, from column k on; zeros behind the last.
+template <int BITS>
+__m256i widen_row(const Matrix& w, int64_t row, int64_t k) {
+    int64_t left = w.columns - k;
+    if (left <= 0 || row >= w.rows) return _mm256_setzero_si256();
+    const uint8_t* from = w.codes + row * w.width + k * BITS / 8;
+    uint8_t some[16] = {};
+    if (left < 16) from = static_cast<uint8_t*>(std::memcpy(some, from, (left * BITS + 7) / 8));
+    __m256i codes;
+    if (BITS == 4) {
+        __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+        codes = _mm256_and_si256(_mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 12)), _mm256_set1_epi32(0x000f000f));
+    } else {
+        codes = _mm256_cvtepi8_epi16(load_half(from));
+    }
+    return _mm256_sub_epi16(codes, _mm256_set1_epi16(int16_t(w.zero_at(row, k, BITS == 4 ? 8 : 0))));
+}
+
+void transpose(__m256i v[8]) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+
+// `count` columns of a PANEL as (pair of columns, row, 2).
+template <int BITS>
+void widen_panel(const Matrix& w, int64_t row, int64_t first, int64_t count, int16_t* out) {
+    for (int64_t k = 0; k < count; k += 16)
+        for (int64_t r = 0; r < PANEL; r += 8) {
+            __m256i v[8];
+            for (int i = 0; i < 8; i++) v[i] = widen_row<BITS>(w, row + r + i, first + k);
+            transpose(v);
+            for (int i = 0; i < 8; i++)
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out + (k / 2 + i) * PANEL * 2 + r * 2), v[i]);
+        }
+}
+
+// sum (tokens, PANEL) += the tokens of x (tokens, BLOCK) times a widened PANEL, `count` columns, whose scales are
+// (spans, PANEL). T = 0, 1, ... are the tokens: written out, so that all sums are in registers.
+template <size_t... T>
+void multiply(std::index_sequence<T...>, const int16_t* w, int64_t count, int64_t span, const float* scale, const int16_t* x,
+              const float* x_scale, float* sum) {
+    for (int64_t first = 0; first < count; first += span, scale += PANEL) {
+        __m256i low[] = {(void(T), _mm256_setzero_si256())...}, high[] = {(void(T), _mm256_setzero_si256())...};
+        for (int64_t k = first; k < std::min(first + span, count); k += 2) {
+            __m256i upper = load(w + k * PANEL), lower = load(w + k * PANEL + 16);
+            auto add = [&](int64_t t, __m256i& a, __m256i& b) {
+                int32_t pair;
+                std::memcpy(&pair, x + t * BLOCK + k, 4);
+                __m256i token = _mm256_set1_epi32(pair);
+                a = _mm256_add_epi32(a, _mm256_madd_epi16(upper, token));
+                b = _mm256_add_epi32(b, _mm256_madd_epi16(lower, token));
+                asm("" : "+x"(a), "+x"(b));  // one token after the other, or a compiler makes all products first
+            };
+            (add(T, low[T], high[T]), ...);
+        }
+        auto scaled = [&](float* to, __m256i part, const float* by, float token) {
+            __m256 both = _mm256_mul_ps(_mm256_load_ps(by), _mm256_set1_ps(token));
+            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), both, _mm256_loadu_ps(to)));
+        };
+        (scaled(sum + T * PANEL, low[T], scale, x_scale[T]), ...);
+        (scaled(sum + T * PANEL + 8, high[T], scale + 8, x_scale[T]), ...);
+        asm("" ::: "memory");  // or `sum` takes the registers
+    }
+}
+
+// The same for 1 to TILE tokens.
+template <size_t T = TILE, typename... Rest>
+void multiply(int64_t tokens, const Rest&... rest) {
+    if constexpr (T > 1)
+        if (tokens < int64_t(T)) return multiply<T - 1>(tokens, rest...);
+    multiply(std::make_index_sequence<T>(), rest...);
+}
+
+template <int BITS>
+void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
+    int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, span = std::min(w.group, BLOCK), held = std::min(tokens, CHUNK);
+    std::vector<int16_t> x_codes(held * blocks * BLOCK);  // (block, token, BLOCK)
+    std::vector<float> x_scale(held * blocks);  // (block, token)
+    for (int64_t start = 0; start < tokens; start += CHUNK) {
+        int64_t count = std::min(tokens - start, CHUNK);
+#pragma omp parallel if (tokens * w.rows * w.columns > SMALL)
+        {
+#pragma omp for
+            for (int64_t i = 0; i < count * blocks; i++) {
+                int64_t k = i / count * BLOCK, first = (start + i % count) * w.columns + k;
+                x_scale[i] = round_block(x, first, type, std::min(BLOCK, w.columns - k), &x_codes[i * BLOCK]);
+            }
+            alignas(32) int16_t panel[PANEL * BLOCK];
+            alignas(32) float scale[BLOCK / STEP * PANEL], offset[PANEL];
+            std::vector<float> sums(count * PANEL);  // (token, PANEL)
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t row = 0; row < w.rows; row += PANEL) {
+                int64_t high = std::min(PANEL, w.rows - row);
+                std::fill(sums.begin(), sums.end(), 0.f);
+                for (int64_t block = 0; block < blocks; block++) {
+                    int64_t first = block * BLOCK, wide = std::min(BLOCK, (w.columns - first + 15) / 16 * 16);
+                    widen_panel<BITS>(w, row, first, wide, panel);
+                    for (int64_t k = 0; k < wide; k += span)
+                        for (int64_t r = 0; r < PANEL; r++)
+                            scale[k / span * PANEL + r] = r < high ? w.scale_at(row + r, first + k) : 0;
+                    for (int64_t t = 0; t < count; t += TILE)
+                        multiply(std::min(TILE, count - t), panel, wide, span, scale, &x_codes[(block * count + t) * BLOCK],
+                            &x_scale[block * count + t], &sums[t * PANEL]);
+                }
+                for (int64_t r = 0; r < PANEL; r++) offset[r] = bias && r < high ? get(bias, row + r, bias_type) : 0;
+                for (int64_t t = 0; t < count; t++)
+                    for (int64_t r = 0; r < high; r += 8)
+                        put8(out, (start + t) * w.rows + row + r, type,
+                             _mm256_add_ps(_mm256_loadu_ps(&sums[t * PANEL + r]), _mm256_load_ps(offset + r)), high - r);
+            }
+        }
+    }
+}
+
+template <int BITS>
+void product(const Matrix& w, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
+    if (tokens == 1 && w.columns % READ<BITS> == 0)
+        product_of_one<BITS>(w, round_token<BITS>(w, x, type), type, bias, bias_type, out);
+    else
+        product_of_many<BITS>(w, x, type, tokens, bias, bias_type, out);
+}
+
+// `linear_int4` and `linear_int8` of `quant/packed.py`.
+void linear_packed(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows,
+                       int64_t columns, int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias,
+                       int bias_type, void* out) {
+    Matrix w = {codes, scale, scale_type, zero, rows, columns, group, (columns * bits + 7) / 8, (columns + group - 1) / group};
+    if (bits == 4)
+        product<4>(w, x, type, tokens, bias, bias_type, out);
+    else
+        product<8>(w, x, type, tokens, bias, bias_type, out);
+}
+
+}  // namespace

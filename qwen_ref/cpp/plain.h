@@ -1,0 +1,67 @@
+// y = x W^T + bias with a matrix as it is, for a few tokens: at the speed at which memory gives the matrix.
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t FEW = 16;   // tokens of a product; `operations.py` brings no more
+constexpr int64_t TOKENS = 4;  // of them multiplied with a row at once: two sums each in registers
+constexpr int64_t ROWS = 8;    // that one thread takes at a time, for all tokens while they are in its cache
+
+// A row times T tokens of x (T, padded), which are fp32 with zeros behind them.
+template <int TYPE, int64_t T>
+void dot_row(const void* w, int64_t first, int64_t columns, const float* x, int64_t padded, float* y) {
+    constexpr int64_t N = T > 1 ? 2 : 4;  // sums of a token, so that one need not wait for the other
+    __m256 sums[T][N];
+    for (auto& of_token : sums)
+        for (auto& sum : of_token) sum = _mm256_setzero_ps();
+    auto add = [&](__m256 v, int64_t k, int64_t lane) {
+        for (int64_t t = 0; t < T; t++) sums[t][lane] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + t * padded + k), sums[t][lane]);
+    };
+    int64_t k = 0;
+    for (; k + 8 * N <= columns; k += 8 * N) {
+        _mm_prefetch(static_cast<const char*>(w) + (first + k) * size(TYPE) + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int64_t lane = 0; lane < N; lane++) add(get8(w, first + k + 8 * lane, TYPE), k + 8 * lane, lane);
+    }
+    for (; k < columns; k += 8) add(get8(w, first + k, TYPE, columns - k), k, 0);
+    for (int64_t t = 0; t < T; t++) {
+        for (int64_t lane = 1; lane < N; lane++) sums[t][0] = _mm256_add_ps(sums[t][0], sums[t][lane]);
+        y[t * ROWS] = total(sums[t][0]);
+    }
+}
+
+// The same for 1 to TOKENS tokens.
+template <int TYPE, int64_t T = TOKENS, typename... Rest>
+void dot_row_of(int64_t tokens, const Rest&... rest) {
+    if constexpr (T > 1)
+        if (tokens < T) return dot_row_of<TYPE, T - 1>(tokens, rest...);
+    dot_row<TYPE, T>(rest...);
+}
+
+// `ops.linear` of x (tokens, columns) and w (rows, columns), both contiguous, up to FEW tokens, summed in fp32.
+void linear(const void* w, int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, void* out) {
+    int64_t padded = (columns + 7) / 8 * 8;
+    std::vector<float> wide(tokens * padded);
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t k = 0; k < columns; k += 8)
+                _mm256_storeu_ps(&wide[t * padded + k], get8(x, t * columns + k, TYPE, columns - k));
+#pragma omp parallel for if (rows * columns > SMALL)  // one stretch a thread: what fetches ahead follows it
+        for (int64_t first = 0; first < rows; first += ROWS) {
+            int64_t count = std::min(ROWS, rows - first);
+            float y[FEW * ROWS] = {}, offset[ROWS] = {};
+            for (int64_t i = 0; i < count; i++) {
+                offset[i] = bias ? get(bias, first + i, TYPE) : 0;
+                for (int64_t t = 0; t < tokens; t += TOKENS)
+                    dot_row_of<TYPE>(tokens - t, w, (first + i) * columns, columns, &wide[t * padded], padded, y + t * ROWS + i);
+            }
+            for (int64_t t = 0; t < tokens; t++)
+                put8(out, t * rows + first, TYPE, _mm256_add_ps(_mm256_loadu_ps(y + t * ROWS), _mm256_loadu_ps(offset)), count);
+        }
+    });
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+// What lies between the products: norms, rotation, and the gated activation, every row by itself.
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t MOST = 1024;  // numbers of a head that is normed and rotated at once
+
+// `columns` numbers from x + from on, normed as by `ops.rms_norm`: rounded to the type before the weight, as there.
+template <int TYPE>
+void norm_row(const void* x, int64_t from, const void* weight, float eps, int64_t columns, void* out, int64_t to) {
+    __m256d low = _mm256_setzero_pd(), high = low;  // so that the scale is rounded once, whatever the order of the sum
+    for (int64_t k = 0; k < columns; k += 8) {
+        __m256 v = get8(x, from + k, TYPE, columns - k);
+        __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(v)), b = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+        low = _mm256_fmadd_pd(a, a, low), high = _mm256_fmadd_pd(b, b, high);
+    }
+    alignas(32) double sums[4];
+    _mm256_store_pd(sums, _mm256_add_pd(low, high));
+    double mean = (sums[0] + sums[1] + sums[2] + sums[3]) / double(columns);
+    __m256 scale = _mm256_set1_ps(float(1 / std::sqrt(mean + eps)));
+    for (int64_t k = 0; k < columns; k += 8) {
+        __m256 v = rounded(_mm256_mul_ps(get8(x, from + k, TYPE, columns - k), scale), TYPE);
+        put8(out, to + k, TYPE, _mm256_mul_ps(v, get8(weight, k, TYPE, columns - k)), columns - k);
+    }
+}
+
+// One head as `ops.rope` turns it, every product rounded; its row of the tables begins at `table`.
+template <int TYPE>
+void rotate_row(const void* x, int64_t from, const void* cos, const void* sin, int64_t table, int64_t dim, void* out, int64_t to) {
+    int64_t half = dim / 2;
+    for (int64_t k = 0; k < half; k += 8) {
+        int64_t count = half - k, other = k + half;
+        __m256 a = get8(x, from + k, TYPE, count), c = get8(x, from + other, TYPE, count);
+        auto times = [&](__m256 v, const void* by, int64_t at) {
+            return rounded(_mm256_mul_ps(v, get8(by, table + at, TYPE, count)), TYPE);
+        };
+        put8(out, to + k, TYPE, _mm256_sub_ps(times(a, cos, k), times(c, sin, k)), count);
+        put8(out, to + other, TYPE, _mm256_add_ps(times(c, cos, other), times(a, sin, other)), count);
+    }
+}
+
+// `ops.rms_norm` over rows of x: rounded to x's type before the weight, as there.
+void rms_norm(const void* x, const void* weight, int type, float eps, int64_t rows, int64_t columns, void* out) {
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+#pragma omp parallel for if (rows * columns > SMALL)
+        for (int64_t row = 0; row < rows; row++) norm_row<TYPE>(x, row * columns, weight, eps, columns, out, row * columns);
+    });
+}
+
+// `ops.add_rms_norm`: the sum is rounded to its type before it is normed.
+void add_rms_norm(const void* x, const void* residual, const void* weight, int type, float eps, int64_t rows,
+                             int64_t columns, void* total, void* out) {
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+#pragma omp parallel for if (rows * columns > SMALL)
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t first = row * columns;
+            for (int64_t k = 0; k < columns; k += 8) {
+                __m256 a = get8(x, first + k, TYPE, columns - k), b = get8(residual, first + k, TYPE, columns - k);
+                put8(total, first + k, TYPE, _mm256_add_ps(a, b), columns - k);
+            }
+            norm_row<TYPE>(total, first, weight, eps, columns, out, first);
+        }
+    });
+}
+
+// `ops.rope` of x (batch, heads, tokens, dim), of which only the last axis need be contiguous.
+void rope(const void* x, const void* cos, const void* sin, int type, int64_t batch, int64_t heads, int64_t tokens,
+                     int64_t dim, int64_t x0, int64_t x1, int64_t x2, int64_t table0, void* out) {
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+#pragma omp parallel for if (batch * heads * tokens * dim > SMALL)
+        for (int64_t i = 0; i < batch * heads * tokens; i++) {
+            int64_t b = i / tokens / heads, t = i % tokens, from = b * x0 + i / tokens % heads * x1 + t * x2;
+            rotate_row<TYPE>(x, from, cos, sin, b * table0 + t * dim, dim, out, i * dim);
+        }
+    });
+}
+
+// `ops.norm_rope_write` of q (tokens, heads, dim), k and v (tokens, kv_heads, dim), last axes contiguous, weights perhaps
+// null, tables (tokens, dim), into caches of `pages` x kv_heads x `page` x dim. 1 if a slot lies outside: nothing is done then.
+int norm_rope_write(const void* q, const void* k, const void* v, const void* q_weight, const void* k_weight,
+                               int type, float eps, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t q0,
+                               int64_t q1, int64_t k0, int64_t k1, int64_t v0, int64_t v1, const void* cos, const void* sin,
+                               const int64_t* slots, int64_t pages, int64_t page, int64_t kc0, int64_t kc1, int64_t kc2,
+                               int64_t vc0, int64_t vc1, int64_t vc2, void* k_cache, void* v_cache, void* out) {
+    for (int64_t t = 0; t < tokens; t++)
+        if (slots[t] >= pages * page) return 1;
+    int64_t all = heads + 2 * kv_heads;
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+        auto turned = [&](const void* x, int64_t from, const void* weight, int64_t t, void* to, int64_t at) {
+            uint8_t normed[MOST * 4];
+            if (!weight) return rotate_row<TYPE>(x, from, cos, sin, t * dim, dim, to, at);
+            norm_row<TYPE>(x, from, weight, eps, dim, normed, 0);
+            rotate_row<TYPE>(normed, 0, cos, sin, t * dim, dim, to, at);
+        };
+#pragma omp parallel for if (tokens * all * dim > SMALL)
+        for (int64_t i = 0; i < tokens * all; i++) {
+            int64_t t = i / all, head = i % all, slot = slots[t];
+            if (head < heads) {
+                turned(q, t * q0 + head * q1, q_weight, t, out, (t * heads + head) * dim);
+                continue;
+            }
+            if (slot < 0) continue;
+            int64_t kv = (head - heads) % kv_heads, row = slot / page, entry = slot % page;
+            if (head < heads + kv_heads) {
+                turned(k, t * k0 + kv * k1, k_weight, t, k_cache, row * kc0 + kv * kc1 + entry * kc2);
+            } else {
+                auto from = static_cast<const uint8_t*>(v) + (t * v0 + kv * v1) * size(TYPE);
+                auto to = static_cast<uint8_t*>(v_cache) + (row * vc0 + kv * vc1 + entry * vc2) * size(TYPE);
+                std::memcpy(to, from, dim * size(TYPE));
+            }
+        }
+    });
+    return 0;
+}
+
+// `ops.swiglu` of rows with gaps between them: silu(gate) is rounded before it is multiplied.
+void swiglu(const void* gate, const void* up, int type, int64_t rows, int64_t columns, int64_t gate0, int64_t up0,
+                       void* out) {
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+        int64_t parts = (columns + SMALL - 1) / SMALL;
+#pragma omp parallel for if (rows * columns > SMALL)
+        for (int64_t i = 0; i < rows * parts; i++) {
+            int64_t row = i / parts, first = i % parts * SMALL, last = std::min(columns, first + SMALL);
+            for (int64_t k = first; k < last; k += 8) {
+                __m256 g = get8(gate, row * gate0 + k, TYPE, last - k), one = _mm256_set1_ps(1);
+                __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp8(_mm256_sub_ps(_mm256_setzero_ps(), g))));
+                __m256 y = _mm256_mul_ps(rounded(silu, TYPE), get8(up, row * up0 + k, TYPE, last - k));
+                put8(out, row * columns + k, TYPE, y, last - k);
+            }
+        }
+    });
+}
+
+}  // namespace

@@ -1,0 +1,42 @@
+"""Products with packed matrices on a CPU, a few dequantised rows at a time, in place of the formulas in `packed`, which
+dequantise the whole matrix first. They need nothing and take every layout; `cpp` is faster with those it has."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..torch_ops import native
+from . import packed
+from .packed import Packed
+
+BLOCK_BYTES = 2 << 20  # of dequantised rows: they stay in the second- or third-level cache until they are multiplied
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cpu" else "made for CPUs"
+
+
+def linear_blocked(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias of any layout, holding BLOCK_BYTES of dequantised rows instead of a whole matrix.
+
+    x (..., K), weight (N, K), bias (N,) -> (..., N) in x's dtype. Products are summed in at least fp32; without native
+    bf16 the factors are not rounded below fp32 either.
+    """
+    rows, columns = weight[0].shape[-2], x.shape[-1]
+    high = weight.block[0] if isinstance(weight, packed.Fp8) else 1
+    dtype = x.dtype if native(x.dtype) else torch.promote_types(x.dtype, torch.float32)
+    step = max(BLOCK_BYTES // (columns * dtype.itemsize) // high, 1) * high
+    wide = x.to(dtype)
+    blocks = []
+    for first in range(0, rows, step):
+        block = packed.rows(weight, first, min(first + step, rows)).dequantize(dtype, columns)  # (n, K)
+        blocks.append(F.linear(wide, block).to(x.dtype if bias is None else dtype))
+    y = torch.cat(blocks, dim=-1)  # (..., N)
+    return y if bias is None else (y + bias).to(x.dtype)
+
+
+def moe_blocked(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`packed.moe_packed`, every matrix through `linear_blocked`."""
+    return packed.moe_packed(x, gate_up, down, weights, experts, linear_blocked)
