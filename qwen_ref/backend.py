@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Implementation:
 @dataclass
 class Operation:
     """A callable with the signature of its formula. The first argument's device and dtype choose the implementation."""
+
+    changes: ClassVar[int] = 0  # of what runs, in all operations
 
     name: str
     implementations: dict[str, Implementation]  # preferred first
@@ -85,11 +87,15 @@ class Operation:
                 f"operation {self.name} has no implementation {implementation!r}; it has {list(self.implementations)}"
             )
         self.forced, self.strict = implementation, strict
-        self._resolved.clear()
+        self._forget()
 
     def wrap(self, wrappers: list[Callable[..., Any]]) -> None:
         self.wrappers = wrappers
+        self._forget()
+
+    def _forget(self) -> None:
         self._resolved.clear()
+        Operation.changes += 1
 
     def _candidates(self) -> Iterator[Implementation]:
         if self.forced is not None:
@@ -145,6 +151,11 @@ def intercept(operation: str, wrapper: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         op.wrap([w for w in op.wrappers if w is not wrapper])
+
+
+def choices() -> int | None:
+    """A number that is another one after every choice of implementations; None while one of them is intercepted."""
+    return None if any(op.wrappers for op in OPERATIONS.values()) else Operation.changes
 
 
 def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:

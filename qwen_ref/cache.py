@@ -254,6 +254,11 @@ class Cache:
         self.layers = list(layers)
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
         self.expected: list[int] | None = None  # see `expect`
+        self.step: Any = None  # what a fused model has recorded over these very buffers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the record: a copy has buffers of its own."""
+        return {**vars(self), "step": None}
 
     @property
     def length(self) -> int:

@@ -8,6 +8,10 @@ sum goes with the norm that reads it, and the norms of q and k and their rotatio
 15 operations, two sums and two copies in a layer of Qwen3 is 9 operations here. Each is one of `backend`, so it runs on
 whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have all of them.
 
+With cpp, a pass of one token for every sequence is also recorded, once for every cache, and from then on is one call: the
+calls of `cpp.library`, made again with the same memory. What Python and PyTorch did between them took as long as a fast
+product. Another choice in `backend`, a hook, or a cache that has grown: it is recorded anew, or runs as ever.
+
 The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
 joined one. So it is the one to save and to hook (in its own passes: a fused one skips most points); and once it was moved
 or converted, it has to be fused again. A fused model only runs, without gradients.
@@ -16,16 +20,18 @@ or converted, it has to be fused again. A fused model only runs, without gradien
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import backend, layers
 from .cache import Cache, KVCache
+from .cpp.library import Tape
 from .errors import RequestError
 from .layers import Linear, RMSNorm, place
 from .models import qwen2, qwen3
@@ -34,7 +40,14 @@ from .quant.format import Matrix
 from .quant.layers import PackedLinear, joined
 from .quant.packed import Packed, rows
 
-Slots = dict[tuple[int, int], Tensor]  # see `Attention._room`
+
+class Place(NamedTuple):
+    """Where a pass of M = B T tokens stands in one layer."""
+
+    rope: tuple[Tensor, Tensor]  # cos, sin: (M, D)
+    room: Tensor  # for keys and values: (2, B, K, capacity, D)
+    slots: Tensor  # of each token in it, (M,)
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # q (M, N, D) and what is in the room -> (B, T, N, D) or (M, N, D)
 
 
 class Together(nn.Module):
@@ -76,35 +89,12 @@ class Attention(nn.Module):
         self.q_norm: Any = getattr(attention, "q_norm", None)
         self.k_norm: Any = getattr(attention, "k_norm", None)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
-    ) -> Tensor:
-        (batch, count, _), dim = x.shape, self.head_dim  # x (B, T, H)
-        q, k, v = (part.view(batch * count, -1, dim) for part in self.qkv_proj(x))  # (M, N or K, D)
+    def forward(self, x: Tensor, place: Place) -> Tensor:  # (B, T, H) -> (B, T, H)
+        q, k, v = (part.view(x.shape[:2].numel(), -1, self.head_dim) for part in self.qkv_proj(x))  # (M, N or K, D)
         norms = (None, None, 0.0) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        room, where = self._room(k.view(batch, count, -1, dim).transpose(1, 2), cache, slots)
-        keys, values = room.unbind()
-        q = backend.norm_rope_write(q, k, v, *norms, *rope, keys, values, where)  # (M, N, D)
-        if cache is not None:
-            keys, values = cache.extend(count) if cache.window is None else cache.append(keys, values)  # (B, K, S, D)
-        out = backend.attention(q.view(batch, count, -1, dim).transpose(1, 2), keys, values, mask)  # (B, N, T, D)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H)
-
-    @staticmethod
-    def _room(new: Tensor, cache: KVCache | None, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Where new keys and values belong: a buffer (2, B, K, capacity, D), and the place of each token in it, (M,).
-
-        The cache's own, unless it slides and has none. `slots`: the places of this pass, which layers share.
-        """
-        if cache is not None and cache.window is None:
-            room, start = cache.reserve(new), cache.length
-        else:
-            room, start = new.new_empty(2, *new.shape), 0
-        (batch, _, count, _), capacity = new.shape, room.shape[3]
-        if (start, capacity) not in slots:
-            places = torch.arange(start, start + count, device=new.device)
-            slots[start, capacity] = (torch.arange(batch, device=new.device)[:, None] * capacity + places).flatten()
-        return room, slots[start, capacity]
+        keys, values = place.room.unbind()
+        q = backend.norm_rope_write(q, k, v, *norms, *place.rope, keys, values, place.slots)  # (M, N, D)
+        return self.o_proj(place.attend(q, keys, values).reshape(*x.shape[:2], -1))  # (B, T, H)
 
 
 class Block(nn.Module):
@@ -116,10 +106,9 @@ class Block(nn.Module):
         self.mlp = MLP(block.mlp) if isinstance(block.mlp, layers.MLP) else block.mlp
         self.following = following  # of the next block, or the last of all
 
-    def forward(
-        self, x: Tensor, normed: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Slots
-    ) -> tuple[Tensor, Tensor]:  # the residual stream and its norm, (B, T, H) each -> the same two for the next block
-        x, normed = _add_norm(self.attention(normed, rope, mask, cache, slots), x, self.post_attention_layernorm)
+    def forward(self, x: Tensor, normed: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm, (B, T, H) each -> the same two for the next block."""
+        x, normed = _add_norm(self.attention(normed, place), x, self.post_attention_layernorm)
         return _add_norm(self.mlp(normed), x, self.following)
 
 
@@ -133,17 +122,96 @@ class Decoder(nn.Module):
         self.norm = blocks[0].input_layernorm
         following = [*(block.input_layernorm for block in blocks[1:]), decoder.norm]
         self.layers = nn.ModuleList(map(Block, blocks, following))
+        self.head_dim = blocks[0].self_attn.head_dim
+        self.kv_heads = blocks[0].self_attn.k_proj.out_features // self.head_dim
+        self._hooks = [hooks for module in self.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
         positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
         cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in self.rotary_emb(positions, x.dtype))  # (M, D)
-        normed, slots = self.norm(x), Slots()
-        for i, block in enumerate(self.layers):
-            layer = cache.layers[i] if cache is not None else None
-            x, normed = block(x, normed, (cos, sin), masks[self.windows[i]], layer, slots)
-        return normed  # (B, T, H)
+        if cache is not None and x.shape[1] == 1 and masks == {None: None}:
+            y = self._recorded(x, cos, sin, cache)
+            if y is not None:
+                return y
+        slots: dict[tuple[int, int], Tensor] = {}
+
+        def places() -> Iterator[Place]:
+            for i, window in enumerate(self.windows):
+                layer = cache.layers[i] if cache is not None else None
+                attend = partial(_attend, batch=x.shape[0], mask=masks[window], cache=layer)
+                yield Place((cos, sin), *self._room(x, layer, slots), attend)
+
+        return self._through(x, places())
+
+    def _through(self, x: Tensor, places: Iterable[Place]) -> Tensor:  # (B, T, H) -> (B, T, H)
+        normed = self.norm(x)
+        for block, here in zip(self.layers, places, strict=True):
+            x, normed = block(x, normed, here)
+        return normed
+
+    def _room(self, x: Tensor, cache: KVCache | None, known: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+        """Where new keys and values belong: a buffer (2, B, K, capacity, D), and the place of each token in it, (M,).
+
+        The cache's own, unless it slides and has none. `known`: the places of this pass, which layers share.
+        """
+        (batch, count, _), start = x.shape, 0
+        new = x.new_empty(1).expand(batch, self.kv_heads, count, self.head_dim)  # one layer's keys, as to shape and type
+        if cache is not None and cache.window is None:
+            room, start = cache.reserve(new), cache.length
+        else:
+            room = x.new_empty(2, *new.shape)
+        capacity = room.shape[3]
+        if (start, capacity) not in known:
+            tokens = torch.arange(start, start + count, device=x.device)
+            known[start, capacity] = (torch.arange(batch, device=x.device)[:, None] * capacity + tokens).flatten()
+        return room, known[start, capacity]
+
+    def _recorded(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
+        """The pass of one token for every sequence, (B, 1, H) -> (B, 1, H), recorded the first time; None if it cannot be.
+
+        All its shapes are those of the token before. So where cpp has all the operations, they are made in one call, without
+        what Python and PyTorch cost between them.
+        """
+        choices = backend.choices()
+        if choices is None or any(self._hooks) or backend.attention_decode.resolve(x.device, x.dtype).name != "cpp":
+            return None
+        known: dict[tuple[int, int], Tensor] = {}
+        rooms = [self._room(x, layer, known)[0] for layer in cache.layers]
+        if len(known) > 1:
+            return None
+        lengths = torch.full((x.shape[0],), cache.length + 1, dtype=torch.int32)
+        inputs, step = (x, cos, sin, *known.values(), lengths), cache.step
+        if not isinstance(step, Step) or not step.serves(self, rooms, choices, x):
+            cache.step = step = Step(Tape(partial(self._decode, rooms), *inputs), self, rooms, choices, x.dtype)
+            y = step.tape.output()
+        elif step.tape.whole:
+            y = step.tape.replay(*inputs)
+        else:
+            return None
+        for layer in cache.layers:
+            layer.extend(1)
+        return y
+
+    def _decode(self, rooms: list[Tensor], x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        attend = partial(_attend_decoding, lengths=lengths)
+        return self._through(x, [Place((cos, sin), room, slots, attend) for room in rooms])
+
+
+class Step(NamedTuple):
+    """What is recorded of a decoder's pass over a cache."""
+
+    tape: Tape
+    decoder: Decoder
+    rooms: list[Tensor]
+    choices: int
+    dtype: torch.dtype
+
+    def serves(self, decoder: Decoder, rooms: list[Tensor], choices: int, x: Tensor) -> bool:
+        """Whether it is of this decoder and these very buffers, and the same operations would run."""
+        here = self.decoder is decoder and self.choices == choices and self.dtype == x.dtype
+        return here and all(a is b for a, b in zip(self.rooms, rooms, strict=True))
 
 
 class Fused(LanguageModel):
@@ -181,6 +249,18 @@ def fuse(model: LanguageModel) -> Fused:
     with suppress(OSError, AttributeError, TypeError):  # glibc keeps what was freed between what is held, until it is asked
         ctypes.CDLL(None).malloc_trim(0)
     return fused
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, batch: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    """Of a chunk: q (M, N, D) -> (B, T, N, D). The new keys and values are in the cache, unless it slides."""
+    q = q.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, N, T, D)
+    if cache is not None:
+        keys, values = cache.extend(q.shape[2]) if cache.window is None else cache.append(keys, values)  # (B, K, S, D)
+    return backend.attention(q, keys, values, mask).transpose(1, 2)
+
+
+def _attend_decoding(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+    return backend.attention_decode(q, keys, values, lengths)
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:

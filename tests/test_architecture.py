@@ -66,7 +66,7 @@ ALLOWED = {
     "models.qwen3_next": {"backend", "cache", "config", "layers", "models.common", "ops"},
     "models.qwen4_exp": {"backend", "cache", "config", "errors", "layers", "models.common", "ops"},
     "models.qwen3_5": {"backend", "cache", "config", "layers", "models.common", "ops"},
-    "fuse": {"backend", "cache", "errors", "layers", "models", "models.common", "quant.format", "quant.layers", "quant.packed"},
+    "fuse": {"backend", "cache", "cpp.library", "errors", "layers", "models", "models.common", "quant.format", "quant.layers", "quant.packed"},
     "chat": {"errors", "limits"},
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import TINY, casts_lifted, make_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantised import FORMATS, checkpoint
 from test_parity import IDS, VARIANTS
 
@@ -206,3 +212,174 @@ def test_compiled_operations_round_where_the_formulas_do(name):
         with backend.use({op: "cpp" for op in ("add_rms_norm", "norm_rope_write", "swiglu", "rms_norm")}, strict=True):
             compiled = read(fast, pieces)
     assert (compiled.float() - formulas.float()).norm() < 1e-2 * formulas.float().norm()  # a rounding of bf16 here or there
+
+
+# ---------------------------------------------------------------- recorded steps
+
+compiled = pytest.mark.skipif(cpp.supports(torch.device("cpu"), torch.float32) is not None,
+                              reason=f"no compiled operations: {cpp.supports(torch.device('cpu'), torch.float32)}")  # fmt: skip
+
+
+# cpp's attention takes heads of multiples of eight.
+RECORDABLE = {name: {**VARIANTS[name], **({"head_dim": 24} if "qwen3" in name else {})}
+              for name in ("qwen2", "qwen2 yarn", "qwen3", "qwen3 tied")}  # fmt: skip
+
+
+def recordable(name: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0):
+    return make_pair(RECORDABLE[name], dtype, seed)[0]
+
+
+@pytest.fixture
+def in_cpp():
+    with backend.use("cpp"), torch.inference_mode():
+        yield
+
+
+def is_recorded(cache) -> bool:
+    return cache.step is not None and cache.step.tape.whole
+
+
+@compiled
+@pytest.mark.parametrize("variant", RECORDABLE)
+def test_recorded_steps_are_transformers(in_cpp, variant):
+    """Token by token behind a prompt, until the cache has outgrown its buffer twice."""
+    ours, theirs = make_pair(RECORDABLE[variant], torch.float32)
+    ids = torch.randint(0, 211, (2, 140), generator=torch.Generator().manual_seed(3))
+    fast = ours.fuse()
+    cache, out = fast.make_cache(), []
+    for piece in ids.split([9, *[1] * 131], dim=1):
+        out.append(fast(piece, None, cache))
+        assert is_recorded(cache) == (cache.length > 9)
+    with casts_lifted(theirs):
+        assert off(torch.cat(out, dim=1), theirs(ids).logits) < 5e-6
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_replay_is_the_same_to_the_last_bit(in_cpp, dtype):
+    """As the same operations called one by one, which they are while someone watches a module."""
+    fast, watched = recordable(dtype=dtype).fuse(), []
+    apart = read(fast, IDS.split([20, 1, 1, 1], dim=1))
+    handle = fast.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: watched.append(1))
+    with backend.intercept("attention", lambda run, q, k, v, mask=None: cpp.attention(q, k, v, mask)):
+        assert torch.equal(read(fast, IDS.split([20, 1, 1, 1], dim=1)), apart) and len(watched) == 4
+    handle.remove()
+    assert torch.equal(read(fast, IDS.split([20, 1, 1, 1], dim=1)), apart) and len(watched) == 4
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("read"), st.integers(1, 3)), st.tuples(st.just("step"), st.integers(1, 9)),
+        st.tuples(st.just("truncate"), st.floats(0, 1)), st.tuples(st.just("select"), st.integers(0, 2)),
+        st.tuples(st.just("copy"), st.just(0)), st.tuples(st.just("restore"), st.just(0)), st.tuples(st.just("other"), st.just(0)),
+        st.tuples(st.just("eager"), st.just(0)), st.tuples(st.just("watch"), st.just(0)),
+    ), min_size=3, max_size=14,
+)  # fmt: skip
+
+
+@compiled
+@given(ACTIONS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_whatever_happens_to_the_cache(actions):
+    """Steps between anything a cache can go through give what the model gives for all tokens at once."""
+    ours = recordable()
+    fast, g = ours.fuse(), torch.Generator().manual_seed(1)
+    with backend.use("cpp"), torch.inference_mode():
+        ids = torch.randint(0, 211, (2, 62), generator=g)  # the buffer has 64 places
+        cache = fast.make_cache()
+        fast(ids, None, cache)
+        kept, held = cache.snapshot(), ids
+        for action, value in actions:
+            if action in ("read", "step", "eager", "watch", "other"):
+                counts = {"read": [value], "step": [1] * int(value)}.get(action, [1])
+                for count in counts:
+                    new = torch.randint(0, 211, (ids.shape[0], count), generator=g)
+                    ids = torch.cat((ids, new), dim=1)
+                    if action == "eager":
+                        with backend.use("eager"):
+                            y = fast(new, None, cache)
+                    elif action == "watch":
+                        with backend.intercept("swiglu", lambda run, *args: run(*args)):
+                            y = fast(new, None, cache)
+                    else:
+                        y = (ours if action == "other" else fast)(new, None, cache)
+                    assert off(y, ours(ids)[:, -count:]) < 5e-6, (action, ids.shape)
+                    assert action != "step" or is_recorded(cache)
+            elif action == "truncate":
+                length = max(int(value * cache.length), 1)
+                cache.truncate(length)
+                ids = ids[:, :length]
+            elif action == "select":
+                rows = torch.tensor([[0], [ids.shape[0] - 1, 0], list(range(ids.shape[0]))][value])
+                cache.select(rows)
+                ids = ids[rows]
+            elif action == "copy":
+                kept, held, cache = cache.snapshot(), ids, copy.deepcopy(cache)
+            else:
+                cache.restore(kept)
+                ids = held
+
+
+@compiled
+def test_two_caches_and_two_models_in_turn(in_cpp):
+    one, two = recordable().fuse(), recordable(seed=5).fuse()
+    apart = [read(fast, ids.split(1, dim=1)) for fast, ids in ((one, IDS), (one, IDS.flip(1)), (two, IDS))]
+    sides = [(one, IDS, one.make_cache()), (one, IDS.flip(1), one.make_cache()), (two, IDS, two.make_cache())]
+    together = [[fast(ids[:, t : t + 1], None, cache) for t in range(23)] for fast, ids, cache in sides]
+    assert all(torch.equal(torch.cat(y, dim=1), x) for y, x in zip(together, apart, strict=True))
+    turns = [[], [], []]
+    sides = [(fast, ids, fast.make_cache()) for fast, ids, _ in sides]
+    for t in range(23):
+        for out, (fast, ids, cache) in zip(turns, sides, strict=True):
+            out.append(fast(ids[:, t : t + 1], None, cache))
+    assert all(torch.equal(torch.cat(y, dim=1), x) for y, x in zip(turns, apart, strict=True))
+    cache = one.make_cache()
+    one(IDS[:, :5], None, cache)
+    two(IDS[:, 5:6], None, cache)  # another model's step over the same buffers
+    assert cache.step.decoder is two.model
+    one(IDS[:, 6:7], None, cache)
+    assert cache.step.decoder is one.model
+
+
+@compiled
+def test_what_cpp_has_not_is_never_recorded(in_cpp):
+    for variant in ("qwen2 sliding", "qwen3_moe sliding"):
+        fast = plain(variant).fuse()
+        cache = fast.make_cache()
+        for t in range(3):
+            fast(IDS[:, t : t + 1], None, cache)
+        assert not is_recorded(cache)
+    fast = recordable().double().fuse()
+    cache = fast.make_cache()
+    fast(IDS[:, :1], None, cache)
+    assert cache.step is None
+
+
+@compiled
+def test_recorded_outside_inference_mode_and_weights_that_went_away():
+    ours = recordable()
+    exact = ours(IDS)
+    fast = ours.fuse()
+    with backend.use("cpp"):
+        cache = fast.make_cache()
+        with torch.inference_mode():
+            fast(IDS[:, :3], None, cache)
+            fast(IDS[:, 3:4], None, cache)
+        assert off(fast(IDS[:, 4:5], None, cache), exact[:, 4:5]) < 5e-6
+        ours.to(torch.float16).float()  # its old numbers are held by the record
+        torch.full((1 << 20,), float("nan"))
+        assert off(fast.model(IDS[:, 5:6], None, cache), fast.model(IDS[:, :6])[:, 5:]) < 1e-2
+
+
+@compiled
+def test_recording_imports_no_compiler():
+    """PyTorch's would be 140 MB."""
+    code = """
+import sys, torch, qwen_ref as qr
+from qwen_ref import backend
+model, tokenizer = qr.load("tiny", dtype=torch.float32)
+backend.use("cpp")
+print(qr.generate(model.fuse(), tokenizer, "Once", max_tokens=3, temperature=0)[0].text, "torch._dynamo" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip().endswith("False"), out.stderr

@@ -13,8 +13,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -71,45 +70,53 @@ def _number(operation: str) -> int:
 
 
 class Tape:
-    """Calls in the order in which they were made, to be made again at once: with the same memory, whatever is in it by then.
+    """What a function computes of tensors, as the calls that it made when it was run once: they can all be made again by one,
+    with the same memory, whatever is in it by then.
 
-    `whole`: whether they are all that was computed, so that `replay` computes the same from other numbers.
+    `whole`: whether the calls are all that it computed. Only then `replay` computes the same of other numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         self.whole = True
         self._cells = b""
-        self._held: list[Tensor] = []  # so that nobody else gets their memory
+        self._held: list[torch.UntypedStorage] = []  # so that nobody else gets this memory, whatever the tensors go on to hold
+        self._inputs = [x.clone() for x in inputs]
+        token = _recording.set(self)
+        try:
+            with _Watch(self):
+                self._output = function(*self._inputs)
+        finally:
+            _recording.reset(token)
 
     def add(self, cells: bytes, arguments: tuple[Argument, ...]) -> None:
         self._cells += cells
-        self._held += (a for a in arguments if isinstance(a, Tensor))
+        self._held += (a.untyped_storage() for a in arguments if isinstance(a, Tensor))
 
-    def replay(self) -> None:
-        """RuntimeError if an operation refuses what is in its memory now."""
+    def output(self) -> Tensor:
+        """Of the last run, the first one included."""
+        return self._output.clone()
+
+    def replay(self, *inputs: Tensor) -> Tensor:
+        """What the function gives for these inputs, which must be as the first were. RuntimeError if a call fails."""
+        with torch.inference_mode():  # in which these may have been made
+            for mine, x in zip(self._inputs, inputs, strict=True):
+                mine.copy_(x)
         if failed := _run(self._cells):
             raise RuntimeError(f"a recorded call of {SOURCE.name} failed ({failed})")
+        return self.output()
 
 
 _recording: ContextVar[Tape | None] = ContextVar("recording", default=None)
-
-
-@contextmanager
-def record() -> Iterator[Tape]:
-    """Within the context, calls are also noted on the tape, which is given back."""
-    tape = Tape()
-    token = _recording.set(tape)
-    try:
-        with _Watch(tape):
-            yield tape
-    finally:
-        _recording.reset(token)
 
 
 class _Watch(TorchDispatchMode):
     """Sees what PyTorch computes meanwhile, which no tape holds: views and new memory are not computed."""
 
     MEMORY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch asks; to skip its compiler, it would first import it, which takes 140 MB
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
