@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +50,6 @@ class Implementation:
 @dataclass
 class Operation:
     """A callable with the signature of its formula. The first argument's device and dtype choose the implementation."""
-
-    changes: ClassVar[int] = 0  # of what runs, in all operations
 
     name: str
     implementations: dict[str, Implementation]  # preferred first
@@ -87,15 +85,11 @@ class Operation:
                 f"operation {self.name} has no implementation {implementation!r}; it has {list(self.implementations)}"
             )
         self.forced, self.strict = implementation, strict
-        self._forget()
+        self._resolved.clear()
 
     def wrap(self, wrappers: list[Callable[..., Any]]) -> None:
         self.wrappers = wrappers
-        self._forget()
-
-    def _forget(self) -> None:
         self._resolved.clear()
-        Operation.changes += 1
 
     def _candidates(self) -> Iterator[Implementation]:
         if self.forced is not None:
@@ -153,9 +147,11 @@ def intercept(operation: str, wrapper: Callable[..., Any]) -> Iterator[None]:
         op.wrap([w for w in op.wrappers if w is not wrapper])
 
 
-def choices() -> int | None:
-    """A number that is another one after every choice of implementations; None while one of them is intercepted."""
-    return None if any(op.wrappers for op in OPERATIONS.values()) else Operation.changes
+def choices() -> tuple[Any, ...] | None:
+    """What is equal as long as the same implementations run; None while one of them is intercepted."""
+    if any(op.wrappers for op in OPERATIONS.values()):
+        return None
+    return tuple([(op.forced, op.implementations) for op in OPERATIONS.values()])
 
 
 def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
@@ -286,5 +282,5 @@ OPERATIONS: dict[str, Operation] = {
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
 for _operation_in_cpp in (cpp.linear, cpp.rms_norm, cpp.add_rms_norm, cpp.rope, cpp.norm_rope_write, cpp.swiglu, cpp.attention,
-                          cpp.attention_decode):  # fmt: skip
+                          cpp.attention_decode, cpp.router_topk, cpp.moe_experts):  # fmt: skip
     register(_operation_in_cpp.__name__, "cpp", supports=cpp.supports)(_operation_in_cpp)

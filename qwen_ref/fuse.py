@@ -205,10 +205,10 @@ class Step(NamedTuple):
     tape: Tape
     decoder: Decoder
     rooms: list[Tensor]
-    choices: int
+    choices: tuple[Any, ...]
     dtype: torch.dtype
 
-    def serves(self, decoder: Decoder, rooms: list[Tensor], choices: int, x: Tensor) -> bool:
+    def serves(self, decoder: Decoder, rooms: list[Tensor], choices: tuple[Any, ...], x: Tensor) -> bool:
         """Whether it is of this decoder and these very buffers, and the same operations would run."""
         here = self.decoder is decoder and self.choices == choices and self.dtype == x.dtype
         return here and all(a is b for a, b in zip(self.rooms, rooms, strict=True))

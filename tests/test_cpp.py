@@ -409,6 +409,54 @@ def test_experts(kinds):
         assert (y.double() - exact).norm() < 3e-4 * exact.norm(), name
 
 
+@needs_compiler
+@pytest.mark.parametrize("kinds", ["int4", "int8", "mixed", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 4, 5])
+def test_experts_of_few_tokens(kinds, dtype, tokens):
+    """One call, or beyond four tokens one expert at a time, against experts in fp64, no further off than the formula."""
+    E, H, I, k = 7, 192, 64, 3
+    g = torch.Generator().manual_seed(2)
+
+    def stack(bits, rows, columns, group):
+        if bits is None:
+            plain = (torch.randn(E, rows, columns, generator=g) * 0.2).to(dtype)
+            return plain, plain.double()
+        made = [random_int(bits, rows, columns, group, zero=bits == 4, seed=e) for e in range(E)]
+        fields = {name: torch.stack([getattr(m[0], name) for m in made]) for name in ("codes", "scale", "zero") if made[0][0]._asdict()[name] is not None}
+        return made[0][0]._replace(**fields), torch.stack([m[1] for m in made])
+
+    up_bits, down_bits = {"int4": (4, 4), "int8": (8, 8), "mixed": (8, 4), "plain": (None, None)}[kinds]
+    (gate_up, wide_up), (down, wide_down) = stack(up_bits, 2 * I, H, 64), stack(down_bits, H, I, 32)
+    scale = {"plain": 1.0, "int4": 0.02}.get(kinds, 5e-4)  # so that fp16 does not overflow
+    x, weights = (torch.randn(tokens, H, generator=g) * scale).to(dtype), torch.rand(tokens, k, generator=g).to(dtype)
+    experts = torch.stack([torch.randperm(E, generator=g)[:k] for _ in range(tokens)])
+    exact = torch.zeros(tokens, H, dtype=torch.float64)
+    for m in range(tokens):
+        for j in range(k):
+            gate, up = (wide_up[experts[m, j]] @ x[m].double()).chunk(2)
+            exact[m] += weights[m, j].double() * (wide_down[experts[m, j]] @ (gate * gate.sigmoid() * up))
+    run, formula = (cpp.moe_experts, ops.moe_experts) if kinds == "plain" else (cpp.moe, packed.moe_packed)
+    y = run(x, gate_up, down, weights, experts)
+    assert y.dtype == dtype and y.shape == x.shape
+    error, allowed = (y.double() - exact).norm(), (formula(x, gate_up, down, weights, experts).double() - exact).norm()
+    assert error <= 1.2 * allowed + (1e-6 if kinds == "plain" else 1e-4) * (dtype == torch.float32) * exact.norm()
+    with pytest.raises(IndexError):
+        run(x, gate_up, down, weights, experts + 5)
+
+
+@needs_compiler
+def test_the_router_takes_the_lower_of_equals_and_keeps_nan():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, float("nan"), 1.0, 2.0, 3.0]])
+    weights, experts = cpp.router_topk(logits, 2, True)
+    assert experts[0].tolist() == [1, 2] and torch.equal(weights[0], torch.tensor([0.5, 0.5])) and weights[1].isnan().all()
+    logits = torch.randn(9, 130) * 4
+    for k, normalize in ((1, False), (8, True), (130, False)):
+        ours, formula = cpp.router_topk(logits, k, normalize), ops.router_topk(logits, k, normalize)
+        torch.testing.assert_close(ours[0], formula[0], rtol=2e-6, atol=1e-9)
+        assert torch.equal(ours[1], formula[1])
+
+
 def test_blocked_gguf():
     kind, blocks = "Q8_0", torch.zeros(10, 2 * 34, dtype=torch.uint8)
     blocks[:, 1] = blocks[:, 35] = 0x3C  # fp16 one

@@ -222,7 +222,7 @@ compiled = pytest.mark.skipif(cpp.supports(torch.device("cpu"), torch.float32) i
 
 # cpp's attention takes heads of multiples of eight.
 RECORDABLE = {name: {**VARIANTS[name], **({"head_dim": 24} if "qwen3" in name else {})}
-              for name in ("qwen2", "qwen2 yarn", "qwen3", "qwen3 tied")}  # fmt: skip
+              for name in ("qwen2", "qwen2 yarn", "qwen3", "qwen3 tied", "qwen3_moe")}  # fmt: skip
 
 
 def recordable(name: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0):

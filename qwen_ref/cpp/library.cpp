@@ -1,5 +1,6 @@
 // What a model does most on a CPU with AVX2, under one entry: `run` makes a list of calls, one or a whole token's.
 #include "attention.h"
+#include "moe.h"
 #include "numbers.h"
 #include "packed.h"
 #include "plain.h"
@@ -38,7 +39,7 @@ const struct {
 } OPERATIONS[] = {
     OPERATION(linear),    OPERATION(linear_packed), OPERATION(attention), OPERATION(attention_decode),
     OPERATION(rms_norm),  OPERATION(add_rms_norm),  OPERATION(rope),      OPERATION(norm_rope_write),
-    OPERATION(swiglu),
+    OPERATION(swiglu),    OPERATION(router_topk),   OPERATION(moe_experts), OPERATION(moe_packed),
 };
 
 }  // namespace

@@ -99,6 +99,10 @@ __m256 exp8(__m256 x) {
     return _mm256_mul_ps(_mm256_mul_ps(y, _mm256_castsi256_ps(half)), _mm256_set1_ps(2));
 }
 
+__m256 silu8(__m256 x) {
+    return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), exp8(_mm256_sub_ps(_mm256_setzero_ps(), x))));
+}
+
 // f with a type known when compiled.
 template <typename F>
 void with_type(int type, F f) {

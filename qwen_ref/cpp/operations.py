@@ -7,6 +7,8 @@ only its result. What an operation has not (a mask, gradients, other types) goes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from .library import call, why_not
 COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what plain.h calls so
+FEW_ROUTED = 4  # tokens that rarely share an expert, so that each reads its own
 MOST_DIM = 1024  # of a head, what rows.h calls MOST
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,8 +64,31 @@ def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
 
 
 def moe(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
-    """`packed.moe_packed`, the matrices of 4- and 8-bit codes through `linear_int4` and `linear_int8`."""
-    return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
+    """`packed.moe_packed`. Of a few tokens the chosen experts are one call, of more each goes through `linear_int4` or
+    `linear_int8`; both round x, and what is between the matrices, to 16 bits for every 256 columns."""
+    if not _few(x, weights, experts) or not (whole := _stacks(gate_up, down, x.shape[1])):
+        return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
+    return _experts("moe_packed", x, weights, experts, whole, gate_up[0].shape[:2])
+
+
+def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """`ops.moe_experts`, in one call of a few tokens. Products are summed in fp32."""
+    alike = x.dtype == gate_up.dtype == down.dtype and gate_up.is_contiguous() and down.is_contiguous() and not _learns(gate_up)
+    count, hidden, inner = down.shape
+    shapes = gate_up.shape == (count, 2 * inner, hidden) and x.shape[1] == hidden
+    if not (alike and shapes and _few(x, weights, experts)):
+        return ops.moe_experts(x, gate_up, down, weights, experts)
+    return _experts("moe_experts", x, weights, experts, (gate_up, down), gate_up.shape[:2])
+
+
+def router_topk(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`ops.router_topk`; of equal probabilities the lower index comes first."""
+    tokens, experts = logits.shape
+    if not 0 < k <= experts or _learns(logits):
+        return ops.router_topk(logits, k, normalize)
+    weights, chosen = logits.new_empty(tokens, k), logits.new_empty(tokens, k, dtype=torch.int64)
+    call("router_topk", logits.contiguous(), TYPES[logits.dtype], tokens, experts, k, normalize, weights, chosen)
+    return weights, chosen
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -177,33 +203,71 @@ def _learns(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
+def _few(x: Tensor, weights: Tensor, experts: Tensor) -> bool:
+    """Whether these are few tokens (M, H) and their chosen experts, as moe.h reads them."""
+    return (
+        0 < x.shape[0] <= FEW_ROUTED and weights.shape == experts.shape and weights.dtype == x.dtype and x.shape[1] > 0
+        and experts.dtype == torch.int64 and experts.shape[0] == x.shape[0] and not (_learns(x) or _learns(weights))
+    )  # fmt: skip
+
+
+def _stacks(gate_up: Packed, down: Packed, hidden: int) -> tuple[Any, ...]:
+    """Both stacks as moe.h takes them, which reads whole steps; none if it cannot."""
+    inner = gate_up[0].shape[1] // 2
+    shapes = gate_up[0].shape[:2] == (down[0].shape[0], 2 * inner) and down[0].shape[1] == hidden
+    cells: tuple[Any, ...] = ()
+    for stack, columns in ((gate_up, hidden), (down, inner)):
+        step = 2 * STEP if isinstance(stack, Int4) else STEP
+        if not (shapes and _reads(stack, columns) and stack[0].dim() == 3 and columns % step == 0):
+            return ()
+        cells += _cells(stack, columns)  # type: ignore[arg-type]
+    return cells
+
+
+def _experts(
+    operation: str, x: Tensor, weights: Tensor, experts: Tensor, stacks: tuple[Any, ...], shape: tuple[int, ...]
+) -> Tensor:  # the stack of gate_up is (E, 2I, ...)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    outside = call(operation, *stacks, x.contiguous(), TYPES[x.dtype], *x.shape, shape[1] // 2, shape[0], experts.shape[1],
+                   weights.contiguous(), experts.contiguous(), out)  # fmt: skip
+    if outside:
+        raise IndexError(f"an expert is chosen that does not exist; there are {shape[0]}")
+    return out
+
+
 def _linear_any(x: Tensor, weight: Packed) -> Tensor:
     return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_blocked(x, weight)
 
 
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
-    count, columns = x.shape[:-1].numel(), x.shape[-1]
-    if not _reads(x, weight, bias) or _learns(x) or (count > COMPILED_ROWS and torch_ops.native(torch.bfloat16)):
+    (*lead, columns), rows = x.shape, weight.codes.shape[0]
+    fits = bias is None or (bias.shape == (rows,) and bias.dtype in TYPES)
+    fits = fits and _reads(weight, columns) and weight.codes.dim() == 2 and not _learns(x)
+    if not fits or (x.shape[:-1].numel() > COMPILED_ROWS and torch_ops.native(torch.bfloat16)):
         return linear_blocked(x, weight, bias)
-    bits = 4 if isinstance(weight, Int4) else 8
-    group = weight.group if weight.group < columns else max(COLUMNS, columns)
-    codes, scale, zero, x = weight.codes.contiguous(), weight.scale.contiguous(), weight.zero, x.contiguous()
-    zero = None if zero is None else zero.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(*x.shape[:-1], codes.shape[0])
-    call("linear_packed", codes, scale, TYPES[scale.dtype], zero, codes.shape[0], columns, group, bits, x, TYPES[x.dtype],
-         count, bias, 0 if bias is None else TYPES[bias.dtype], out)  # fmt: skip
+    out = x.new_empty(*lead, rows)
+    bias_type, bias = (0, None) if bias is None else (TYPES[bias.dtype], bias.contiguous())
+    call("linear_packed", *_cells(weight, columns), rows, columns, x.contiguous(), TYPES[x.dtype], x.shape[:-1].numel(), bias,
+         bias_type, out)  # fmt: skip
     return out
 
 
-def _reads(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> bool:
+def _reads(weight: Packed, columns: int) -> bool:
     """Whether packed.h has this length of groups, and all that it would read is there; what is not, PyTorch refuses."""
-    columns, group = x.shape[-1], weight.group
+    if not isinstance(weight, Int4 | Int8):
+        return False
+    group, rows, groups = weight.group, weight.codes.shape[:-1], -(-columns // weight.group)
     known = group >= columns or group % COLUMNS == 0 or (COLUMNS % group == 0 and group % STEP == 0)
-    rows, groups = weight.codes.shape[0], -(-columns // group)
     width = -(-columns // 2) if isinstance(weight, Int4) else columns
     return (
-        known and weight.codes.shape == (rows, width) and weight.scale.shape == (rows, groups) and weight.codes.is_cpu
-        and weight.scale.dtype in TYPES and (weight.zero is None or weight.zero.shape == (rows, groups))
-        and (bias is None or (bias.shape == (rows,) and bias.dtype in TYPES))
+        known and weight.codes.shape == (*rows, width) and weight.scale.shape == (*rows, groups) and weight.codes.is_cpu
+        and weight.scale.dtype in TYPES and (weight.zero is None or weight.zero.shape == (*rows, groups))
     )  # fmt: skip
+
+
+def _cells(weight: Int4 | Int8, columns: int) -> tuple[Tensor | int | None, ...]:
+    """A matrix, or a stack of them, as packed.h takes it."""
+    group = weight.group if weight.group < columns else max(COLUMNS, columns)
+    zero = None if weight.zero is None else weight.zero.contiguous()
+    bits = 4 if isinstance(weight, Int4) else 8
+    return weight.codes.contiguous(), weight.scale.contiguous(), TYPES[weight.scale.dtype], zero, group, bits

@@ -30,6 +30,18 @@ struct Matrix {
     int64_t group_at(int64_t k) const { return std::min(k / group, groups - 1); }
 };
 
+Matrix matrix(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows, int64_t columns,
+              int64_t group, int bits) {
+    return {codes, scale, scale_type, zero, rows, columns, group, (columns * bits + 7) / 8, (columns + group - 1) / group};
+}
+
+// f with the width of codes known when compiled.
+template <typename F>
+void with_bits(int bits, F f) {
+    if (bits == 4) return f(std::integral_constant<int, 4>());
+    f(std::integral_constant<int, 8>());
+}
+
 // Up to BLOCK numbers in 16 bits, zeros behind them; returns their scale.
 float round_block(const void* x, int64_t first, int type, int64_t count, int16_t* out) {
     alignas(32) float values[BLOCK];
@@ -132,6 +144,14 @@ float multiply_row(const Matrix& w, int64_t row, const Token& token) {
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part, more)), scale, sum);
     }
     return total(sum);
+}
+
+// The same for the token's own span. Compiled once, however many use it: the row is much longer than the call.
+template <int BITS, int STEPS = 256 / READ<BITS>>
+__attribute__((noinline)) float multiply_row_of(const Matrix& w, int64_t row, const Token& token) {
+    if constexpr (STEPS > 1)
+        if (token.span < STEPS * READ<BITS>) return multiply_row_of<BITS, STEPS / 2>(w, row, token);
+    return multiply_row<BITS, STEPS>(w, row, token);
 }
 
 template <int BITS, int STEPS = 256 / READ<BITS>>
@@ -284,14 +304,11 @@ void product(const Matrix& w, const void* x, int type, int64_t tokens, const voi
 }
 
 // `linear_int4` and `linear_int8` of `quant/packed.py`.
-void linear_packed(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t rows,
-                       int64_t columns, int64_t group, int bits, const void* x, int type, int64_t tokens, const void* bias,
-                       int bias_type, void* out) {
-    Matrix w = {codes, scale, scale_type, zero, rows, columns, group, (columns * bits + 7) / 8, (columns + group - 1) / group};
-    if (bits == 4)
-        product<4>(w, x, type, tokens, bias, bias_type, out);
-    else
-        product<8>(w, x, type, tokens, bias, bias_type, out);
+void linear_packed(const uint8_t* codes, const void* scale, int scale_type, const int8_t* zero, int64_t group, int bits,
+                   int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, int bias_type,
+                   void* out) {
+    Matrix w = matrix(codes, scale, scale_type, zero, rows, columns, group, bits);
+    with_bits(bits, [&](auto known) { product<decltype(known)::value>(w, x, type, tokens, bias, bias_type, out); });
 }
 
 }  // namespace

@@ -40,6 +40,13 @@ void dot_row_of(int64_t tokens, const Rest&... rest) {
     dot_row<TYPE, T>(rest...);
 }
 
+// `count` numbers in fp32, zeros behind them up to the next multiple of eight.
+std::vector<float> widened(const void* x, int64_t from, int type, int64_t count) {
+    std::vector<float> wide((count + 7) / 8 * 8);
+    for (int64_t k = 0; k < count; k += 8) _mm256_storeu_ps(&wide[k], get8(x, from + k, type, count - k));
+    return wide;
+}
+
 // `ops.linear` of x (tokens, columns) and w (rows, columns), both contiguous, up to FEW tokens, summed in fp32.
 void linear(const void* w, int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, void* out) {
     int64_t padded = (columns + 7) / 8 * 8;

@@ -129,9 +129,8 @@ void swiglu(const void* gate, const void* up, int type, int64_t rows, int64_t co
         for (int64_t i = 0; i < rows * parts; i++) {
             int64_t row = i / parts, first = i % parts * SMALL, last = std::min(columns, first + SMALL);
             for (int64_t k = first; k < last; k += 8) {
-                __m256 g = get8(gate, row * gate0 + k, TYPE, last - k), one = _mm256_set1_ps(1);
-                __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp8(_mm256_sub_ps(_mm256_setzero_ps(), g))));
-                __m256 y = _mm256_mul_ps(rounded(silu, TYPE), get8(up, row * up0 + k, TYPE, last - k));
+                __m256 silu = rounded(silu8(get8(gate, row * gate0 + k, TYPE, last - k)), TYPE);
+                __m256 y = _mm256_mul_ps(silu, get8(up, row * up0 + k, TYPE, last - k));
                 put8(out, row * columns + k, TYPE, y, last - k);
             }
         }
