@@ -259,12 +259,14 @@ def test_recorded_steps_are_transformers(in_cpp, variant):
 def test_a_replay_is_the_same_to_the_last_bit(in_cpp, dtype):
     """As the same operations called one by one, which they are while someone watches a module."""
     fast, watched = recordable(dtype=dtype).fuse(), []
-    apart = read(fast, IDS.split([20, 1, 1, 1], dim=1))
+    pieces = IDS.split([20, 1, 1, 1], dim=1)
+    replayed = read(fast, pieces)
     handle = fast.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: watched.append(1))
-    with backend.intercept("attention", lambda run, q, k, v, mask=None: cpp.attention(q, k, v, mask)):
-        assert torch.equal(read(fast, IDS.split([20, 1, 1, 1], dim=1)), apart) and len(watched) == 4
+    assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4
     handle.remove()
-    assert torch.equal(read(fast, IDS.split([20, 1, 1, 1], dim=1)), apart) and len(watched) == 4
+    with backend.intercept("swiglu", lambda run, *args: (watched.append(1), run(*args))[1]):
+        assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * len(fast.model.layers)
+    assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * len(fast.model.layers)
 
 
 ACTIONS = st.lists(
@@ -343,16 +345,30 @@ def test_two_caches_and_two_models_in_turn(in_cpp):
 
 @compiled
 def test_what_cpp_has_not_is_never_recorded(in_cpp):
-    for variant in ("qwen2 sliding", "qwen3_moe sliding"):
-        fast = plain(variant).fuse()
-        cache = fast.make_cache()
-        for t in range(3):
-            fast(IDS[:, t : t + 1], None, cache)
-        assert not is_recorded(cache)
+    # A window, a shared expert, heads that attention.h cannot read.
+    for variant in ("qwen2 sliding", "qwen2_moe", "qwen3"):
+        ours = plain(variant)
+        fast, cache = ours.fuse(), ours.make_cache()
+        out = [fast(IDS[:, t : t + 1], None, cache) for t in range(5)]
+        assert not is_recorded(cache) and off(torch.cat(out, dim=1), ours(IDS[:, :5])) < 5e-6
     fast = recordable().double().fuse()
     cache = fast.make_cache()
     fast(IDS[:, :1], None, cache)
     assert cache.step is None
+
+
+@compiled
+def test_another_choice_is_another_record(in_cpp):
+    ours = recordable()
+    fast, cache = ours.fuse(), ours.make_cache()
+    for t in range(3):
+        fast(IDS[:, t : t + 1], None, cache)
+    assert is_recorded(cache)
+    with backend.use({"swiglu": "eager"}):
+        fast(IDS[:, 3:4], None, cache)
+        assert not is_recorded(cache)
+        assert off(fast(IDS[:, 4:5], None, cache), ours(IDS)[:, 4:5]) < 5e-6
+    assert off(fast(IDS[:, 5:6], None, cache), ours(IDS)[:, 5:6]) < 5e-6 and is_recorded(cache)
 
 
 @compiled
