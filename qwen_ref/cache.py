@@ -257,7 +257,7 @@ class Cache:
         self.step: Any = None  # what a fused model has recorded over these very buffers
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the record: a copy has buffers of its own."""
+        """Without the record: a copy has buffers of its own, and need not copy the model."""
         return {**vars(self), "step": None}
 
     @property

@@ -344,6 +344,25 @@ def test_two_caches_and_two_models_in_turn(in_cpp):
 
 
 @compiled
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: cache.snapshot()], ids=["deepcopy", "snapshot"])
+def test_a_copied_cache_has_a_record_of_its_own(in_cpp, copied):
+    """Both go on with different tokens; and what a step gave is not the next step's memory."""
+    ours = recordable()
+    fast, cache = ours.fuse(), ours.make_cache()
+    for t in range(3):
+        fast(IDS[:1, t : t + 1], None, cache)
+    other, out = copied(cache), ([], [])
+    assert other.step is None  # which knows the model, and would take a copy of it along
+    for t in range(3, 9):
+        for states, row, held in zip(out, (0, 1), (cache, other), strict=True):
+            states.append(fast.model(IDS[row : row + 1, t : t + 1], None, held))
+    assert is_recorded(cache) and is_recorded(other)
+    for states, row in zip(out, (0, 1), strict=True):
+        whole = ours.model(torch.cat((IDS[:1, :3], IDS[row : row + 1, 3:9]), dim=1))
+        assert off(torch.cat(states, dim=1), whole[:, 3:]) < 5e-6
+
+
+@compiled
 def test_what_cpp_has_not_is_never_recorded(in_cpp):
     # A window, a shared expert, heads that attention.h cannot read.
     for variant in ("qwen2 sliding", "qwen2_moe", "qwen3"):

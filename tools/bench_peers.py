@@ -4,8 +4,9 @@
     python tools/bench_peers.py --layers 4            # a quick look
 
 Loading comes first, then a gate: all sides must choose the same greedy tokens, or no speed is reported. The sides (ours
-with mapped weights and with `mapped=False`, and transformers) take turns, `--repeats` times each, in decoding token by token;
-medians and the spread (minimum to maximum) are printed, and one JSON object as the last line.
+with mapped weights, with `mapped=False`, and fused with `backend.use("cpp")`, and transformers) take turns, `--repeats`
+times each, in decoding token by token; medians and the spread (minimum to maximum) are printed, and one JSON object as
+the last line.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 
+from qwen_ref import backend
 from qwen_ref.generate import Reader
 from qwen_ref.loading import load_model
 
@@ -36,7 +38,7 @@ QWEN3_06B = {
     "torch_dtype": "bfloat16", "vocab_size": 151936,
 }  # fmt: skip
 
-OURS, READ, THEIRS = "qwen_ref", "mapped=False", "transformers"
+OURS, READ, FUSED, THEIRS = "qwen_ref", "mapped=False", "fused, cpp", "transformers"
 FRESH = {
     OURS: "from qwen_ref.loading import load_model; load_model(Path(folder), device='cpu', progress=False)",
     READ: "from qwen_ref.loading import load_model; load_model(Path(folder), device='cpu', mapped=False, progress=False)",
@@ -66,7 +68,7 @@ def main() -> None:
         table.row("fresh load", turn({side: partial(fresh_seconds, side, folder) for side in load}))
         table.row("load", turn({side: partial(timed, load[side]) for side in load}))
         table.row("first token", turn({side: partial(first_token, load[side], step[side]) for side in load}))
-        models = {side: step[side](load[side]()) for side in load}
+        models = {side: step[side](load[side]()) for side in load} | {FUSED: step_fused(load_ours(folder).fuse())}
         ids = torch.randint(0, 151643, (1, args.prompt), generator=torch.Generator().manual_seed(0))
         gate(models, ids)
         table.row("prefill", turn({side: partial(prefill, models[side], ids) for side in models}), "tok/s")
@@ -97,6 +99,19 @@ def step_ours(model: Any) -> Callable[[], Callable[[torch.Tensor], torch.Tensor]
 
     def fresh() -> Callable[[torch.Tensor], torch.Tensor]:
         return Reader(model, model.make_cache()).step
+
+    return fresh
+
+
+def step_fused(model: Any) -> Callable[[], Callable[[torch.Tensor], torch.Tensor]]:
+    def fresh() -> Callable[[torch.Tensor], torch.Tensor]:
+        read = Reader(model, model.make_cache()).step
+
+        def step(ids: torch.Tensor) -> torch.Tensor:
+            with backend.use("cpp"):
+                return read(ids)
+
+        return step
 
     return fresh
 
