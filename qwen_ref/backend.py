@@ -184,13 +184,11 @@ def _operation_of(
 
 
 def _operation_of_packed(
-    formula: Callable[..., Any], *, in_blocks: Callable[..., Any], compiled: Callable[..., Any] | None = None
+    formula: Callable[..., Any], in_blocks: Callable[..., Any], compiled: Callable[..., Any], supports: Supports = cpp.supports
 ) -> Operation:
     """A formula over packed matrices and what a CPU prefers to it: a compiled kernel, then one block at a time."""
     operation = _operation_of(formula)
-    mine = [Implementation("torch", _given(in_blocks), blocked.supports)]
-    if compiled is not None:
-        mine.insert(0, Implementation("cpp", _given(compiled), cpp.supports_packed))
+    mine = [Implementation("cpp", _given(compiled), supports), Implementation("torch", _given(in_blocks), blocked.supports)]
     operation.implementations = {i.name: i for i in (*mine, *operation.implementations.values())}
     return operation
 
@@ -257,17 +255,17 @@ router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
 sample = _operation_of(ops.sample)
 cross_entropy = _operation_of(ops.cross_entropy, also=torch_ops.cross_entropy)
-linear_int4 = _operation_of_packed(packed.linear_int4, in_blocks=blocked.linear_blocked, compiled=cpp.linear_int4)
-linear_int8 = _operation_of_packed(packed.linear_int8, in_blocks=blocked.linear_blocked, compiled=cpp.linear_int8)
-linear_fp8 = _operation_of_packed(packed.linear_fp8, in_blocks=blocked.linear_blocked)
+linear_int4 = _operation_of_packed(packed.linear_int4, blocked.linear_blocked, cpp.linear_int4, cpp.supports_rounding)
+linear_int8 = _operation_of_packed(packed.linear_int8, blocked.linear_blocked, cpp.linear_int8, cpp.supports_rounding)
+linear_fp8 = _operation_of_packed(packed.linear_fp8, blocked.linear_blocked, cpp.linear_stored)
 linear_fp8_dynamic = _operation_of(packed.linear_fp8_dynamic)
-linear_code4 = _operation_of_packed(packed.linear_code4, in_blocks=blocked.linear_blocked)
-linear_gguf = _operation_of_packed(packed.linear_gguf, in_blocks=blocked.linear_blocked)
-moe_int4 = _operation_of_packed(packed.moe_int4, in_blocks=blocked.moe_blocked, compiled=cpp.moe)
-moe_int8 = _operation_of_packed(packed.moe_int8, in_blocks=blocked.moe_blocked, compiled=cpp.moe)
-moe_fp8 = _operation_of_packed(packed.moe_fp8, in_blocks=blocked.moe_blocked)
-moe_code4 = _operation_of_packed(packed.moe_code4, in_blocks=blocked.moe_blocked)
-moe_gguf = _operation_of_packed(packed.moe_gguf, in_blocks=blocked.moe_blocked)
+linear_code4 = _operation_of_packed(packed.linear_code4, blocked.linear_blocked, cpp.linear_stored)
+linear_gguf = _operation_of_packed(packed.linear_gguf, blocked.linear_blocked, cpp.linear_stored)
+moe_int4 = _operation_of_packed(packed.moe_int4, blocked.moe_blocked, cpp.moe, cpp.supports_rounding)
+moe_int8 = _operation_of_packed(packed.moe_int8, blocked.moe_blocked, cpp.moe, cpp.supports_rounding)
+moe_fp8 = _operation_of_packed(packed.moe_fp8, blocked.moe_blocked, cpp.moe_stored)
+moe_code4 = _operation_of_packed(packed.moe_code4, blocked.moe_blocked, cpp.moe_stored)
+moe_gguf = _operation_of_packed(packed.moe_gguf, blocked.moe_blocked, cpp.moe_stored)
 
 OPERATIONS: dict[str, Operation] = {
     op.name: op

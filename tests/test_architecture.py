@@ -30,7 +30,7 @@ ALLOWED = {
     "quant.blocked": {"quant", "quant.packed", "torch_ops"},
     "cpp": set(),
     "cpp.library": set(),
-    "cpp.operations": {"ops", "torch_ops", "quant", "quant.blocked", "quant.packed", "cpp.library"},
+    "cpp.operations": {"ops", "torch_ops", "quant", "quant.blocked", "quant.gguf_blocks", "quant.packed", "cpp.library"},
     "quant.format": {"config", "errors", "quant.packed"},
     **{f"quant.{name}": {"config", "errors", "quant.format", "quant.packed"}
        for name in ("awq", "gptq", "fp8", "bitsandbytes")},

@@ -14,9 +14,10 @@ from qwen_ref.bench.check import check
 from qwen_ref.cpp import library
 from qwen_ref.cpp import operations as cpp
 from qwen_ref.quant import blocked, packed
+from qwen_ref.quant.gguf_blocks import BLOCK
 from qwen_ref.quant.packed import Code4, Fp8, Gguf, Int4, Int8
 
-COMPILED = cpp.supports_packed(torch.device("cpu"), torch.bfloat16)
+COMPILED = cpp.supports_rounding(torch.device("cpu"), torch.bfloat16)
 needs_compiler = pytest.mark.skipif(COMPILED is not None, reason=f"no compiled kernel: {COMPILED}")
 
 
@@ -409,6 +410,67 @@ def test_experts(kinds):
         assert (y.double() - exact).norm() < 3e-4 * exact.norm(), name
 
 
+def stored(layout, rows, columns, seed=0):
+    """A matrix of random bits, of scales that are numbers."""
+    g = torch.Generator().manual_seed(seed)
+
+    def bits(*shape):
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=g)
+
+    kind, _, detail = layout.partition(" ")
+    if kind == "gguf":
+        elements, size = BLOCK[detail]
+        blocks = bits(rows, columns // elements, size)
+        for at in HALVES[detail]:  # fp16 numbers around one
+            blocks[..., at + 1] = blocks[..., at + 1] % 4 + 0x3A
+        return Gguf(blocks.flatten(1), detail)
+    if kind == "fp8":
+        high, wide = map(int, detail.split("x"))
+        codes = torch.where(bits(rows, columns) % 128 == 127, 0, bits(rows, columns) & 0x7E).to(torch.uint8)  # no NaN
+        scale = torch.rand(-(-rows // high), -(-columns // wide), generator=g) + 0.5
+        return Fp8(codes.view(torch.float8_e4m3fn), scale, (high, wide))
+    scale = torch.rand(rows, -(-columns // 16), generator=g) + 0.5
+    scale = scale.to(getattr(torch, detail))
+    return Code4(bits(rows, -(-columns // 2)), scale, torch.randn(16, generator=g), 16)
+
+
+HALVES = {"Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+          "Q6_K": (208,), "IQ4_XS": (0,)}  # fmt: skip
+STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "code4 float32", "code4 bfloat16",
+          "code4 float8_e4m3fn", "code4 float8_e8m0fnu"]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", STORED)
+def test_rows_of_other_layouts_are_the_formulas_to_the_last_bit(layout):
+    for rows, columns in ((37, 512), (1, 256), *(((11, 83),) if "gguf" not in layout else ())):
+        weight = stored(layout, rows, columns)
+        exact = weight.dequantize(torch.float32, columns)
+        assert exact.isfinite().all()
+        cells = cpp._stored(weight, columns)
+        for first, last in ((0, rows), (rows // 3, rows // 2), (rows - 1, rows)):
+            assert torch.equal(cpp._rows_of(cells, weight, first, last, columns, torch.float32), exact[first:last])
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", STORED)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17])
+def test_products_of_other_layouts(layout, tokens):
+    weight, columns = stored(layout, 37, 512), 512
+    values = weight.dequantize(torch.float64, columns)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, bias = torch.randn(tokens, columns).to(dtype) / 64, torch.randn(37).to(dtype)
+        for b in (None, bias):
+            y = cpp.linear_stored(x, weight, b)
+            exact = torch.nn.functional.linear(x.double(), values, None if b is None else b.double())
+            bound = x.double().abs() @ values.abs().T + 1
+            assert y.dtype == dtype
+            half = torch.finfo(dtype).eps / 2 * (2 if tokens > 16 and b is not None else 1)  # in blocks, the bias comes after
+            assert ((y.double() - exact).abs() <= half * exact.abs() + (half if tokens > 16 else 0) * bound + 1e-6 * bound).all()
+    with pytest.raises(RuntimeError):
+        cpp.linear_stored(torch.randn(tokens, columns + 32), weight)
+
+
 @needs_compiler
 @pytest.mark.parametrize("kinds", ["int4", "int8", "mixed", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -441,6 +503,8 @@ def test_experts_of_few_tokens(kinds, dtype, tokens):
     assert y.dtype == dtype and y.shape == x.shape
     error, allowed = (y.double() - exact).norm(), (formula(x, gate_up, down, weights, experts).double() - exact).norm()
     assert error <= 1.2 * allowed + (1e-6 if kinds == "plain" else 1e-4) * (dtype == torch.float32) * exact.norm()
+    if kinds == "plain" and dtype == torch.bfloat16:  # the order of the sum, too, is the formula's
+        assert (y == formula(x, gate_up, down, weights, experts)).float().mean() > 0.95
     with pytest.raises(IndexError):
         run(x, gate_up, down, weights, experts + 5)
 
@@ -470,7 +534,7 @@ def test_without_a_compiler_the_next_one_runs_and_the_report_says_why(monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     library.library.cache_clear()
     try:
-        reason = cpp.supports_packed(torch.device("cpu"), torch.bfloat16)
+        reason = cpp.supports_rounding(torch.device("cpu"), torch.bfloat16)
         assert reason is not None and ("compiler" in reason or "AVX2" in reason)
         assert backend.linear_int4.resolve(torch.device("cpu"), torch.bfloat16).name == "torch"
         assert reason in backend.report()
@@ -506,12 +570,12 @@ def test_the_library_is_kept_and_a_folder_others_write_to_is_not_trusted(monkeyp
 
 
 def test_refusals(monkeypatch):
-    assert "CPU" in cpp.supports_packed(torch.device("cuda"), torch.bfloat16)
+    assert "CPU" in cpp.supports_rounding(torch.device("cuda"), torch.bfloat16)
     assert "CPU" in blocked.supports(torch.device("cuda"), torch.bfloat16)
-    assert "float64" in cpp.supports_packed(torch.device("cpu"), torch.float64)
-    assert "finer" in cpp.supports_packed(torch.device("cpu"), torch.float32)
+    assert "float64" in cpp.supports_rounding(torch.device("cpu"), torch.float64)
+    assert "finer" in cpp.supports_rounding(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert cpp.supports_packed(torch.device("cpu"), torch.bfloat16) == "needs AVX2"
+    assert cpp.supports_rounding(torch.device("cpu"), torch.bfloat16) == "needs AVX2"
 
 
 def test_importing_compiles_nothing():

@@ -24,7 +24,7 @@ from qwen_ref.loading import load_model
 from qwen_ref.models import qwen2
 
 KNOWN = [name for name in VARIANTS if name.split()[0] in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")]
-COMPILED = cpp.supports_packed(torch.device("cpu"), torch.bfloat16)
+COMPILED = cpp.supports_rounding(torch.device("cpu"), torch.bfloat16)
 
 
 def off(ours: torch.Tensor, exact: torch.Tensor) -> float:

@@ -5,6 +5,7 @@
 #include "packed.h"
 #include "plain.h"
 #include "rows.h"
+#include "stored.h"
 
 namespace {
 
@@ -40,6 +41,7 @@ const struct {
     OPERATION(linear),    OPERATION(linear_packed), OPERATION(attention), OPERATION(attention_decode),
     OPERATION(rms_norm),  OPERATION(add_rms_norm),  OPERATION(rope),      OPERATION(norm_rope_write),
     OPERATION(swiglu),    OPERATION(router_topk),   OPERATION(moe_experts), OPERATION(moe_packed),
+    OPERATION(linear_stored), OPERATION(rows_of_stored),
 };
 
 }  // namespace

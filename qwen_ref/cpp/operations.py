@@ -7,6 +7,7 @@ only its result. What an operation has not (a mask, gradients, other types) goes
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from .. import ops, torch_ops
 from ..quant import packed
 from ..quant.blocked import linear_blocked
-from ..quant.packed import Int4, Int8, Packed
+from ..quant.gguf_blocks import BLOCK
+from ..quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
 from .library import call, why_not
 
 COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
@@ -23,6 +25,7 @@ COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what plain.h calls so
 FEW_ROUTED = 4  # tokens that rarely share an expert, so that each reads its own
 MOST_DIM = 1024  # of a head, what rows.h calls MOST
+KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # in the order of stored.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -32,7 +35,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not() if dtype in TYPES else f"has no {dtype}"
 
 
-def supports_packed(device: torch.device, dtype: torch.dtype) -> str | None:
+def supports_rounding(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and dtype == torch.float32:
         return "rounds x to 16 bits, which float32 is finer than"
     return supports(device, dtype)
@@ -61,6 +64,27 @@ def linear_int4(x: Tensor, weight: Int4, bias: Tensor | None = None) -> Tensor:
 def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
     """`packed.linear_int8` with x rounded to 16 bits for every 256 columns and everything else exact."""
     return _linear(x, weight, bias)
+
+
+def linear_stored(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """`packed.linear_fp8`, `linear_code4` and `linear_gguf`: of up to FEW tokens with every row made fp32 where it is
+    multiplied, of more with a few MB at a time. The weights are not rounded to x's dtype."""
+    (*lead, columns), rows, count = x.shape, weight[0].shape[0], x.shape[:-1].numel()
+    known = x.dtype in TYPES and (bias is None or (bias.shape == (rows,) and bias.dtype == x.dtype)) and not _learns(x)
+    cells = _stored(weight, columns) if known else ()
+    if not cells:
+        return linear_blocked(x, weight, bias)
+    if not 0 < count <= FEW:
+        return linear_blocked(x, weight, bias, partial(_rows_of, cells))
+    out = x.new_empty(*lead, rows)
+    call("linear_stored", *cells, rows, columns, x.contiguous(), TYPES[x.dtype], count,
+         None if bias is None else bias.contiguous(), out)  # fmt: skip
+    return out
+
+
+def moe_stored(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
+    """`packed.moe_packed`, every matrix through `linear_stored`."""
+    return packed.moe_packed(x, gate_up, down, weights, experts, _linear_any)
 
 
 def moe(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
@@ -236,7 +260,7 @@ def _experts(
 
 
 def _linear_any(x: Tensor, weight: Packed) -> Tensor:
-    return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_blocked(x, weight)
+    return _linear(x, weight, None) if isinstance(weight, Int4 | Int8) else linear_stored(x, weight)
 
 
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
@@ -271,3 +295,36 @@ def _cells(weight: Int4 | Int8, columns: int) -> tuple[Tensor | int | None, ...]
     zero = None if weight.zero is None else weight.zero.contiguous()
     bits = 4 if isinstance(weight, Int4) else 8
     return weight.codes.contiguous(), weight.scale.contiguous(), TYPES[weight.scale.dtype], zero, group, bits
+
+
+def _stored(weight: Packed, columns: int) -> tuple[Any, ...]:
+    """A matrix as stored.h takes it; none if it has not its layout."""
+    if weight[0].dim() != 2 or not weight[0].is_cpu or not columns:
+        return ()
+    if isinstance(weight, Gguf):
+        elements, size = BLOCK[weight.kind]
+        if weight.kind not in KINDS or columns % elements or weight.blocks.shape[1] != columns // elements * size:
+            return ()
+        return len(("fp8", "code4")) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, None, 1, 1
+    if isinstance(weight, Fp8):
+        (high, wide), width, table = weight.block, columns, _fp8_values()
+    elif isinstance(weight, Code4):
+        (high, wide), width, table = (1, weight.group), -(-columns // 2), weight.table.float().contiguous()
+    else:
+        return ()
+    rows = weight.codes.shape[0]
+    if weight.codes.shape[1] != width or weight.scale.shape != (-(-rows // high), -(-columns // wide)):
+        return ()
+    codes = weight.codes.contiguous().view(torch.uint8)
+    return int(isinstance(weight, Code4)), codes, weight.scale.float().contiguous(), table, high, wide
+
+
+def _rows_of(cells: tuple[Any, ...], weight: Packed, first: int, last: int, columns: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(last - first, columns)
+    call("rows_of_stored", *cells, weight[0].shape[0], columns, first, last, out)
+    return out.to(dtype)
+
+
+@cache
+def _fp8_values() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

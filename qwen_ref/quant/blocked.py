@@ -3,6 +3,8 @@ dequantise the whole matrix first. They need nothing and take every layout; `cpp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,13 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else "made for CPUs"
 
 
-def linear_blocked(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+def _dequantized(weight: Packed, first: int, last: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return packed.rows(weight, first, last).dequantize(dtype, columns)
+
+
+def linear_blocked(
+    x: Tensor, weight: Packed, bias: Tensor | None = None, dequantize: Callable[..., Tensor] = _dequantized
+) -> Tensor:
     """x weight^T + bias of any layout, holding BLOCK_BYTES of dequantised rows instead of a whole matrix.
 
     x (..., K), weight (N, K), bias (N,) -> (..., N) in x's dtype. Products are summed in at least fp32; without native
@@ -31,7 +39,7 @@ def linear_blocked(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Ten
     wide = x.to(dtype)
     blocks = []
     for first in range(0, rows, step):
-        block = packed.rows(weight, first, min(first + step, rows)).dequantize(dtype, columns)  # (n, K)
+        block = dequantize(weight, first, min(first + step, rows), columns, dtype)  # (n, K)
         blocks.append(F.linear(wide, block).to(x.dtype if bias is None else dtype))
     y = torch.cat(blocks, dim=-1)  # (..., N)
     return y if bias is None else (y + bias).to(x.dtype)

@@ -1,0 +1,199 @@
+// y = x W^T + bias with a matrix of any layout that is no multiple of whole numbers: FP8, codes of a table, ggml blocks. A row
+// is made fp32 in the first-level cache, by its definition in `quant/packed.py` and `quant/gguf_blocks.py`, and multiplied.
+#pragma once
+
+#include "numbers.h"
+#include "plain.h"
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------ ggml blocks
+
+// Below, b are the bytes of a block; names, layouts and the order of operations are those of `gguf_blocks.py`.
+
+float half(const uint8_t* b) { return get(b, 0, FLOAT16); }
+
+// A field of every byte of a run: bits `shift` and above of so many bytes.
+template <typename F>
+void each(const uint8_t* b, int64_t count, int shift, int mask, F f) {
+    for (int64_t i = 0; i < count; i++) f(i, (b[i] >> shift) & mask);
+}
+
+void q4_1(const uint8_t* b, float* out) {
+    float d = half(b), m = half(b + 2);
+    for (int side = 0; side < 2; side++) each(b + 4, 16, 4 * side, 15, [&](int64_t i, int q) { out[16 * side + i] = d * float(q) + m; });
+}
+
+template <bool MINIMUM>
+void q5(const uint8_t* b, float* out) {
+    float d = half(b), m = MINIMUM ? half(b + 2) : 0;
+    const uint8_t* high = b + (MINIMUM ? 4 : 2);
+    for (int64_t i = 0; i < 32; i++) {
+        int q = ((high[4 + i % 16] >> (i / 16 * 4)) & 15) | ((high[i / 8] >> i % 8) & 1) << 4;
+        out[i] = MINIMUM ? d * float(q) + m : d * float(q - 16);
+    }
+}
+
+void q2_k(const uint8_t* b, float* out) {
+    float d = half(b + 80), dmin = half(b + 82);
+    for (int64_t sub = 0; sub < 16; sub++) {  // of 16 elements
+        float scale = d * float(b[sub] & 15), least = dmin * float(b[sub] >> 4);
+        each(b + 16 + sub / 8 * 32 + sub % 2 * 16, 16, int(sub % 8 / 2 * 2), 3,
+             [&](int64_t i, int q) { out[16 * sub + i] = scale * float(q) - least; });
+    }
+}
+
+void q3_k(const uint8_t* b, float* out) {
+    float d = half(b + 108);
+    for (int64_t sub = 0; sub < 16; sub++) {
+        int low = (b[96 + sub % 8] >> (sub / 8 * 4)) & 15, high = (b[104 + sub % 4] >> (sub / 4 * 2)) & 3;
+        float scale = d * float((low | high << 4) - 32);
+        const uint8_t* third = b + sub % 2 * 16;
+        each(b + 32 + sub / 8 * 32 + sub % 2 * 16, 16, int(sub % 8 / 2 * 2), 3, [&](int64_t i, int q) {
+            out[16 * sub + i] = scale * float((q | ((third[i] >> sub / 2) & 1) << 2) - 4);
+        });
+    }
+}
+
+// Of sub-block `sub` of Q4_K and Q5_K, from their twelve bytes: the scale, or from four bytes further, the minimum.
+int six_bits(const uint8_t* b, int64_t sub, bool minimum) {
+    const uint8_t* first = b + (minimum ? 4 : 0);
+    if (sub < 4) return first[sub] & 63;
+    return ((b[8 + sub - 4] >> (minimum ? 4 : 0)) & 15) | first[sub - 4] >> 6 << 4;
+}
+
+template <bool FIFTH>
+void q45_k(const uint8_t* b, float* out) {
+    float d = half(b), dmin = half(b + 2);
+    for (int64_t sub = 0; sub < 8; sub++) {  // of 32 elements
+        float scale = d * float(six_bits(b + 4, sub, false)), least = dmin * float(six_bits(b + 4, sub, true));
+        each(b + (FIFTH ? 48 : 16) + sub / 2 * 32, 32, int(sub % 2 * 4), 15, [&](int64_t i, int q) {
+            if (FIFTH) q |= ((b[16 + i] >> sub) & 1) << 4;
+            out[32 * sub + i] = scale * float(q) - least;
+        });
+    }
+}
+
+void q6_k(const uint8_t* b, float* out) {
+    float d = half(b + 208);
+    for (int64_t sub = 0; sub < 16; sub++) {
+        float scale = d * float(int8_t(b[192 + sub]));
+        const uint8_t* high = b + 128 + sub / 8 * 32 + sub % 2 * 16;
+        each(b + sub / 8 * 64 + sub % 4 * 16, 16, int(sub % 8 / 4 * 4), 15, [&](int64_t i, int q) {
+            out[16 * sub + i] = scale * float((q | ((high[i] >> sub % 8 / 2 * 2) & 3) << 4) - 32);
+        });
+    }
+}
+
+void iq4_xs(const uint8_t* b, float* out) {
+    constexpr float VALUES[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    float d = half(b);
+    for (int64_t sub = 0; sub < 8; sub++) {
+        int low = (b[4 + sub / 2] >> (sub % 2 * 4)) & 15, high = (b[2 + sub / 4] >> (sub % 4 * 2)) & 3;
+        float scale = d * float((low | high << 4) - 32);
+        for (int side = 0; side < 2; side++)
+            each(b + 8 + 16 * sub, 16, 4 * side, 15, [&](int64_t i, int q) { out[32 * sub + 16 * side + i] = scale * VALUES[q]; });
+    }
+}
+
+// What Python calls a layout by; `operations.py` has the same order.
+const struct {
+    int64_t elements, bytes;
+    void (*unpack)(const uint8_t*, float*);
+} BLOCKS[] = {{32, 20, q4_1},        {32, 22, q5<false>},    {32, 24, q5<true>},  {256, 84, q2_k},    {256, 110, q3_k},
+              {256, 144, q45_k<false>}, {256, 176, q45_k<true>}, {256, 210, q6_k}, {256, 136, iq4_xs}};
+
+// ------------------------------------------------------------------------------------------------ rows
+
+enum Layout { FP8, CODE4, GGML };  // GGML and above: BLOCKS
+
+struct Stored {
+    int64_t layout;
+    const uint8_t* codes;
+    const float* scale;  // (rows / high, columns / wide), both rounded up; of FP8 and CODE4
+    const float* table;  // of the codes: 256 or 16
+    int64_t high, wide, rows, columns;
+};
+
+// Row `row` in fp32; `out` has room up to the next multiple of 256.
+void read_row(const Stored& w, int64_t row, float* out) {
+    if (w.layout >= GGML) {
+        auto block = BLOCKS[w.layout - GGML];
+        const uint8_t* b = w.codes + row * (w.columns / block.elements) * block.bytes;
+        for (int64_t k = 0; k < w.columns; k += block.elements, b += block.bytes) block.unpack(b, out + k);
+        return;
+    }
+    const float* scale = w.scale + row / w.high * ((w.columns + w.wide - 1) / w.wide);
+    const uint8_t* codes = w.codes + row * (w.layout == FP8 ? w.columns : (w.columns + 1) / 2);
+    const __m256 lower = _mm256_loadu_ps(w.table), upper = _mm256_loadu_ps(w.table + 8);
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    for (int64_t k = 0; k < w.columns; k += 8) {
+        int64_t count = std::min<int64_t>(8, w.columns - k);
+        __m256 v;
+        if (w.layout == FP8) {
+            uint64_t some = 0;
+            std::memcpy(&some, codes + k, count);
+            v = _mm256_i32gather_ps(w.table, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(some))), 4);
+        } else {
+            uint32_t some = 0;
+            std::memcpy(&some, codes + k / 2, (count + 1) / 2);
+            __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(int(some)), shifts);  // the lowest four bits count
+            __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // the fourth as a sign
+            v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, code), _mm256_permutevar8x32_ps(upper, code), high);
+        }
+        if (w.wide % 8 == 0 || k / w.wide == (k + 7) / w.wide) {
+            v = _mm256_mul_ps(v, _mm256_set1_ps(scale[k / w.wide]));
+        } else {
+            alignas(32) float each[8] = {};
+            for (int64_t i = 0; i < count; i++) each[i] = scale[(k + i) / w.wide];
+            v = _mm256_mul_ps(v, _mm256_load_ps(each));
+        }
+        _mm256_storeu_ps(out + k, v);
+    }
+}
+
+int64_t room(int64_t columns) { return (columns + 255) / 256 * 256; }
+
+// Rows first to last of a matrix in fp32.
+void rows_of_stored(int64_t layout, const uint8_t* codes, const float* scale, const float* table, int64_t high, int64_t wide,
+                    int64_t rows, int64_t columns, int64_t first, int64_t last, float* out) {
+    Stored w = {layout, codes, scale, table, high, wide, rows, columns};
+#pragma omp parallel if ((last - first) * columns > SMALL)
+    {
+        std::vector<float> row(room(columns));
+#pragma omp for
+        for (int64_t i = first; i < last; i++) {
+            read_row(w, i, row.data());
+            std::memcpy(out + (i - first) * columns, row.data(), columns * sizeof(float));
+        }
+    }
+}
+
+// The product with up to FEW tokens (tokens, columns), summed in fp32.
+void linear_stored(int64_t layout, const uint8_t* codes, const float* scale, const float* table, int64_t high, int64_t wide,
+                   int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, void* out) {
+    Stored w = {layout, codes, scale, table, high, wide, rows, columns};
+    int64_t padded = (columns + 7) / 8 * 8;
+    std::vector<float> tokens_wide;
+    for (int64_t t = 0; t < tokens; t++)
+        for (float value : widened(x, t * columns, type, columns)) tokens_wide.push_back(value);
+#pragma omp parallel if (rows * columns > SMALL)
+    {
+        std::vector<float> row(room(columns));
+#pragma omp for
+        for (int64_t first = 0; first < rows; first += ROWS) {
+            int64_t count = std::min(ROWS, rows - first);
+            float y[FEW * ROWS] = {}, offset[ROWS] = {};
+            for (int64_t i = 0; i < count; i++) {
+                read_row(w, first + i, row.data());
+                offset[i] = bias ? get(bias, first + i, type) : 0;
+                for (int64_t t = 0; t < tokens; t += TOKENS)
+                    dot_row_of<FLOAT32>(tokens - t, row.data(), 0, columns, &tokens_wide[t * padded], padded, y + t * ROWS + i);
+            }
+            for (int64_t t = 0; t < tokens; t++)
+                put8(out, t * rows + first, type, _mm256_add_ps(_mm256_loadu_ps(y + t * ROWS), _mm256_loadu_ps(offset)), count);
+        }
+    }
+}
+
+}  // namespace
