@@ -436,7 +436,7 @@ def stored(layout, rows, columns, seed=0):
 
 HALVES = {"Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
           "Q6_K": (208,), "IQ4_XS": (0,)}  # fmt: skip
-STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "code4 float32", "code4 bfloat16",
+STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "fp8 1x40", "code4 float32", "code4 bfloat16",
           "code4 float8_e4m3fn", "code4 float8_e8m0fnu"]  # fmt: skip
 
 
@@ -450,6 +450,15 @@ def test_rows_of_other_layouts_are_the_formulas_to_the_last_bit(layout):
         cells = cpp._stored(weight, columns)
         for first, last in ((0, rows), (rows // 3, rows // 2), (rows - 1, rows)):
             assert torch.equal(cpp._rows_of(cells, weight, first, last, columns, torch.float32), exact[first:last])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_every_scale_of_eight_bits(dtype):
+    scale = torch.arange(256, dtype=torch.uint8).view(dtype)[:, None]
+    weight = Code4(torch.full((256, 4), 0x11, dtype=torch.uint8), scale, torch.ones(16), 16)
+    values = cpp._rows_of(cpp._stored(weight, 8), weight, 0, 256, 8, torch.float32)
+    torch.testing.assert_close(values, scale.float().expand(-1, 8), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler

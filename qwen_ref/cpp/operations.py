@@ -27,6 +27,7 @@ FEW_ROUTED = 4  # tokens that rarely share an expert, so that each reads its own
 MOST_DIM = 1024  # of a head, what rows.h calls MOST
 KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # in the order of stored.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -305,7 +306,7 @@ def _stored(weight: Packed, columns: int) -> tuple[Any, ...]:
         elements, size = BLOCK[weight.kind]
         if weight.kind not in KINDS or columns % elements or weight.blocks.shape[1] != columns // elements * size:
             return ()
-        return len(("fp8", "code4")) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, None, 1, 1
+        return len(("fp8", "code4")) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, 0, None, 1, 1
     if isinstance(weight, Fp8):
         (high, wide), width, table = weight.block, columns, _fp8_values()
     elif isinstance(weight, Code4):
@@ -315,8 +316,10 @@ def _stored(weight: Packed, columns: int) -> tuple[Any, ...]:
     rows = weight.codes.shape[0]
     if weight.codes.shape[1] != width or weight.scale.shape != (-(-rows // high), -(-columns // wide)):
         return ()
-    codes = weight.codes.contiguous().view(torch.uint8)
-    return int(isinstance(weight, Code4)), codes, weight.scale.float().contiguous(), table, high, wide
+    if weight.scale.dtype not in SCALES:
+        return ()
+    codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
+    return int(isinstance(weight, Code4)), codes, scale, SCALES[scale.dtype], table, high, wide
 
 
 def _rows_of(cells: tuple[Any, ...], weight: Packed, first: int, last: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -27,11 +27,13 @@ void q4_1(const uint8_t* b, float* out) {
 template <bool MINIMUM>
 void q5(const uint8_t* b, float* out) {
     float d = half(b), m = MINIMUM ? half(b + 2) : 0;
-    const uint8_t* high = b + (MINIMUM ? 4 : 2);
-    for (int64_t i = 0; i < 32; i++) {
-        int q = ((high[4 + i % 16] >> (i / 16 * 4)) & 15) | ((high[i / 8] >> i % 8) & 1) << 4;
-        out[i] = MINIMUM ? d * float(q) + m : d * float(q - 16);
-    }
+    uint32_t high;
+    std::memcpy(&high, b + (MINIMUM ? 4 : 2), sizeof high);
+    for (int side = 0; side < 2; side++)
+        each(b + (MINIMUM ? 8 : 6), 16, 4 * side, 15, [&](int64_t i, int q) {
+            q |= int(high >> (16 * side + i) & 1) << 4;
+            out[16 * side + i] = MINIMUM ? d * float(q) + m : d * float(q - 16);
+        });
 }
 
 void q2_k(const uint8_t* b, float* out) {
@@ -107,15 +109,44 @@ const struct {
 
 enum Layout { FP8, CODE4, GGML };  // GGML and above: BLOCKS
 
+enum ScaleType { E4M3 = 3, E8M0 = 4 };  // beside those of numbers.h
+
 struct Stored {
     int64_t layout;
     const uint8_t* codes;
-    const float* scale;  // (rows / high, columns / wide), both rounded up; of FP8 and CODE4
+    const void* scale;  // (rows / high, columns / wide), both rounded up; of FP8 and CODE4
+    int scale_type;
     const float* table;  // of the codes: 256 or 16
     int64_t high, wide, rows, columns;
 };
 
-// Row `row` in fp32; `out` has room up to the next multiple of 256.
+float power(int exponent) { return std::ldexp(1.f, exponent); }
+
+float scale_at(const Stored& w, int64_t i) {
+    if (w.scale_type < E4M3) return get(w.scale, i, w.scale_type);
+    int code = static_cast<const uint8_t*>(w.scale)[i];
+    if (w.scale_type == E8M0) return code == 255 ? NAN : power(code - 127);
+    int exponent = code >> 3 & 15, fraction = code & 7;
+    float magnitude = (code & 127) == 127 ? NAN : exponent ? power(exponent - 10) * float(8 + fraction) : power(-9) * float(fraction);
+    return code & 128 ? -magnitude : magnitude;
+}
+
+// Eight codes from column k on, of which `count` are there.
+__m256 values(const Stored& w, const uint8_t* codes, int64_t k, int64_t count) {
+    if (w.layout == FP8) {
+        uint64_t some = 0;
+        std::memcpy(&some, codes + k, count);
+        return _mm256_i32gather_ps(w.table, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(some))), 4);
+    }
+    uint32_t some = 0;
+    std::memcpy(&some, codes + k / 2, (count + 1) / 2);
+    __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(int(some)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    __m256 lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.table), code);  // the lowest three bits count
+    __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.table + 8), code);
+    return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));  // the fourth as a sign
+}
+
+// Row `row` in fp32; `out` has `room` for it.
 void read_row(const Stored& w, int64_t row, float* out) {
     if (w.layout >= GGML) {
         auto block = BLOCKS[w.layout - GGML];
@@ -123,41 +154,28 @@ void read_row(const Stored& w, int64_t row, float* out) {
         for (int64_t k = 0; k < w.columns; k += block.elements, b += block.bytes) block.unpack(b, out + k);
         return;
     }
-    const float* scale = w.scale + row / w.high * ((w.columns + w.wide - 1) / w.wide);
+    int64_t groups = (w.columns + w.wide - 1) / w.wide, scales = row / w.high * groups;
     const uint8_t* codes = w.codes + row * (w.layout == FP8 ? w.columns : (w.columns + 1) / 2);
-    const __m256 lower = _mm256_loadu_ps(w.table), upper = _mm256_loadu_ps(w.table + 8);
-    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    for (int64_t k = 0; k < w.columns; k += 8) {
-        int64_t count = std::min<int64_t>(8, w.columns - k);
-        __m256 v;
-        if (w.layout == FP8) {
-            uint64_t some = 0;
-            std::memcpy(&some, codes + k, count);
-            v = _mm256_i32gather_ps(w.table, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(some))), 4);
-        } else {
-            uint32_t some = 0;
-            std::memcpy(&some, codes + k / 2, (count + 1) / 2);
-            __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(int(some)), shifts);  // the lowest four bits count
-            __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // the fourth as a sign
-            v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, code), _mm256_permutevar8x32_ps(upper, code), high);
-        }
-        if (w.wide % 8 == 0 || k / w.wide == (k + 7) / w.wide) {
-            v = _mm256_mul_ps(v, _mm256_set1_ps(scale[k / w.wide]));
-        } else {
-            alignas(32) float each[8] = {};
-            for (int64_t i = 0; i < count; i++) each[i] = scale[(k + i) / w.wide];
-            v = _mm256_mul_ps(v, _mm256_load_ps(each));
-        }
-        _mm256_storeu_ps(out + k, v);
+    bool whole = w.wide % 8 == 0 || groups == 1;  // eights have one scale
+    for (int64_t g = 0; whole && g < groups; g++) {
+        __m256 scale = _mm256_set1_ps(scale_at(w, scales + g));
+        int64_t last = std::min((g + 1) * w.wide, w.columns);
+        for (int64_t k = g * w.wide; k + 8 <= last; k += 8) _mm256_storeu_ps(out + k, _mm256_mul_ps(values(w, codes, k, 8), scale));
+        if (int64_t rest = last % 8; rest && last == w.columns)
+            _mm256_storeu_ps(out + last - rest, _mm256_mul_ps(values(w, codes, last - rest, rest), scale));
+    }
+    for (int64_t k = 0; !whole && k < w.columns; k += 8) {
+        _mm256_storeu_ps(out + k, values(w, codes, k, std::min<int64_t>(8, w.columns - k)));
+        for (int64_t i = k; i < std::min(k + 8, w.columns); i++) out[i] *= scale_at(w, scales + i / w.wide);
     }
 }
 
 int64_t room(int64_t columns) { return (columns + 255) / 256 * 256; }
 
 // Rows first to last of a matrix in fp32.
-void rows_of_stored(int64_t layout, const uint8_t* codes, const float* scale, const float* table, int64_t high, int64_t wide,
-                    int64_t rows, int64_t columns, int64_t first, int64_t last, float* out) {
-    Stored w = {layout, codes, scale, table, high, wide, rows, columns};
+void rows_of_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const float* table, int64_t high,
+                    int64_t wide, int64_t rows, int64_t columns, int64_t first, int64_t last, float* out) {
+    Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
 #pragma omp parallel if ((last - first) * columns > SMALL)
     {
         std::vector<float> row(room(columns));
@@ -170,9 +188,10 @@ void rows_of_stored(int64_t layout, const uint8_t* codes, const float* scale, co
 }
 
 // The product with up to FEW tokens (tokens, columns), summed in fp32.
-void linear_stored(int64_t layout, const uint8_t* codes, const float* scale, const float* table, int64_t high, int64_t wide,
-                   int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, void* out) {
-    Stored w = {layout, codes, scale, table, high, wide, rows, columns};
+void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const float* table, int64_t high,
+                   int64_t wide, int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias,
+                   void* out) {
+    Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
     int64_t padded = (columns + 7) / 8 * 8;
     std::vector<float> tokens_wide;
     for (int64_t t = 0; t < tokens; t++)
