@@ -7,15 +7,13 @@ written to.
 
 from __future__ import annotations
 
-import math
-import mmap
 import re
 import shutil
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +27,6 @@ from .limits import LIMITS
 from .safetensors_file import SafetensorsFile, TensorInfo, converts, write_safetensors
 from .strict_json import quote, read_json, write_json
 
-_HUGE_PAGE = 2 << 20  # bytes, of x86 and of most ARM kernels
 # Of a quantised KV cache, as ModelOpt and compressed-tensors name them; keys and values are kept in full precision here.
 _KV_SCALES = r"\.self_attn\.(?:[kv]_proj\.)?[kv]_scale$"
 INDEX = "model.safetensors.index.json"
@@ -268,17 +265,6 @@ def _part_of(stack: Tensor, part: str) -> Tensor:
     _, e, projection, _ = part.rsplit(".", 3)
     matrix = stack[int(e)]
     return matrix if projection == "down_proj" else matrix.chunk(2)[projection == "up_proj"]
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; on Linux a large CPU tensor lies in huge pages, or the first touch of a GB costs 250,000 page faults."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def load_weights(

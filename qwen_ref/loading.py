@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, LoadReport, empty
+from .checkpoint import Checkpoint, LoadReport
 from .config import text_config
 from .errors import CheckpointError, ConfigError, RequestError
 from .hub import find
+from .memory import empty
 from .models import module_for
 from .models.common import LanguageModel
 from .quant.convert import expand, install, pack, read_format

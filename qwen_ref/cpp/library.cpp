@@ -4,6 +4,7 @@
 #include "numbers.h"
 #include "packed.h"
 #include "plain.h"
+#include "repack.h"
 #include "rows.h"
 #include "stored.h"
 
@@ -38,10 +39,11 @@ const struct {
     const char* name;
     int (*call)(const int64_t*, int64_t);
 } OPERATIONS[] = {
-    OPERATION(linear),    OPERATION(linear_packed), OPERATION(attention), OPERATION(attention_decode),
-    OPERATION(rms_norm),  OPERATION(add_rms_norm),  OPERATION(rope),      OPERATION(norm_rope_write),
-    OPERATION(swiglu),    OPERATION(router_topk),   OPERATION(moe_experts), OPERATION(moe_packed),
-    OPERATION(linear_stored), OPERATION(rows_of_stored),
+    OPERATION(linear),        OPERATION(linear_packed),  OPERATION(attention),   OPERATION(attention_decode),
+    OPERATION(rms_norm),      OPERATION(add_rms_norm),   OPERATION(rope),        OPERATION(norm_rope_write),
+    OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts), OPERATION(moe_packed),
+    OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),  OPERATION(repack_gptq),
+    OPERATION(repack_halves), OPERATION(reorder),
 };
 
 }  // namespace

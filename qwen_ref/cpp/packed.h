@@ -187,23 +187,6 @@ __m256i widen_row(const Matrix& w, int64_t row, int64_t k) {
     return _mm256_sub_epi16(codes, _mm256_set1_epi16(int16_t(w.zero_at(row, k, BITS == 4 ? 8 : 0))));
 }
 
-void transpose(__m256i v[8]) {
-    __m256i a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-        a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
-            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-    }
-}
-
 // `count` columns of a PANEL as (pair of columns, row, 2).
 template <int BITS>
 void widen_panel(const Matrix& w, int64_t row, int64_t first, int64_t count, int16_t* out) {
@@ -211,7 +194,7 @@ void widen_panel(const Matrix& w, int64_t row, int64_t first, int64_t count, int
         for (int64_t r = 0; r < PANEL; r += 8) {
             __m256i v[8];
             for (int i = 0; i < 8; i++) v[i] = widen_row<BITS>(w, row + r + i, first + k);
-            transpose(v);
+            transpose_words(v);
             for (int i = 0; i < 8; i++)
                 _mm256_store_si256(reinterpret_cast<__m256i*>(out + (k / 2 + i) * PANEL * 2 + r * 2), v[i]);
         }

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Fields
+from ..cpp import repack
 from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, patterns
-from .packed import Int4
+from .packed import Int4, unpack4
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -42,8 +43,9 @@ class AWQ(Scheme):
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         check_scales(tensors["scales"], "AWQ's scales")
-        zeros = unpack(tensors["qzeros"]).T.to(torch.uint8, memory_format=torch.contiguous_format)  # (N, G)
-        return Matrix(Int4(_transposed(tensors["qweight"]), tensors["scales"].T.contiguous(), zeros, self.group or columns))
+        zeros = unpack4(_transposed(tensors["qzeros"]))[:, : tensors["qzeros"].shape[0]].contiguous()  # (N, G)
+        scale = repack.transposed(tensors["scales"])
+        return Matrix(Int4(_transposed(tensors["qweight"]), scale, zeros, self.group or columns))
 
 
 def unpack(words: Tensor) -> Tensor:
@@ -58,6 +60,8 @@ def _transposed(words: Tensor) -> Tensor:
     Eight neighbouring inputs of a word are 8 x 8 nibbles; they are transposed by exchanging halves of the words, then
     quarters, then nibbles (Warren, Hacker's Delight, section 7-3).
     """
+    if repack.supports(words):
+        return repack.awq(words)
     columns, count = words.shape
     whole = words if columns % 8 == 0 else F.pad(words, (0, 0, 0, -columns % 8))
     planes = whole.unflatten(0, (-1, 8)).permute(1, 2, 0).contiguous()  # (8, N / 8, K / 8)

@@ -143,5 +143,6 @@ def ordered(group_of: Tensor, group: int) -> tuple[Tensor | None, bool]:
 
 def check_scales(scale: Tensor, what: str) -> None:
     """Raises CheckpointError if a scale is NaN or infinite: whatever it scales would be too."""
-    if not bool(torch.isfinite(scale.float()).all()):
+    ordered = scale if scale.dtype in FLOATS else scale.float()
+    if scale.numel() and not all(bool(bound.isfinite()) for bound in ordered.aminmax()):  # in one pass; NaN is both bounds
         raise CheckpointError(f"{what} holds NaN or infinity")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..config import Fields
+from ..cpp import repack
 from ..errors import CheckpointError
 from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, ordered, patterns
-from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
+from .packed import Int4, Int8, pack4, unpack4
 
 MIDDLE = 128  # what a symmetric 8-bit code calls zero
 
@@ -53,21 +54,24 @@ class GPTQ(Scheme):
         check_scales(tensors["scales"], "GPTQ's scales")
         group, group_of = self.group or columns, self._group_of(tensors, columns)
         order, regular = ordered(group_of, group)
-        # Transposed, the inputs of a word lie where the layout has them: in its bytes, the first in the lowest.
-        codes = tensors["qweight"].T.contiguous().view(torch.uint8)  # (N, K / 2) of 4 bits, (N, K) of 8
-        zeros = tensors["qzeros"].contiguous().view(torch.uint8)
-        zeros = ((unpack4(zeros) if self.bits == 4 else zeros) + self.zero_offset).T.contiguous()  # wraps at 256
-        scale = tensors["scales"].T.contiguous()
+        codes, zeros = _transposed(tensors["qweight"], self.bits), self._zeros(tensors["qzeros"])
+        scale = repack.transposed(tensors["scales"])
         if not regular:  # no order makes groups of one size: every input has its own
-            order, group, scale, zeros = None, 1, scale[:, group_of], zeros[:, group_of]
+            order, group, scale, zeros = None, 1, scale[:, group_of], None if zeros is None else zeros[:, group_of]
+        codes = codes if order is None else _reordered(codes, order, self.bits)
         if self.bits == 4:
-            zeros = zeros & 15
-            codes = codes if order is None else pack4(unpack4(codes)[:, order])
-            plain = bool((zeros == NIBBLE_ZERO).all())
-            return Matrix(Int4(codes, scale, None if plain else zeros, group), order)
-        codes = codes if order is None else codes[:, order]
-        plain = bool((zeros == MIDDLE).all())
-        return Matrix(Int8(_signed(codes), scale, None if plain else _signed(zeros), group), order)
+            return Matrix(Int4(codes, scale, zeros, group), order)
+        return Matrix(Int8(codes.view(torch.int8), scale, None if zeros is None else _signed(zeros), group), order)
+
+    def _zeros(self, words: Tensor) -> Tensor | None:
+        """(N, G) uint8; None if all are the middle of the codes."""
+        middle = 1 << self.bits - 1
+        stored = words.contiguous().view(torch.uint8)
+        plain = middle - self.zero_offset
+        if bool((stored == (plain * 0x11 if self.bits == 4 else plain)).all()):
+            return None
+        zeros = (unpack4(stored) if self.bits == 4 else stored).T.contiguous() + self.zero_offset  # wraps at 256
+        return zeros & 15 if self.bits == 4 else zeros
 
     def _group_of(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
         """(K,) int64: the group of every input."""
@@ -77,6 +81,25 @@ class GPTQ(Scheme):
         if group_of.numel() and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
             raise CheckpointError(f"g_idx names a group outside the {count} there are")
         return group_of
+
+
+def _transposed(words: Tensor, bits: int) -> Tensor:
+    """`qweight` as the layout has it: (N, K / 2) uint8 of 4 bits, (N, K) of 8, those around 0.
+
+    The inputs of a word lie in its bytes as the layout wants them, the first in the lowest.
+    """
+    if repack.supports(words):
+        return repack.gptq(words, MIDDLE if bits == 8 else 0)
+    codes = words.T.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return codes if bits == 4 else codes ^ MIDDLE
+
+
+def _reordered(codes: Tensor, order: Tensor, bits: int) -> Tensor:
+    """The columns of codes in another order, (K,)."""
+    faster = repack.reordered(codes, order, bits)
+    if faster is not None:
+        return faster
+    return pack4(unpack4(codes)[:, order]) if bits == 4 else codes[:, order]
 
 
 def _signed(codes: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import empty
 from ..errors import CheckpointError, RequestError
 from ..layers import Experts, Linear
+from ..memory import empty
 from . import rounding
 from .format import Matrix, matches
 from .layers import PackedEmbedding, PackedExperts, PackedLinear, QuantLinear, joined

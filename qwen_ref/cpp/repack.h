@@ -1,0 +1,135 @@
+// Matrices of 4- and 8-bit codes as AWQ and GPTQ store them, transposed: at the speed of memory.
+//
+// Both keep several codes in a word of 32 bits and the inputs of a matrix one below the other; `packed.h` wants the inputs of
+// an output side by side. Sixteen lines of sixteen words are transposed at a time, so that whole cache lines are read and
+// written. What is written is not needed soon and goes past the caches.
+#pragma once
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t LINE = 16;                                    // words of a cache line
+constexpr int64_t OUTPUT_OF_NIBBLE[] = {0, 2, 4, 6, 1, 3, 5, 7};  // of an AWQ word
+
+struct Words {
+    const uint32_t* data;
+    int64_t rows, columns;
+
+    // Eight words of a row, zeros behind the matrix's last row and column; those of the next line are asked for.
+    __m256i get8(int64_t row, int64_t column) const {
+        if (row >= rows || column >= columns) return _mm256_setzero_si256();
+        const uint32_t* from = data + row * columns + column;
+        _mm_prefetch(reinterpret_cast<const char*>(from + LINE), _MM_HINT_T1);
+        if (column + 8 <= columns) return load(from);
+        uint32_t some[8] = {};
+        std::memcpy(some, from, (columns - column) * sizeof *from);
+        return load(some);
+    }
+};
+
+// Nibble j of register i and nibble i of register j change places, in each of their eight words: halves of the words are
+// exchanged, then quarters, then nibbles (Warren, Hacker's Delight, section 7-3).
+void transpose_nibbles(__m256i* v) {
+    constexpr uint32_t MASKS[] = {0, 0x0f0f0f0f, 0x00ff00ff, 0, 0x0000ffff};
+#pragma GCC unroll 3
+    for (int half : {4, 2, 1})
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            if (i & half) continue;
+            __m256i mask = _mm256_set1_epi32(int(MASKS[half])), high = _mm256_srli_epi32(v[i], 4 * half);
+            __m256i exchanged = _mm256_and_si256(_mm256_xor_si256(high, v[i + half]), mask);
+            v[i + half] = _mm256_xor_si256(v[i + half], exchanged);
+            v[i] = _mm256_xor_si256(v[i], _mm256_slli_epi32(exchanged, 4 * half));
+        }
+}
+
+// Sixteen registers of eight words, transposed: a line each for `rows` rows that lie `stride` bytes apart, or its first bytes.
+void put_lines(__m256i* words, uint8_t* out, int64_t stride, int64_t rows, int64_t bytes, bool whole) {
+    transpose_words(words), transpose_words(words + 8);
+    for (int64_t j = 0; j < std::min<int64_t>(rows, 8); j++) {
+        alignas(64) __m256i line[] = {words[j], words[8 + j]};
+        __m256i* to = reinterpret_cast<__m256i*>(out + j * stride);
+        if (whole) _mm256_stream_si256(to, line[0]), _mm256_stream_si256(to + 1, line[1]);
+        else std::memcpy(to, line, bytes);
+    }
+}
+
+// `columns` times PER rows of `width` bytes. get(g, column, v) makes their words g for eight columns: PER registers, of which
+// the i-th is for row `row_of[i]` of each column.
+template <int64_t PER, typename F>
+void transpose(int64_t columns, const int64_t* row_of, uint8_t* out, int64_t width, F get) {
+    bool aligned = (reinterpret_cast<uintptr_t>(out) | uintptr_t(width)) % 64 == 0;
+#pragma omp parallel if (columns * PER * width > SMALL)
+    {
+#pragma omp for collapse(2)
+        for (int64_t first = 0; first < (width + 3) / 4; first += LINE)
+            for (int64_t column = 0; column < columns; column += LINE) {
+                __m256i lines[2][PER][LINE];
+                for (int64_t g = 0; g < LINE; g++)
+                    for (int64_t half = 0; half < 2; half++) {
+                        __m256i v[PER];
+                        get(first + g, column + 8 * half, v);
+                        for (int64_t i = 0; i < PER; i++) lines[half][i][g] = v[i];
+                    }
+                int64_t bytes = std::min<int64_t>(64, width - 4 * first);
+                for (int64_t at = column, half = 0; half < 2 && at < columns; at += 8, half++)
+                    for (int64_t i = 0; i < PER; i++)
+                        put_lines(lines[half][i], out + (at * PER + row_of[i]) * width + 4 * first, PER * width, columns - at,
+                                  bytes, aligned);
+            }
+        _mm_sfence();  // what went past the caches is there before another thread looks
+    }
+}
+
+// AWQ: (inputs, outputs / 8) words -> (outputs, ceil(inputs / 2)) bytes of two inputs, the first in the low four bits.
+void repack_awq(const uint32_t* words, int64_t inputs, int64_t columns, uint8_t* out) {
+    Words from = {words, inputs, columns};
+    transpose<8>(columns, OUTPUT_OF_NIBBLE, out, (inputs + 1) / 2, [&](int64_t group, int64_t column, __m256i* v) {
+        for (int64_t k = 0; k < 8; k++) v[k] = from.get8(8 * group + k, column);
+        transpose_nibbles(v);
+    });
+}
+
+// GPTQ: (inputs of a word, outputs) words -> (outputs, inputs of a word) words, the bits of `flipped` changed in each.
+void repack_gptq(const uint32_t* words, int64_t rows, int64_t columns, int64_t flipped, uint8_t* out) {
+    Words from = {words, rows, columns};
+    const __m256i flip = _mm256_set1_epi32(int(flipped));
+    const int64_t row = 0;
+    transpose<1>(columns, &row, out, 4 * rows, [&](int64_t group, int64_t column, __m256i* v) {
+        *v = _mm256_xor_si256(from.get8(group, column), flip);
+    });
+}
+
+// Numbers of 16 bits, (rows, 2 columns) -> (2 columns, rows), with two neighbours of a row taken as a word.
+void repack_halves(const uint32_t* words, int64_t rows, int64_t columns, uint8_t* out) {
+    Words from = {words, rows, columns};
+    const int64_t row_of[] = {0, 1};
+    transpose<2>(columns, row_of, out, 2 * rows, [&](int64_t group, int64_t column, __m256i* v) {
+        __m256i upper = from.get8(2 * group, column), lower = from.get8(2 * group + 1, column);
+        v[0] = _mm256_blend_epi16(upper, _mm256_slli_epi32(lower, 16), 0xaa);
+        v[1] = _mm256_blend_epi16(_mm256_srli_epi32(upper, 16), lower, 0xaa);
+    });
+}
+
+// Act-order: of every row of codes the columns in another order, `order` (columns), and as many as before.
+template <int BITS>
+void reorder_row(const uint8_t* from, const int64_t* order, int64_t columns, uint8_t* to) {
+    auto code = [&](int64_t k) { return BITS == 8 ? from[k] : from[k / 2] >> (k % 2 * 4) & 15; };
+    for (int64_t k = 0; BITS == 8 && k < columns; k++) to[k] = uint8_t(code(order[k]));
+    for (int64_t k = 0; BITS == 4 && k < columns; k += 2)
+        to[k / 2] = uint8_t(code(order[k]) | (k + 1 < columns ? code(order[k + 1]) << 4 : 0));
+}
+
+// 1 if the order names a column that there is not: nothing is done then.
+int reorder(const uint8_t* codes, int bits, int64_t rows, int64_t columns, const int64_t* order, uint8_t* out) {
+    for (int64_t k = 0; k < columns; k++)
+        if (order[k] < 0 || order[k] >= columns) return 1;
+    int64_t width = (columns * bits + 7) / 8;
+#pragma omp parallel for if (rows * columns > SMALL)
+    for (int64_t row = 0; row < rows; row++)
+        (bits == 4 ? reorder_row<4> : reorder_row<8>)(codes + row * width, order, columns, out + row * width);
+    return 0;
+}
+
+}  // namespace
