@@ -121,6 +121,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     add("--device")
     add("--dtype")
     add("--quantize", metavar="KIND", help="int8, int4, nf4 or fp8: round the weights while they are read")
+    add("--fast", action="store_true", help="in fewer steps (Qwen2, Qwen3), compiled ones on a CPU; the same but for rounding")
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -261,13 +262,18 @@ def _check_targets(args: argparse.Namespace, files: list[str]) -> None:
 
 
 def _load(args: argparse.Namespace) -> Any:
+    from . import backend
     from .loading import load
 
     if args.model is None:
         print("qwen-ref: the bundled model `tiny` (4 million parameters, knows children's stories) answers; "
               "for a real one: --model Qwen/Qwen3-0.6B", file=sys.stderr)
-    return load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype, quantize=args.quantize,
-                revision=args.revision)
+    model, tokenizer = load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype, quantize=args.quantize,
+                            revision=args.revision)
+    if args.fast:
+        backend.use("cpp")
+        model = model.fuse()
+    return model, tokenizer
 
 
 def _name(args: argparse.Namespace) -> str:

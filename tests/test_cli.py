@@ -56,6 +56,18 @@ def test_chat_keeps_the_conversation_and_reports_reuse():
     assert "reused" in run("chat", "--max-tokens", "4", stdin="Hello\n").stderr
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
+def test_fast_says_the_same(model):
+    """In generation and in a conversation, whose second turn cuts the cache back; what cannot be fused is refused."""
+    options = ["--model", model, "--temp", "0", "--max-tokens", "24", "--dtype", "float32", "--json"]
+    for command, stdin in (["generate", "A story about a cat."], ""), (["chat"], "A story about a cat.\n\nAnother one.\n"):
+        slow, fast = (run(*command, *options, *more, stdin=stdin) for more in ([], ["--fast"]))
+        said = [[json.loads(line)["token_ids"] for line in out.stdout.splitlines()] for out in (slow, fast)]
+        assert said[0] == said[1] and said[0], fast.stderr
+    hybrid = run("generate", "A dog?", "--model", "tiny-hybrid", "--fast")
+    assert hybrid.returncode == 2 and "qwen3_5 cannot be fused" in hybrid.stderr and hybrid.stdout == ""
+
+
 def test_inspect_needs_no_weights(tmp_path):
     source = qr.loading.ASSETS / "tiny-moe"
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
