@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, H)
         positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
         cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in self.rotary_emb(positions, x.dtype))  # (M, D)
-        if cache is not None and x.shape[1] == 1 and masks == {None: None}:
+        if cache is not None and x.shape[1] == 1 and set(self.windows) == {None} and masks[None] is None:
             y = self._recorded(x, cos, sin, cache)
             if y is not None:
                 return y

@@ -267,6 +267,36 @@ def test_decode_reads_what_is_held_and_no_more():
     assert torch.equal(cpp.attention_decode(q, k, v, lengths + 9)[3], cpp.attention_decode(q, k, v, lengths)[3])
 
 
+@needs_compiler
+def test_tensors_that_are_not_on_the_cpu_are_never_addressed():
+    with pytest.raises(RuntimeError, match="on the CPU, but one is on meta"):
+        cpp.rms_norm(torch.randn(2, 8), torch.ones(8, device="meta"), 1e-6)
+    with pytest.raises(AttributeError, match="no operation 'nothing'"):
+        library.call("nothing")
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["x", "weight", "bias"])
+def test_whatever_learns_goes_through_autograd(which):
+    """Each argument by itself, of the products and the experts."""
+    weight = random_int(8, 24, 64, 32)[0]
+    parts = {"x": torch.randn(3, 64), "bias": torch.randn(24), "weight": torch.randn(24, 64)}
+    parts[which].requires_grad_()
+    cpp.linear(parts["x"], parts["weight"], parts["bias"]).sum().backward()
+    assert parts[which].grad is not None
+    if which != "weight":
+        for run, packed_weight in ((cpp.linear_int8, weight), (cpp.linear_stored, stored("code4 float32", 24, 64))):
+            parts[which].grad = None
+            run(parts["x"], packed_weight, parts["bias"]).sum().backward()
+            assert parts[which].grad is not None
+    else:
+        for index in range(2):
+            stacks = [torch.randn(4, 2 * 8, 16), torch.randn(4, 16, 8)]
+            stacks[index].requires_grad_()
+            cpp.moe_experts(torch.randn(1, 16), *stacks, torch.rand(1, 2), torch.tensor([[0, 2]])).sum().backward()
+            assert stacks[index].grad.abs().sum() > 0
+
+
 HEADS = [  # batch, heads, kv heads, queries, keys, dim
     (1, 16, 8, 1, 77, 128), (2, 6, 2, 5, 9, 24), (1, 4, 4, 33, 33, 64), (1, 14, 2, 40, 90, 40), (2, 3, 1, 7, 7, 8),
     (1, 40, 2, 3, 64, 16),

@@ -41,11 +41,17 @@ def why_not() -> str | None:
 def call(operation: str, *arguments: Argument) -> int:
     """Call an operation of library.cpp, for callers whom `why_not` has let through: tensors by their address, None for no
     tensor. Returns what it returns, 0 if nothing. What its tensors are and hold is for the caller to know."""
-    numbers = [a.data_ptr() if isinstance(a, Tensor) else _bits(a) if isinstance(a, float) else a or 0 for a in arguments]
+    numbers = [_address(a) if isinstance(a, Tensor) else _bits(a) if isinstance(a, float) else a or 0 for a in arguments]
     cells = struct.pack(f"{len(numbers) + 2}q", _number(operation), len(numbers), *numbers)
     if (tape := _recording.get()) is not None:
         tape.add(cells, arguments)
     return _run(cells)
+
+
+def _address(x: Tensor) -> int:
+    if not x.is_cpu:
+        raise RuntimeError(f"expected all tensors to be on the CPU, but one is on {x.device}")
+    return x.data_ptr()
 
 
 def _bits(number: float) -> int:

@@ -71,7 +71,7 @@ def linear_stored(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tens
     """`packed.linear_fp8`, `linear_code4` and `linear_gguf`: of up to FEW tokens with every row made fp32 where it is
     multiplied, of more with a few MB at a time. The weights are not rounded to x's dtype."""
     (*lead, columns), rows, count = x.shape, weight[0].shape[0], x.shape[:-1].numel()
-    known = x.dtype in TYPES and (bias is None or (bias.shape == (rows,) and bias.dtype == x.dtype)) and not _learns(x)
+    known = x.dtype in TYPES and not _learns(x) and (bias is None or _adds(bias, rows, (x.dtype,)))
     cells = _stored(weight, columns) if known else ()
     if not cells:
         return linear_blocked(x, weight, bias)
@@ -98,10 +98,10 @@ def moe(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tens
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """`ops.moe_experts`, in one call of a few tokens. Products are summed in fp32."""
-    alike = x.dtype == gate_up.dtype == down.dtype and gate_up.is_contiguous() and down.is_contiguous() and not _learns(gate_up)
+    alike = x.dtype == gate_up.dtype == down.dtype and gate_up.is_contiguous() and down.is_contiguous()
     count, hidden, inner = down.shape
     shapes = gate_up.shape == (count, 2 * inner, hidden) and x.shape[1] == hidden
-    if not (alike and shapes and _few(x, weights, experts)):
+    if not (alike and shapes and _few(x, weights, experts)) or _learns(gate_up) or _learns(down):
         return ops.moe_experts(x, gate_up, down, weights, experts)
     return _experts("moe_experts", x, weights, experts, (gate_up, down), gate_up.shape[:2])
 
@@ -224,6 +224,10 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _adds(bias: Tensor, rows: int, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return bias.shape == (rows,) and bias.dtype in dtypes and not _learns(bias)
+
+
 def _learns(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
@@ -266,8 +270,8 @@ def _linear_any(x: Tensor, weight: Packed) -> Tensor:
 
 def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     (*lead, columns), rows = x.shape, weight.codes.shape[0]
-    fits = bias is None or (bias.shape == (rows,) and bias.dtype in TYPES)
-    fits = fits and _reads(weight, columns) and weight.codes.dim() == 2 and not _learns(x)
+    fits = _reads(weight, columns) and weight.codes.dim() == 2 and not _learns(x)
+    fits = fits and (bias is None or _adds(bias, rows, tuple(TYPES)))
     if not fits or (x.shape[:-1].numel() > COMPILED_ROWS and torch_ops.native(torch.bfloat16)):
         return linear_blocked(x, weight, bias)
     out = x.new_empty(*lead, rows)
