@@ -622,12 +622,21 @@ def test_scales_are_transposed(rows):
 
 
 @needs_compiler
-@pytest.mark.parametrize("columns", [1, 2, 7, 64, 301])
-def test_columns_are_put_in_another_order(columns):
-    codes, order = torch.randint(0, 16, (23, columns), dtype=torch.uint8), torch.randperm(columns)
-    assert torch.equal(packed.unpack4(repack.reordered(packed.pack4(codes), order, 4))[:, :columns], codes[:, order])
-    assert torch.equal(repack.reordered(codes, order, 8), codes[:, order])
-    assert repack.reordered(codes, order + 1, 8) is None and repack.reordered(codes, order[:-1], 8) is None
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows, outputs", [(1, 1), (3, 17), (16, 32), (37, 40)])
+def test_act_order_is_put_right_while_repacking(bits, rows, outputs, monkeypatch):
+    words, order = random_words(rows, outputs), torch.randperm(rows * 32 // bits)
+    fast = gptq._transposed(words, bits, order)
+    shifts = torch.arange(0, 32, bits)
+    codes = (words[:, None].long() >> shifts[:, None] & (1 << bits) - 1).flatten(0, 1)  # (K, N)
+    codes = codes[order].T.clone(memory_format=torch.contiguous_format).to(torch.uint8)
+    assert torch.equal(fast, packed.pack4(codes) if bits == 4 else codes ^ 128)
+    with pytest.raises(IndexError, match="beyond"):
+        repack.gptq(words, bits, order=order + 1)
+    with pytest.raises(IndexError, match="shape"):
+        repack.gptq(words, bits, order=order[:-1])
+    monkeypatch.setattr(repack, "supports", lambda words: False)
+    assert torch.equal(gptq._transposed(words, bits, order), fast)
 
 
 @needs_compiler
@@ -636,7 +645,7 @@ def test_repacking_writes_nothing_beside_its_result(operation, width):
     words = random_words({"repack_awq": 130}.get(operation, 17), 9)
     size = width * {"repack_awq": 8, "repack_gptq": 1, "repack_halves": 2}[operation] * 9
     memory = torch.full((size + 128,), 0x5A, dtype=torch.uint8)
-    more = (0,) if operation == "repack_gptq" else ()
+    more = (0, 4, None) if operation == "repack_gptq" else ()
     library.call(operation, words, words.shape[0], 9, *more, memory[64:])
     assert (memory[:64] == 0x5A).all() and (memory[-64:] == 0x5A).all()
 

@@ -43,7 +43,7 @@ const struct {
     OPERATION(rms_norm),      OPERATION(add_rms_norm),   OPERATION(rope),        OPERATION(norm_rope_write),
     OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts), OPERATION(moe_packed),
     OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),  OPERATION(repack_gptq),
-    OPERATION(repack_halves), OPERATION(reorder),
+    OPERATION(repack_halves),
 };
 
 }  // namespace

@@ -91,14 +91,24 @@ void repack_awq(const uint32_t* words, int64_t inputs, int64_t columns, uint8_t*
     });
 }
 
-// GPTQ: (inputs of a word, outputs) words -> (outputs, inputs of a word) words, the bits of `flipped` changed in each.
-void repack_gptq(const uint32_t* words, int64_t rows, int64_t columns, int64_t flipped, uint8_t* out) {
+// GPTQ: (inputs / PER, outputs) words -> (outputs, inputs / PER) words, PER = 32 / bits, the bits of `flipped` changed in each.
+// `order`: input k of the result is input order[k] of the matrix; null as stored. 1 if it names an input that there is not.
+int repack_gptq(const uint32_t* words, int64_t rows, int64_t columns, int64_t flipped, int bits, const int64_t* order, uint8_t* out) {
+    const int64_t per = 32 / bits, row = 0;
+    for (int64_t k = 0; order && k < rows * per; k++)
+        if (order[k] < 0 || order[k] >= rows * per) return 1;
     Words from = {words, rows, columns};
-    const __m256i flip = _mm256_set1_epi32(int(flipped));
-    const int64_t row = 0;
+    const __m256i flip = _mm256_set1_epi32(int(flipped)), mask = _mm256_set1_epi32((1 << bits) - 1);
     transpose<1>(columns, &row, out, 4 * rows, [&](int64_t group, int64_t column, __m256i* v) {
-        *v = _mm256_xor_si256(from.get8(group, column), flip);
+        __m256i word = order || group >= rows ? _mm256_setzero_si256() : from.get8(group, column);
+        for (int64_t j = 0; order && group < rows && j < per; j++) {
+            int64_t k = order[group * per + j];
+            __m256i code = _mm256_srl_epi32(from.get8(k / per, column), _mm_cvtsi32_si128(int(bits * (k % per))));
+            word = _mm256_or_si256(word, _mm256_sll_epi32(_mm256_and_si256(code, mask), _mm_cvtsi32_si128(int(bits * j))));
+        }
+        *v = _mm256_xor_si256(word, flip);
     });
+    return 0;
 }
 
 // Numbers of 16 bits, (rows, 2 columns) -> (2 columns, rows), with two neighbours of a row taken as a word.
@@ -110,26 +120,6 @@ void repack_halves(const uint32_t* words, int64_t rows, int64_t columns, uint8_t
         v[0] = _mm256_blend_epi16(upper, _mm256_slli_epi32(lower, 16), 0xaa);
         v[1] = _mm256_blend_epi16(_mm256_srli_epi32(upper, 16), lower, 0xaa);
     });
-}
-
-// Act-order: of every row of codes the columns in another order, `order` (columns), and as many as before.
-template <int BITS>
-void reorder_row(const uint8_t* from, const int64_t* order, int64_t columns, uint8_t* to) {
-    auto code = [&](int64_t k) { return BITS == 8 ? from[k] : from[k / 2] >> (k % 2 * 4) & 15; };
-    for (int64_t k = 0; BITS == 8 && k < columns; k++) to[k] = uint8_t(code(order[k]));
-    for (int64_t k = 0; BITS == 4 && k < columns; k += 2)
-        to[k / 2] = uint8_t(code(order[k]) | (k + 1 < columns ? code(order[k + 1]) << 4 : 0));
-}
-
-// 1 if the order names a column that there is not: nothing is done then.
-int reorder(const uint8_t* codes, int bits, int64_t rows, int64_t columns, const int64_t* order, uint8_t* out) {
-    for (int64_t k = 0; k < columns; k++)
-        if (order[k] < 0 || order[k] >= columns) return 1;
-    int64_t width = (columns * bits + 7) / 8;
-#pragma omp parallel for if (rows * columns > SMALL)
-    for (int64_t row = 0; row < rows; row++)
-        (bits == 4 ? reorder_row<4> : reorder_row<8>)(codes + row * width, order, columns, out + row * width);
-    return 0;
 }
 
 }  // namespace

@@ -26,11 +26,16 @@ def awq(words: Tensor) -> Tensor:
     return out
 
 
-def gptq(words: Tensor, flipped: int = 0) -> Tensor:
-    """(K / 8, N) words of GPTQ -> (N, K / 2) uint8; of 8 bits, (K / 4, N) -> (N, K). `flipped`: bits changed in every byte."""
+def gptq(words: Tensor, bits: int = 4, flipped: int = 0, order: Tensor | None = None) -> Tensor:
+    """(K * bits / 32, N) words of GPTQ -> (N, K * bits / 8) uint8. `flipped`: bits changed in every byte. `order`: which input
+    comes where, (K,) int64; IndexError if it names one that there is not."""
     rows, columns = words.shape
+    if order is not None and (order.shape != (rows * 32 // bits,) or order.dtype != torch.int64):
+        raise IndexError(f"the order of {rows * 32 // bits} inputs has shape {tuple(order.shape)}")
     out = empty((columns, 4 * rows), torch.uint8, words.device)
-    call("repack_gptq", words, rows, columns, flipped * 0x01010101, out)
+    order = None if order is None else order.contiguous()
+    if call("repack_gptq", words, rows, columns, flipped * 0x01010101, bits, order, out):
+        raise IndexError(f"the order names an input beyond the {rows * 32 // bits} there are")
     return out
 
 
@@ -43,11 +48,3 @@ def transposed(matrix: Tensor) -> Tensor:
     call("repack_halves", matrix, rows, columns // 2, out)
     return out
 
-
-def reordered(codes: Tensor, order: Tensor, bits: int) -> Tensor | None:
-    """The columns of (N, K * bits / 8) uint8 in another order, (K,) int64; None if that cannot be done here."""
-    rows, columns = codes.shape[0], order.shape[0]
-    if not _readable(codes) or codes.dtype != torch.uint8 or codes.shape[1] != -(-columns * bits // 8) or not order.is_cpu:
-        return None
-    out = empty(codes.shape, torch.uint8, codes.device)
-    return None if call("reorder", codes, bits, rows, columns, order.contiguous(), out) else out

@@ -54,11 +54,11 @@ class GPTQ(Scheme):
         check_scales(tensors["scales"], "GPTQ's scales")
         group, group_of = self.group or columns, self._group_of(tensors, columns)
         order, regular = ordered(group_of, group)
-        codes, zeros = _transposed(tensors["qweight"], self.bits), self._zeros(tensors["qzeros"])
+        zeros = self._zeros(tensors["qzeros"])
         scale = repack.transposed(tensors["scales"])
         if not regular:  # no order makes groups of one size: every input has its own
             order, group, scale, zeros = None, 1, scale[:, group_of], None if zeros is None else zeros[:, group_of]
-        codes = codes if order is None else _reordered(codes, order, self.bits)
+        codes = _transposed(tensors["qweight"], self.bits, order)
         if self.bits == 4:
             return Matrix(Int4(codes, scale, zeros, group), order)
         return Matrix(Int8(codes.view(torch.int8), scale, None if zeros is None else _signed(zeros), group), order)
@@ -83,23 +83,17 @@ class GPTQ(Scheme):
         return group_of
 
 
-def _transposed(words: Tensor, bits: int) -> Tensor:
-    """`qweight` as the layout has it: (N, K / 2) uint8 of 4 bits, (N, K) of 8, those around 0.
+def _transposed(words: Tensor, bits: int, order: Tensor | None = None) -> Tensor:
+    """`qweight` as the layout has it: (N, K / 2) uint8 of 4 bits, (N, K) of 8, those around 0; its inputs in `order`, (K,).
 
     The inputs of a word lie in its bytes as the layout wants them, the first in the lowest.
     """
     if repack.supports(words):
-        return repack.gptq(words, MIDDLE if bits == 8 else 0)
+        return repack.gptq(words, bits, MIDDLE if bits == 8 else 0, order)
     codes = words.T.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    return codes if bits == 4 else codes ^ MIDDLE
-
-
-def _reordered(codes: Tensor, order: Tensor, bits: int) -> Tensor:
-    """The columns of codes in another order, (K,)."""
-    faster = repack.reordered(codes, order, bits)
-    if faster is not None:
-        return faster
-    return pack4(unpack4(codes)[:, order]) if bits == 4 else codes[:, order]
+    if bits == 8:
+        return (codes if order is None else codes[:, order]) ^ MIDDLE
+    return codes if order is None else pack4(unpack4(codes)[:, order])
 
 
 def _signed(codes: Tensor) -> Tensor:
