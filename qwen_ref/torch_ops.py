@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.device.type != "cpu" or native(x.dtype) or x.shape[:-1].numel() < MANY or x.dtype != weight.dtype or learns:
         return ops.linear(x, weight, bias)
-    wide, rows = x.float(), max(BLOCK_BYTES // (4 * x.shape[-1]), 1)
+    wide, rows = x.float(), max(BLOCK_BYTES // (4 * max(x.shape[-1], 1)), 1)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     for first in range(0, weight.shape[0], rows):
         some = slice(first, first + rows)

@@ -56,7 +56,7 @@ struct PlainStack {
     const void* data;
     int64_t rows, columns;
 
-    std::vector<float> ready(const void* x, int64_t from, int type) const { return widened(x, from, type, columns); }
+    std::vector<float> ready(const void* x, int64_t from, int type) const { return widened(x, from, type, 1, columns); }
     float dot(int64_t expert, int64_t row, const std::vector<float>& x) const {
         float y;
         dot_row<TYPE, 1>(data, (expert * rows + row) * columns, columns, x.data(), 0, &y);

@@ -31,12 +31,14 @@ SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why x of this device and dtype cannot be taken; None if it can."""
     if device.type != "cpu":
         return "made for CPUs"
     return why_not() if dtype in TYPES else f"has no {dtype}"
 
 
 def supports_rounding(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same of the operations that round x to 16 bits."""
     if device.type == "cpu" and dtype == torch.float32:
         return "rounds x to 16 bits, which float32 is finer than"
     return supports(device, dtype)

@@ -40,22 +40,22 @@ void dot_row_of(int64_t tokens, const Rest&... rest) {
     dot_row<TYPE, T>(rest...);
 }
 
-// `count` numbers in fp32, zeros behind them up to the next multiple of eight.
-std::vector<float> widened(const void* x, int64_t from, int type, int64_t count) {
-    std::vector<float> wide((count + 7) / 8 * 8);
-    for (int64_t k = 0; k < count; k += 8) _mm256_storeu_ps(&wide[k], get8(x, from + k, type, count - k));
+// `rows` rows of `count` numbers in fp32, zeros behind each up to the next multiple of eight.
+std::vector<float> widened(const void* x, int64_t from, int type, int64_t rows, int64_t count) {
+    int64_t padded = (count + 7) / 8 * 8;
+    std::vector<float> wide(rows * padded);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < count; k += 8)
+            _mm256_storeu_ps(&wide[row * padded + k], get8(x, from + row * count + k, type, count - k));
     return wide;
 }
 
 // `ops.linear` of x (tokens, columns) and w (rows, columns), both contiguous, up to FEW tokens, summed in fp32.
 void linear(const void* w, int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, void* out) {
     int64_t padded = (columns + 7) / 8 * 8;
-    std::vector<float> wide(tokens * padded);
+    std::vector<float> wide = widened(x, 0, type, tokens, columns);
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t k = 0; k < columns; k += 8)
-                _mm256_storeu_ps(&wide[t * padded + k], get8(x, t * columns + k, TYPE, columns - k));
 #pragma omp parallel for if (rows * columns > SMALL)  // one stretch a thread: what fetches ahead follows it
         for (int64_t first = 0; first < rows; first += ROWS) {
             int64_t count = std::min(ROWS, rows - first);

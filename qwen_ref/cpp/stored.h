@@ -193,9 +193,7 @@ void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int 
                    void* out) {
     Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
     int64_t padded = (columns + 7) / 8 * 8;
-    std::vector<float> tokens_wide;
-    for (int64_t t = 0; t < tokens; t++)
-        for (float value : widened(x, t * columns, type, columns)) tokens_wide.push_back(value);
+    std::vector<float> wide_x = widened(x, 0, type, tokens, columns);
 #pragma omp parallel if (rows * columns > SMALL)
     {
         std::vector<float> row(room(columns));
@@ -207,7 +205,7 @@ void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int 
                 read_row(w, first + i, row.data());
                 offset[i] = bias ? get(bias, first + i, type) : 0;
                 for (int64_t t = 0; t < tokens; t += TOKENS)
-                    dot_row_of<FLOAT32>(tokens - t, row.data(), 0, columns, &tokens_wide[t * padded], padded, y + t * ROWS + i);
+                    dot_row_of<FLOAT32>(tokens - t, row.data(), 0, columns, &wide_x[t * padded], padded, y + t * ROWS + i);
             }
             for (int64_t t = 0; t < tokens; t++)
                 put8(out, t * rows + first, type, _mm256_add_ps(_mm256_loadu_ps(y + t * ROWS), _mm256_loadu_ps(offset)), count);
