@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qwen_ref import backend, ops
 from qwen_ref.bench import bench, check, compile
-from qwen_ref.bench.check import GUARD, House, Poisoned, distance
+from qwen_ref.bench.check import GUARD, Error, Finding, House, Poisoned, distance
 from qwen_ref.bench.cli import add_commands
 from qwen_ref.bench.shapes import MODELS, sizes
 from qwen_ref.bench.subjects import SUBJECTS, Draw, subject
@@ -252,6 +253,28 @@ def test_packed_inputs_are_about_as_large_as_real_ones():
                 assert 0.4 < float(subject(name).formula(*args).std()) < 2.5, case
             if "gguf" in name:
                 break  # these sizes are a real model's
+
+
+@pytest.mark.parametrize("later, ok", [(2e-6, True), (1e-6, False)])
+def test_an_error_is_held_against_a_kernel_after_a_second_look(monkeypatch, planted, later, ok):
+    """In the first five seeds the formula is lucky: the kernel errs three times as much. In later ones it is not, or it is."""
+    planted("swiglu", ops.swiglu)
+    looks = []
+
+    def examine(what, run, args, deterministic):
+        looks.append(args[0])
+        own = 1e-6 if len(looks) <= 5 else later
+        return Finding((), ((Error(3e-6, 3e-6), Error(own, own)),))
+
+    monkeypatch.setattr(sys.modules["qwen_ref.bench.check"], "examine", examine)
+    monkeypatch.setattr(sys.modules["qwen_ref.bench.check"], "subject", lambda name: replace(subject(name), cases=one_case))
+    report = check("swiglu", "planted")
+    assert report.ok == ok, report.table()
+    assert len(looks) == 40 and not any(torch.equal(looks[0], other) for other in looks[1:])
+
+
+def one_case(sizes, draw):
+    yield "rows", (draw.normal(3, 5), draw.normal(3, 5))
 
 
 def test_distance_is_the_textbooks():
