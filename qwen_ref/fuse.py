@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backend, layers
+from . import backend, layers, memory
 from .cache import Cache, KVCache
 from .cpp.library import Tape
 from .errors import RequestError
@@ -286,7 +286,7 @@ def _join(projections: Sequence[Any]) -> nn.Module | None:
 def _join_plain(projections: Sequence[Linear], bias: nn.Parameter | None) -> Linear | None:
     if len({(p.weight.dtype, p.weight.device) for p in projections}) > 1:
         return None
-    weight = torch.cat([p.weight.data for p in projections])  # (N, H)
+    weight = memory.cat([p.weight.data for p in projections])  # (N, H)
     whole = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), bias  # type: ignore[assignment]
     for projection, part in zip(projections, weight.split([p.out_features for p in projections]), strict=True):

@@ -188,23 +188,25 @@ def peak() -> float:
 
 
 def random_model(width: str, layers: int) -> Any:
-    """Qwen3 with every matrix packed: nothing is ever held unpacked."""
+    """Qwen3 with every matrix packed, in such memory as `load` takes: nothing is ever held unpacked."""
     import torch
 
     from qwen_ref import layers as plain
     from qwen_ref.loading import _NoInitialValues
+    from qwen_ref.memory import empty
     from qwen_ref.models import qwen3
     from qwen_ref.quant.format import Matrix
     from qwen_ref.quant.layers import PackedEmbedding, PackedLinear
     from qwen_ref.quant.packed import Int4, Int8, Packed
 
     torch.manual_seed(0)
+    cpu = torch.device("cpu")
 
     def matrix(rows: int, columns: int) -> Packed:
         if width == "int8":
-            codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+            codes = empty((rows, columns), torch.int8, cpu).random_(-127, 128)
             return Int8(codes, torch.rand(rows, 1).add(0.5).mul(0.02 / 73), None, columns)
-        codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+        codes = empty((rows, columns // 2), torch.uint8, cpu).random_(0, 256)
         return Int4(codes, torch.rand(rows, columns // 128).add(0.5).mul(0.02 / 4.6), None, 128)
 
     with torch.device("meta"), _NoInitialValues():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, torch_ops
+from ..memory import empty
 from ..quant import packed
 from ..quant.blocked import linear_blocked
 from ..quant.gguf_blocks import BLOCK
@@ -53,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )  # fmt: skip
     if not fits or any(_learns(t) for t in (x, weight, bias) if t is not None):
         return torch_ops.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    out = _new(x, *x.shape[:-1], weight.shape[0])
     call("linear", weight.contiguous(), *weight.shape, x.contiguous(), TYPES[x.dtype], count,
          None if bias is None else bias.contiguous(), out)  # fmt: skip
     return out
@@ -79,7 +80,7 @@ def linear_stored(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tens
         return linear_blocked(x, weight, bias)
     if not 0 < count <= FEW:
         return linear_blocked(x, weight, bias, partial(_rows_of, cells))
-    out = x.new_empty(*lead, rows)
+    out = _new(x, *lead, rows)
     call("linear_stored", *cells, rows, columns, x.contiguous(), TYPES[x.dtype], count,
          None if bias is None else bias.contiguous(), out)  # fmt: skip
     return out
@@ -127,7 +128,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     kv_heads, keys = k.shape[1:3]
     if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
         return torch_ops.attention(q, k, v, mask)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = _new(q, *q.shape)
     call("attention", q, k, v, TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim, *q.stride()[:3], *k.stride()[:3],
          *v.stride()[:3], out)  # fmt: skip
     return out
@@ -139,7 +140,7 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: i
     odd = dim % 8 or not q.numel() or heads % kv_heads or lengths.shape != (batch,) or lengths.dtype != torch.int32
     if odd or not _alike(q[:, :, None], k, v) or window == 0:
         return ops.attention_decode(q, k, v, lengths, window)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = _new(q, *q.shape)
     call("attention_decode", q, k, v, lengths.contiguous(), TYPES[q.dtype], batch, heads, kv_heads, room, dim, window,
          *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], out)  # fmt: skip
     return out
@@ -149,7 +150,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`ops.swiglu` in one call."""
     if gate.dtype != up.dtype or gate.shape != up.shape or _learns(gate) or _learns(up):
         return ops.swiglu(gate, up)
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    out = _new(gate, *gate.shape)
     rows, columns = 1, gate.numel()
     if not (gate.is_contiguous() and up.is_contiguous()):  # halves of one projection: rows with gaps between them
         rows, columns = gate.shape[:-1].numel(), gate.shape[-1]
@@ -163,7 +164,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype != weight.dtype or weight.shape != x.shape[-1:] or _learns(x) or _learns(weight):
         return ops.rms_norm(x, weight, eps)
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = _new(x, *x.shape)
     call("rms_norm", x, weight.contiguous(), TYPES[x.dtype], float(eps), x.shape[:-1].numel(), x.shape[-1], out)
     return out
 
@@ -174,7 +175,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if not alike or _learns(x) or _learns(residual) or _learns(weight):
         return ops.add_rms_norm(x, residual, weight, eps)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-    total, out = torch.empty_like(x), torch.empty_like(x)
+    total, out = _new(x, *x.shape), _new(x, *x.shape)
     call("add_rms_norm", x, residual, weight, TYPES[x.dtype], float(eps), x.shape[:-1].numel(), x.shape[-1], total, out)
     return total, out
 
@@ -185,7 +186,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tables = cos.shape == sin.shape and cos.shape in ((1, tokens, dim), (batch, tokens, dim)) and dim % 2 == 0
     if not tables or x.stride(-1) != 1 or not x.dtype == cos.dtype == sin.dtype or _learns(x):
         return ops.rope(x, cos, sin)
-    out = x.new_empty(x.shape)
+    out = _new(x, *x.shape)
     cos, sin = cos.contiguous(), sin.contiguous()
     table = tokens * dim if cos.shape[0] > 1 else 0
     call("rope", x, cos, sin, TYPES[x.dtype], batch, heads, tokens, dim, *x.stride()[:3], table, out)
@@ -209,13 +210,18 @@ def norm_rope_write(
     )  # fmt: skip
     if not fits or any(w.shape != (dim,) or w.dtype != q.dtype or w.stride(0) != 1 or _learns(w) for w in weights):
         return ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots)
-    cos, sin, slots, out = cos.contiguous(), sin.contiguous(), slots.contiguous(), q.new_empty(q.shape)
+    cos, sin, slots, out = cos.contiguous(), sin.contiguous(), slots.contiguous(), _new(q, *q.shape)
     outside = call("norm_rope_write", q, k, v, q_weight, k_weight, TYPES[q.dtype], float(eps), tokens, heads, kv_heads, dim,
                    *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos, sin, slots, *k_cache.shape[::2],
                    *k_cache.stride()[:3], *v_cache.stride()[:3], k_cache, v_cache, out)  # fmt: skip
     if outside:
         raise IndexError(f"a slot lies outside the caches, which have {k_cache.shape[0]} x {k_cache.shape[2]}")
     return out
+
+
+def _new(x: Tensor, *shape: int) -> Tensor:
+    """Memory for a result of x's type. The C library's heap, which PyTorch takes from, keeps holes of what many tokens need."""
+    return empty(shape, x.dtype, x.device)
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -258,7 +264,7 @@ def _stacks(gate_up: Packed, down: Packed, hidden: int) -> tuple[Any, ...]:
 def _experts(
     operation: str, x: Tensor, weights: Tensor, experts: Tensor, stacks: tuple[Any, ...], shape: tuple[int, ...]
 ) -> Tensor:  # the stack of gate_up is (E, 2I, ...)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = _new(x, *x.shape)
     outside = call(operation, *stacks, x.contiguous(), TYPES[x.dtype], *x.shape, shape[1] // 2, shape[0], experts.shape[1],
                    weights.contiguous(), experts.contiguous(), out)  # fmt: skip
     if outside:
@@ -276,7 +282,7 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     fits = fits and (bias is None or _adds(bias, rows, tuple(TYPES)))
     if not fits or (x.shape[:-1].numel() > COMPILED_ROWS and torch_ops.native(torch.bfloat16)):
         return linear_blocked(x, weight, bias)
-    out = x.new_empty(*lead, rows)
+    out = _new(x, *lead, rows)
     bias_type, bias = (0, None) if bias is None else (TYPES[bias.dtype], bias.contiguous())
     call("linear_packed", *_cells(weight, columns), rows, columns, x.contiguous(), TYPES[x.dtype], x.shape[:-1].numel(), bias,
          bias_type, out)  # fmt: skip

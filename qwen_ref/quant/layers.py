@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .. import backend, ops
+from .. import backend, memory, ops
 from .format import Matrix, Scheme, Slot
 from .packed import Code4, Fp8, Gguf, Int4, Int8, Packed, moe_packed, rows
 
@@ -311,7 +311,7 @@ def stacked(matrices: list[Packed]) -> Packed | None:
         elif name == "table" and all(torch.equal(v, values[0]) for v in values):
             result[name] = values[0]
         else:
-            result[name] = torch.stack(values)
+            result[name] = memory.stack(values)
     return type(first)(**result)
 
 
@@ -343,7 +343,7 @@ def joined(upper: Packed, lower: Packed) -> Packed | None:
         elif isinstance(a, Tensor):
             if a.dtype != b.dtype:
                 return None
-            result[name] = torch.cat((a.view(torch.uint8), b.view(torch.uint8)), dim=-2).view(a.dtype)
+            result[name] = memory.cat((a.view(torch.uint8), b.view(torch.uint8)), dim=-2).view(a.dtype)
         else:
             result[name] = a
     return type(upper)(**result)
