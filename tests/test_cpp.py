@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -623,15 +623,88 @@ def test_importing_compiles_nothing():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "quiet"
 
 
-@needs_compiler
-def test_one_thread_and_many_give_the_same():
-    weight, _ = random_int(4, 203, 512, 128)
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
     before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(SimpleNamespace(one=cpp.linear_int4(torch.ones(1, 512), weight), many=cpp.linear_int4(torch.ones(300, 512), weight)))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0].one, results[1].one) and torch.equal(results[0].many, results[1].many)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def many_loops(x):
+    """Operations that read each other's results, each with more numbers than one thread does alone."""
+    hidden = cpp.linear_int4(x, MATRICES[0])  # (M, 406)
+    gated = cpp.swiglu(hidden[:, :203], hidden[:, 203:])
+    y = cpp.linear(gated, MATRICES[1])
+    y, normed = cpp.add_rms_norm(y, x, MATRICES[2], 1e-6)
+    return y + 0 if x.shape[0] > 16 else cpp.linear_int8(normed, MATRICES[3])
+
+
+MATRICES = (random_int(4, 406, 512, 128)[0], torch.randn(512, 203, generator=torch.Generator().manual_seed(1)),
+            torch.ones(512), random_int(8, 512, 512, 64, seed=2)[0])  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_one_thread_and_many_give_the_same(threads, tokens):
+    """More threads than this machine has cores, so that some are late for every loop."""
+    x, results = torch.randn(tokens, 512), []
+    for count in (1, 3, 11):
+        threads(count)
+        results.append(many_loops(x))
+    assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [2, 7])
+def test_a_team_that_stays_together_leaves_nothing_out(threads, count):
+    """Hundreds of replays, by two callers at the same time, while the threads of each come late."""
+    xs = torch.randn(40, 2, 512)
+    expected = [many_loops(x) for x in xs]
+    threads(count)
+
+    def replays(offset):
+        with torch.inference_mode():
+            tape = library.Tape(many_loops, xs[0])
+            torch.set_num_threads(count)  # a setting of each thread
+            wrong = [i for i in range(200) if not torch.equal(tape.replay(xs[(i + offset) % 40]), expected[(i + offset) % 40])]
+        return tape.whole, wrong
+
+    with ThreadPoolExecutor(2) as callers:
+        assert list(callers.map(replays, (0, 17))) == [(True, [])] * 2
+
+
+TEAM = """
+#include <thread>
+#include <vector>
+#include "threads.h"
+
+int main() {
+    Team team;
+    std::vector<std::thread> helpers;
+    for (int i = 0; i < 5; i++) helpers.emplace_back([&] { team.help(); });
+    int wrong = 0;
+    for (int64_t loop = 0; loop < 600; loop++) {
+        int64_t count = 1 + loop % 97, pieces = 1 + loop % std::min<int64_t>(count, 13);
+        std::vector<int> seen(count);
+        team.share(count, pieces, [&](int64_t i, int64_t last) {
+            std::this_thread::sleep_for(std::chrono::microseconds(loop % 4 * 30));
+            for (; i < last; i++) seen[i]++;
+        });
+        for (int times : seen) wrong += times != 1;
+    }
+    team.part();
+    for (auto& helper : helpers) helper.join();
+    return wrong > 0;
+}
+"""
+
+
+@needs_compiler
+def test_every_part_of_a_loop_is_done_once_and_before_its_end(tmp_path):
+    """With helpers that fall asleep inside their parts."""
+    program = tmp_path / "team.cpp"
+    program.write_text(TEAM)
+    command = [*library._compiler(), *library.FLAGS[:-2], "-pthread", f"-I{library.SOURCE.parent}", str(program), "-o", str(tmp_path / "team")]
+    subprocess.run(command, check=True)
+    assert subprocess.run([tmp_path / "team"], timeout=60).returncode == 0

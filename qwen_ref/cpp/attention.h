@@ -122,16 +122,14 @@ void attention(const void* q, const void* k, const void* v, int type, int64_t ba
     int64_t shared = heads / kv_heads, tokens = std::min(queries, std::max<int64_t>(QUERIES / shared, 1));
     int64_t tiles = (queries + tokens - 1) / tokens, rows = shared * tokens + 1;
     with_type(type, [&](auto known) {
-#pragma omp parallel if (batch * heads * queries * keys * dim > SMALL)
-        {
+        share(batch * kv_heads * tiles, batch * heads * queries * keys * dim, [&](int64_t i, int64_t last) {
             std::vector<float> memory(rows * (2 * dim + KEYS + 2) + KEYS * dim);
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < batch * kv_heads * tiles; i++) {
+            for (; i < last; i++) {
                 int64_t t = (tiles - 1 - i % tiles) * tokens;  // the longest first
                 attend<decltype(known)::value>(qh, kh, vh, i / tiles / kv_heads, i / tiles % kv_heads, shared, t,
                     std::min(tokens, queries - t), keys - queries, dim, heads, queries, memory.data(), out);
             }
-        }
+        }, MANY_PARTS);
     });
 }
 
@@ -145,11 +143,9 @@ void attention_decode(const void* q, const void* k, const void* v, const int32_t
     for (int64_t b = 0; b < batch; b++) most = std::max(most, held(b));
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-#pragma omp parallel if (batch * heads * most * dim > SMALL)
-        {
+        share(batch * kv_heads, batch * heads * most * dim, [&](int64_t i, int64_t last) {
             std::vector<float> memory((shared + 1) * (2 * dim + KEYS + 2) + KEYS * dim);
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < batch * kv_heads; i++) {
+            for (; i < last; i++) {
                 int64_t b = i / kv_heads, kv = i % kv_heads, keys = window ? std::min(held(b), window) : held(b);
                 int64_t first = (held(b) - keys) * size(TYPE);
                 if (!keys) {
@@ -160,7 +156,7 @@ void attention_decode(const void* q, const void* k, const void* v, const int32_t
                 Heads vh = {static_cast<const uint8_t*>(v) + first * v2, v0, v1, v2};
                 attend<TYPE>({q, q0, q1, 0}, kh, vh, b, kv, shared, 0, 1, keys - 1, dim, heads, 1, memory.data(), out);
             }
-        }
+        }, MANY_PARTS);
     });
 }
 

@@ -58,7 +58,12 @@ extern "C" int64_t find(const char* name) {
 // Calls, one after the other: an operation's number, how many arguments follow, and these. Returns 0, or what the first call
 // that failed returned, and makes none after it.
 extern "C" int run(const int64_t* cells, int64_t length) {
-    for (const int64_t* end = cells + length; cells < end; cells += 2 + cells[1])
-        if (int failed = OPERATIONS[cells[0]].call(cells + 2, cells[1])) return failed;
-    return 0;
+    int failed = 0;
+    auto all = [&] {
+        for (const int64_t* end = cells + length; cells < end && !failed; cells += 2 + cells[1])
+            failed = OPERATIONS[cells[0]].call(cells + 2, cells[1]);
+    };
+    if (length > 2 + cells[1]) together(all);
+    else all();
+    return failed;
 }

@@ -81,23 +81,26 @@ void experts_of_one(const Up& gate_up, const Down& down, const void* x, int64_t 
         return rounded(_mm256_load_ps(y), TYPE);
     };
     auto token = gate_up.ready(x, from, TYPE);
-#pragma omp parallel for if (k * inner * hidden > SMALL)
-    for (int64_t i = 0; i < k * gates; i++) {
-        int64_t expert = chosen[order[i / gates]], first = i % gates * 8;
-        __m256 gate = eight(gate_up, expert, first, inner, token), up = eight(gate_up, expert, inner + first, 2 * inner, token);
-        _mm256_storeu_ps(&middle[i * 8], rounded(_mm256_mul_ps(rounded(silu8(gate), TYPE), up), TYPE));
-    }
+    share(k * gates, k * inner * hidden, [&](int64_t i, int64_t last) {
+        for (; i < last; i++) {
+            int64_t expert = chosen[order[i / gates]], first = i % gates * 8;
+            __m256 gate = eight(gate_up, expert, first, inner, token), up = eight(gate_up, expert, inner + first, 2 * inner, token);
+            _mm256_storeu_ps(&middle[i * 8], rounded(_mm256_mul_ps(rounded(silu8(gate), TYPE), up), TYPE));
+        }
+    });
     std::vector<decltype(down.ready(x, 0, FLOAT32))> activated;
     for (int64_t i = 0; i < k; i++) activated.push_back(down.ready(&middle[i * gates * 8], 0, FLOAT32));
-#pragma omp parallel for if (k * inner * hidden > SMALL)
-    for (int64_t i = 0; i < rows; i++) {
-        __m256 sum = _mm256_setzero_ps();
-        for (int64_t j = 0; j < k; j++) {
-            __m256 y = eight(down, chosen[order[j]], i * 8, hidden, activated[j]), w = _mm256_set1_ps(get(weights, order[j], TYPE));
-            sum = rounded(_mm256_add_ps(sum, rounded(_mm256_mul_ps(y, w), TYPE)), TYPE);
+    share(rows, k * inner * hidden, [&](int64_t i, int64_t last) {
+        for (; i < last; i++) {
+            __m256 sum = _mm256_setzero_ps();
+            for (int64_t j = 0; j < k; j++) {
+                __m256 y = eight(down, chosen[order[j]], i * 8, hidden, activated[j]);
+                __m256 weighted = _mm256_mul_ps(y, _mm256_set1_ps(get(weights, order[j], TYPE)));
+                sum = rounded(_mm256_add_ps(sum, rounded(weighted, TYPE)), TYPE);
+            }
+            put8(out, t * hidden + i * 8, TYPE, sum, hidden - i * 8);
         }
-        put8(out, t * hidden + i * 8, TYPE, sum, hidden - i * 8);
-    }
+    });
 }
 
 // Tokens one by one; 1 if an expert's number is none: nothing is done then.

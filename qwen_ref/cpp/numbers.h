@@ -1,9 +1,6 @@
 // Numbers of three types, eight at a time: always fp32 in a register, rounded where they are stored.
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -11,9 +8,10 @@
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 namespace {
 
-constexpr int64_t SMALL = 1 << 15;  // numbers that one thread has done before a second has begun
 constexpr int64_t AHEAD = 2048;     // bytes of a matrix asked for before they are read
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };

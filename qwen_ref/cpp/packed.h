@@ -158,15 +158,16 @@ template <int BITS, int STEPS = 256 / READ<BITS>>
 void product_of_one(const Matrix& w, const Token& token, int type, const void* bias, int bias_type, void* out) {
     if constexpr (STEPS > 1)
         if (token.span < STEPS * READ<BITS>) return product_of_one<BITS, STEPS / 2>(w, token, type, bias, bias_type, out);
-#pragma omp parallel for if (w.rows * w.columns > SMALL)  // one stretch a thread: what fetches ahead follows it
-    for (int64_t first = 0; first < w.rows; first += 8) {
+    share((w.rows + 7) / 8, w.rows * w.columns, [&](int64_t block, int64_t last) {
         const Matrix matrix = w;  // in registers
-        alignas(32) float y[8] = {};
-        int64_t count = std::min<int64_t>(8, w.rows - first);
-        for (int64_t i = 0; i < count; i++)
-            y[i] = multiply_row<BITS, STEPS>(matrix, first + i, token) + (bias ? get(bias, first + i, bias_type) : 0);
-        put8(out, first, type, _mm256_load_ps(y), count);
-    }
+        for (; block < last; block++) {
+            alignas(32) float y[8] = {};
+            int64_t first = block * 8, count = std::min<int64_t>(8, w.rows - first);
+            for (int64_t i = 0; i < count; i++)
+                y[i] = multiply_row<BITS, STEPS>(matrix, first + i, token) + (bias ? get(bias, first + i, bias_type) : 0);
+            put8(out, first, type, _mm256_load_ps(y), count);
+        }
+    });
 }
 
 // Sixteen codes of a row less their zero, from column k on; zeros behind the last.
@@ -244,19 +245,18 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
     std::vector<float> x_scale(held * blocks);  // (block, token)
     for (int64_t start = 0; start < tokens; start += CHUNK) {
         int64_t count = std::min(tokens - start, CHUNK);
-#pragma omp parallel if (tokens * w.rows * w.columns > SMALL)
-        {
-#pragma omp for
-            for (int64_t i = 0; i < count * blocks; i++) {
+        share(count * blocks, count * w.columns, [&](int64_t i, int64_t last) {
+            for (; i < last; i++) {
                 int64_t k = i / count * BLOCK, first = (start + i % count) * w.columns + k;
                 x_scale[i] = round_block(x, first, type, std::min(BLOCK, w.columns - k), &x_codes[i * BLOCK]);
             }
+        });
+        share((w.rows + PANEL - 1) / PANEL, count * w.rows * w.columns, [&](int64_t i, int64_t last) {
             alignas(32) int16_t panel[PANEL * BLOCK];
             alignas(32) float scale[BLOCK / STEP * PANEL], offset[PANEL];
             std::vector<float> sums(count * PANEL);  // (token, PANEL)
-#pragma omp for schedule(dynamic) nowait
-            for (int64_t row = 0; row < w.rows; row += PANEL) {
-                int64_t high = std::min(PANEL, w.rows - row);
+            for (; i < last; i++) {
+                int64_t row = i * PANEL, high = std::min(PANEL, w.rows - row);
                 std::fill(sums.begin(), sums.end(), 0.f);
                 for (int64_t block = 0; block < blocks; block++) {
                     int64_t first = block * BLOCK, wide = std::min(BLOCK, (w.columns - first + 15) / 16 * 16);
@@ -274,7 +274,7 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
                         put8(out, (start + t) * w.rows + row + r, type,
                              _mm256_add_ps(_mm256_loadu_ps(&sums[t * PANEL + r]), _mm256_load_ps(offset + r)), high - r);
             }
-        }
+        }, MANY_PARTS);
     }
 }
 

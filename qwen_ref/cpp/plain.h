@@ -56,18 +56,21 @@ void linear(const void* w, int64_t rows, int64_t columns, const void* x, int typ
     std::vector<float> wide = widened(x, 0, type, tokens, columns);
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-#pragma omp parallel for if (rows * columns > SMALL)  // one stretch a thread: what fetches ahead follows it
-        for (int64_t first = 0; first < rows; first += ROWS) {
-            int64_t count = std::min(ROWS, rows - first);
-            float y[FEW * ROWS] = {}, offset[ROWS] = {};
-            for (int64_t i = 0; i < count; i++) {
-                offset[i] = bias ? get(bias, first + i, TYPE) : 0;
-                for (int64_t t = 0; t < tokens; t += TOKENS)
-                    dot_row_of<TYPE>(tokens - t, w, (first + i) * columns, columns, &wide[t * padded], padded, y + t * ROWS + i);
+        share((rows + ROWS - 1) / ROWS, rows * columns, [&](int64_t block, int64_t last) {
+            for (; block < last; block++) {
+                int64_t first = block * ROWS, count = std::min(ROWS, rows - first);
+                float y[FEW * ROWS] = {}, offset[ROWS] = {};
+                for (int64_t i = 0; i < count; i++) {
+                    offset[i] = bias ? get(bias, first + i, TYPE) : 0;
+                    for (int64_t t = 0; t < tokens; t += TOKENS)
+                        dot_row_of<TYPE>(tokens - t, w, (first + i) * columns, columns, &wide[t * padded], padded,
+                            y + t * ROWS + i);
+                }
+                for (int64_t t = 0; t < tokens; t++)
+                    put8(out, t * rows + first, TYPE, _mm256_add_ps(_mm256_loadu_ps(y + t * ROWS), _mm256_loadu_ps(offset)),
+                         count);
             }
-            for (int64_t t = 0; t < tokens; t++)
-                put8(out, t * rows + first, TYPE, _mm256_add_ps(_mm256_loadu_ps(y + t * ROWS), _mm256_loadu_ps(offset)), count);
-        }
+        });
     });
 }
 

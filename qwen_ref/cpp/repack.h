@@ -60,26 +60,25 @@ void put_lines(__m256i* words, uint8_t* out, int64_t stride, int64_t rows, int64
 template <int64_t PER, typename F>
 void transpose(int64_t columns, const int64_t* row_of, uint8_t* out, int64_t width, F get) {
     bool aligned = (reinterpret_cast<uintptr_t>(out) | uintptr_t(width)) % 64 == 0;
-#pragma omp parallel if (columns * PER * width > SMALL)
-    {
-#pragma omp for collapse(2)
-        for (int64_t first = 0; first < (width + 3) / 4; first += LINE)
-            for (int64_t column = 0; column < columns; column += LINE) {
-                __m256i lines[2][PER][LINE];
-                for (int64_t g = 0; g < LINE; g++)
-                    for (int64_t half = 0; half < 2; half++) {
-                        __m256i v[PER];
-                        get(first + g, column + 8 * half, v);
-                        for (int64_t i = 0; i < PER; i++) lines[half][i][g] = v[i];
-                    }
-                int64_t bytes = std::min<int64_t>(64, width - 4 * first);
-                for (int64_t at = column, half = 0; half < 2 && at < columns; at += 8, half++)
-                    for (int64_t i = 0; i < PER; i++)
-                        put_lines(lines[half][i], out + (at * PER + row_of[i]) * width + 4 * first, PER * width, columns - at,
-                                  bytes, aligned);
-            }
+    int64_t across = (columns + LINE - 1) / LINE, down = ((width + 3) / 4 + LINE - 1) / LINE;
+    share(down * across, columns * PER * width, [&](int64_t tile, int64_t last) {
+        for (; tile < last; tile++) {
+            int64_t first = tile / across * LINE, column = tile % across * LINE;
+            __m256i lines[2][PER][LINE];
+            for (int64_t g = 0; g < LINE; g++)
+                for (int64_t half = 0; half < 2; half++) {
+                    __m256i v[PER];
+                    get(first + g, column + 8 * half, v);
+                    for (int64_t i = 0; i < PER; i++) lines[half][i][g] = v[i];
+                }
+            int64_t bytes = std::min<int64_t>(64, width - 4 * first);
+            for (int64_t at = column, half = 0; half < 2 && at < columns; at += 8, half++)
+                for (int64_t i = 0; i < PER; i++)
+                    put_lines(lines[half][i], out + (at * PER + row_of[i]) * width + 4 * first, PER * width, columns - at, bytes,
+                              aligned);
+        }
         _mm_sfence();  // what went past the caches is there before another thread looks
-    }
+    });
 }
 
 // AWQ: (inputs, outputs / 8) words -> (outputs, ceil(inputs / 2)) bytes of two inputs, the first in the low four bits.

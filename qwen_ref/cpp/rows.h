@@ -45,8 +45,9 @@ void rotate_row(const void* x, int64_t from, const void* cos, const void* sin, i
 void rms_norm(const void* x, const void* weight, int type, float eps, int64_t rows, int64_t columns, void* out) {
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-#pragma omp parallel for if (rows * columns > SMALL)
-        for (int64_t row = 0; row < rows; row++) norm_row<TYPE>(x, row * columns, weight, eps, columns, out, row * columns);
+        share(rows, rows * columns, [&](int64_t row, int64_t last) {
+            for (; row < last; row++) norm_row<TYPE>(x, row * columns, weight, eps, columns, out, row * columns);
+        });
     });
 }
 
@@ -55,15 +56,16 @@ void add_rms_norm(const void* x, const void* residual, const void* weight, int t
                              int64_t columns, void* total, void* out) {
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-#pragma omp parallel for if (rows * columns > SMALL)
-        for (int64_t row = 0; row < rows; row++) {
-            int64_t first = row * columns;
-            for (int64_t k = 0; k < columns; k += 8) {
-                __m256 a = get8(x, first + k, TYPE, columns - k), b = get8(residual, first + k, TYPE, columns - k);
-                put8(total, first + k, TYPE, _mm256_add_ps(a, b), columns - k);
+        share(rows, rows * columns, [&](int64_t row, int64_t last) {
+            for (; row < last; row++) {
+                int64_t first = row * columns;
+                for (int64_t k = 0; k < columns; k += 8) {
+                    __m256 a = get8(x, first + k, TYPE, columns - k), b = get8(residual, first + k, TYPE, columns - k);
+                    put8(total, first + k, TYPE, _mm256_add_ps(a, b), columns - k);
+                }
+                norm_row<TYPE>(total, first, weight, eps, columns, out, first);
             }
-            norm_row<TYPE>(total, first, weight, eps, columns, out, first);
-        }
+        });
     });
 }
 
@@ -72,11 +74,12 @@ void rope(const void* x, const void* cos, const void* sin, int type, int64_t bat
                      int64_t dim, int64_t x0, int64_t x1, int64_t x2, int64_t table0, void* out) {
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-#pragma omp parallel for if (batch * heads * tokens * dim > SMALL)
-        for (int64_t i = 0; i < batch * heads * tokens; i++) {
-            int64_t b = i / tokens / heads, t = i % tokens, from = b * x0 + i / tokens % heads * x1 + t * x2;
-            rotate_row<TYPE>(x, from, cos, sin, b * table0 + t * dim, dim, out, i * dim);
-        }
+        share(batch * heads * tokens, batch * heads * tokens * dim, [&](int64_t i, int64_t last) {
+            for (; i < last; i++) {
+                int64_t b = i / tokens / heads, t = i % tokens, from = b * x0 + i / tokens % heads * x1 + t * x2;
+                rotate_row<TYPE>(x, from, cos, sin, b * table0 + t * dim, dim, out, i * dim);
+            }
+        });
     });
 }
 
@@ -98,23 +101,24 @@ int norm_rope_write(const void* q, const void* k, const void* v, const void* q_w
             norm_row<TYPE>(x, from, weight, eps, dim, normed, 0);
             rotate_row<TYPE>(normed, 0, cos, sin, t * dim, dim, to, at);
         };
-#pragma omp parallel for if (tokens * all * dim > SMALL)
-        for (int64_t i = 0; i < tokens * all; i++) {
-            int64_t t = i / all, head = i % all, slot = slots[t];
-            if (head < heads) {
-                turned(q, t * q0 + head * q1, q_weight, t, out, (t * heads + head) * dim);
-                continue;
+        share(tokens * all, tokens * all * dim, [&](int64_t i, int64_t last) {
+            for (; i < last; i++) {
+                int64_t t = i / all, head = i % all, slot = slots[t];
+                if (head < heads) {
+                    turned(q, t * q0 + head * q1, q_weight, t, out, (t * heads + head) * dim);
+                    continue;
+                }
+                if (slot < 0) continue;
+                int64_t kv = (head - heads) % kv_heads, row = slot / page, entry = slot % page;
+                if (head < heads + kv_heads) {
+                    turned(k, t * k0 + kv * k1, k_weight, t, k_cache, row * kc0 + kv * kc1 + entry * kc2);
+                } else {
+                    auto from = static_cast<const uint8_t*>(v) + (t * v0 + kv * v1) * size(TYPE);
+                    auto to = static_cast<uint8_t*>(v_cache) + (row * vc0 + kv * vc1 + entry * vc2) * size(TYPE);
+                    std::memcpy(to, from, dim * size(TYPE));
+                }
             }
-            if (slot < 0) continue;
-            int64_t kv = (head - heads) % kv_heads, row = slot / page, entry = slot % page;
-            if (head < heads + kv_heads) {
-                turned(k, t * k0 + kv * k1, k_weight, t, k_cache, row * kc0 + kv * kc1 + entry * kc2);
-            } else {
-                auto from = static_cast<const uint8_t*>(v) + (t * v0 + kv * v1) * size(TYPE);
-                auto to = static_cast<uint8_t*>(v_cache) + (row * vc0 + kv * vc1 + entry * vc2) * size(TYPE);
-                std::memcpy(to, from, dim * size(TYPE));
-            }
-        }
+        });
     });
     return 0;
 }
@@ -125,15 +129,16 @@ void swiglu(const void* gate, const void* up, int type, int64_t rows, int64_t co
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
         int64_t parts = (columns + SMALL - 1) / SMALL;
-#pragma omp parallel for if (rows * columns > SMALL)
-        for (int64_t i = 0; i < rows * parts; i++) {
-            int64_t row = i / parts, first = i % parts * SMALL, last = std::min(columns, first + SMALL);
-            for (int64_t k = first; k < last; k += 8) {
-                __m256 silu = rounded(silu8(get8(gate, row * gate0 + k, TYPE, last - k)), TYPE);
-                __m256 y = _mm256_mul_ps(silu, get8(up, row * up0 + k, TYPE, last - k));
-                put8(out, row * columns + k, TYPE, y, last - k);
+        share(rows * parts, rows * columns, [&](int64_t i, int64_t end) {
+            for (; i < end; i++) {
+                int64_t row = i / parts, first = i % parts * SMALL, last = std::min(columns, first + SMALL);
+                for (int64_t k = first; k < last; k += 8) {
+                    __m256 silu = rounded(silu8(get8(gate, row * gate0 + k, TYPE, last - k)), TYPE);
+                    __m256 y = _mm256_mul_ps(silu, get8(up, row * up0 + k, TYPE, last - k));
+                    put8(out, row * columns + k, TYPE, y, last - k);
+                }
             }
-        }
+        });
     });
 }
 

@@ -176,15 +176,13 @@ int64_t room(int64_t columns) { return (columns + 255) / 256 * 256; }
 void rows_of_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const float* table, int64_t high,
                     int64_t wide, int64_t rows, int64_t columns, int64_t first, int64_t last, float* out) {
     Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
-#pragma omp parallel if ((last - first) * columns > SMALL)
-    {
+    share(last - first, (last - first) * columns, [&](int64_t i, int64_t end) {
         std::vector<float> row(room(columns));
-#pragma omp for
-        for (int64_t i = first; i < last; i++) {
-            read_row(w, i, row.data());
-            std::memcpy(out + (i - first) * columns, row.data(), columns * sizeof(float));
+        for (; i < end; i++) {
+            read_row(w, first + i, row.data());
+            std::memcpy(out + i * columns, row.data(), columns * sizeof(float));
         }
-    }
+    });
 }
 
 // The product with up to FEW tokens (tokens, columns), summed in fp32.
@@ -194,12 +192,10 @@ void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int 
     Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
     int64_t padded = (columns + 7) / 8 * 8;
     std::vector<float> wide_x = widened(x, 0, type, tokens, columns);
-#pragma omp parallel if (rows * columns > SMALL)
-    {
+    share((rows + ROWS - 1) / ROWS, rows * columns, [&](int64_t block, int64_t last) {
         std::vector<float> row(room(columns));
-#pragma omp for
-        for (int64_t first = 0; first < rows; first += ROWS) {
-            int64_t count = std::min(ROWS, rows - first);
+        for (; block < last; block++) {
+            int64_t first = block * ROWS, count = std::min(ROWS, rows - first);
             float y[FEW * ROWS] = {}, offset[ROWS] = {};
             for (int64_t i = 0; i < count; i++) {
                 read_row(w, first + i, row.data());
@@ -210,7 +206,7 @@ void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int 
             for (int64_t t = 0; t < tokens; t++)
                 put8(out, t * rows + first, type, _mm256_add_ps(_mm256_loadu_ps(y + t * ROWS), _mm256_loadu_ps(offset)), count);
         }
-    }
+    });
 }
 
 }  // namespace
