@@ -25,7 +25,7 @@ from .shapes import DEFAULTS, sizes
 from .subjects import Draw, Subject, subject
 
 SEEDS = 5
-SECOND_LOOK = 8  # times the seeds before an error is held against a kernel: the worst of a few numbers is chance, the formula's too
+SECOND_LOOK = 8  # times the seeds before an error is held against a kernel: the worst of a few numbers is chance
 GUARD = 1024  # numbers of poison before and after every tensor; a multiple of any alignment a kernel asks for
 
 
