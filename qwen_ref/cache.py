@@ -65,6 +65,9 @@ class KVCache:
     def mark(self) -> None:
         """Make sure that `truncate` can come back to the present length. Keys and values always can."""
 
+    def remember(self, count: int) -> None:
+        """Make sure that `truncate` can take back the last `count` of the tokens to come. Keys and values always can."""
+
     def select(self, rows: Tensor) -> None:
         if self._buffer is not None:
             self._buffer = self._buffer[:, rows]
@@ -175,7 +178,11 @@ class RecurrentCache:
             self._recent[self.length] = self.state
         self.length += count
         self.state = state
-        self._recent = {at: kept for at, kept in self._recent.items() if self.length - self.rewind <= at < self.length}
+        self.remember(self.rewind)
+
+    def remember(self, count: int) -> None:
+        self.rewind = count
+        self._recent = {at: kept for at, kept in self._recent.items() if self.length - count <= at < self.length}
 
     def mark(self) -> None:
         self._marks[self.length] = self.state
@@ -225,6 +232,10 @@ class JoinedCache:
         self.embedding.mark()
         self.mixer.mark()
 
+    def remember(self, count: int) -> None:
+        self.embedding.remember(count)
+        self.mixer.remember(count)
+
     def reachable(self, length: int) -> int:
         return min(self.embedding.reachable(length), self.mixer.reachable(length))
 
@@ -255,10 +266,12 @@ class Cache:
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
         self.expected: list[int] | None = None  # see `expect`
         self.step: Any = None  # what a fused model has recorded over these very buffers
+        self.draft: Any = None  # what the draft layer has read of these tokens: a `speculative.Draft`
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the record: a copy has buffers of its own, and need not copy the model."""
-        return {**vars(self), "step": None}
+        """Without the record, for a copy has buffers of its own, and without the draft: neither decides a result, and a copy
+        need not copy the model."""
+        return {**vars(self), "step": None, "draft": None}
 
     @property
     def length(self) -> int:
@@ -314,9 +327,11 @@ class Cache:
                                f"keys or states already dropped; {self.reachable(length)} can be kept")
         for layer in self.layers:
             layer.truncate(length)
+        if self.draft is not None:
+            self.draft.truncate(length)
         self.expected = None
         if self._positions is not None:
-            self._positions = self._positions[:, :length]
+            self._positions = self._positions[:, :length] if length else None
 
     def mark(self) -> None:
         """Remember the states of recurrent layers, so that `truncate` can come back to the present length.
@@ -325,6 +340,12 @@ class Cache:
         """
         for layer in self.layers:
             layer.mark()
+
+    def remember(self, count: int) -> None:
+        """Remember the states at each of the last `count` tokens from now on, as a cache of `make_cache(rewind=count)` does,
+        and forget those further back that are not marked."""
+        for layer in self.layers:
+            layer.remember(count)
 
     def snapshot(self) -> Cache:
         """All that is held, in a cache of its own that later passes over this one do not touch."""
@@ -340,6 +361,7 @@ class Cache:
         """Keep only these sequences of the batch, in this order. `rows` (B',) int64."""
         for layer in self.layers:
             layer.select(rows)
+        self.draft = None  # which is of one sequence
         if self._positions is not None:
             self._positions = self._positions[rows]
         if self.expected is not None:

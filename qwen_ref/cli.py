@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import QwenRefError, RequestError
 
 if TYPE_CHECKING:
-    from .generate import Piece, Result
+    from .generate import Piece, Result, Usage
 
 DEFAULT_MODEL = "tiny"
 
@@ -57,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prefill-response", default="", help="words the answer begins with")
     generate.add_argument("--ignore-chat-template", action="store_true", help="continue the prompt as plain text")
     generate.add_argument("--logprobs", type=int, metavar="N", help="with --json: log probabilities, N alternatives each")
-    generate.add_argument("--speculate", type=int, default=0, metavar="K", help="the draft layer (MTP) guesses K tokens ahead")
     chat = command("chat", run_chat, "Talk to a model; the conversation's cache is kept between turns.")
     for sub in (generate, chat):
         _add_sampling(sub)
@@ -118,6 +117,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     add("--thinking", action=argparse.BooleanOptionalAction, help="the template's enable_thinking")
     add("--thinking-budget", type=int, metavar="N", help="close the reasoning after N tokens")
     add("--chat-template-config", default="{}", metavar="JSON", help="further variables for the chat template")
+    add("--speculate", type=int, default=0, metavar="K", help="the draft layer (MTP) guesses K tokens ahead")
     add("--device")
     add("--dtype")
     add("--quantize", metavar="KIND", help="int8, int4, nf4 or fp8: round the weights while they are read")
@@ -140,15 +140,12 @@ def run_generate(args: argparse.Namespace) -> int:
             tokenizer, _messages(args.system_prompt, text), enable_thinking=args.thinking, variables=_variables(args)
         )
     ids = encode_prompt(tokenizer, prompt) + tokenizer.encode(args.prefill_response)
-    options = {"logprobs": args.logprobs, "speculate": args.speculate, **_options(args, tokenizer)}
-    pieces = stream(model, tokenizer, ids, chat=not plain, **options)
+    pieces = stream(model, tokenizer, ids, chat=not plain, logprobs=args.logprobs, **_options(args, tokenizer))
     result = _show(pieces, quiet=args.json, prefix=args.prefill_response if not plain else text)
     if args.json:
         print(json.dumps({"model": args.model or DEFAULT_MODEL, **_as_json(result)}, ensure_ascii=False))
     elif args.speculate:
-        usage = result.usage
-        print(f"[{usage.accepted_tokens} of {usage.drafted_tokens} guesses were right; {usage.completion_tokens} tokens in "
-              f"{usage.completion_tokens - usage.accepted_tokens} passes, {result.decode_seconds:.2f} s]", file=sys.stderr)
+        print(f"[{_guesses(result.usage)}, {result.decode_seconds:.2f} s]", file=sys.stderr)
     return 0
 
 
@@ -169,8 +166,9 @@ def run_chat(args: argparse.Namespace) -> int:
             print(json.dumps(_as_json(result), ensure_ascii=False), flush=True)
         else:
             usage, rate = result.usage, result.usage.completion_tokens / max(result.decode_seconds, 1e-9)
-            print(f"[{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} reused; "
-                  f"{usage.completion_tokens} tokens, {rate:.0f} a second]", file=sys.stderr)
+            answer = _guesses(usage) if args.speculate else f"{usage.completion_tokens} tokens"
+            print(f"[{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} reused; {answer}, {rate:.0f} a second]",
+                  file=sys.stderr)
     return 0
 
 
@@ -300,7 +298,7 @@ def _options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     if None in extra:
         raise RequestError(f"--extra-eos-token: {args.extra_eos_token[extra.index(None)]!r} is not a token of this model")
     same = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-            "frequency_penalty", "seed", "stop", "thinking_budget")  # fmt: skip
+            "frequency_penalty", "seed", "stop", "thinking_budget", "speculate")  # fmt: skip
     return {**{name: getattr(args, name) for name in same}, "stop_ids": extra}
 
 
@@ -338,6 +336,11 @@ def _show(pieces: Iterator[Piece], *, quiet: bool, prefix: str = "") -> Result:
     if not quiet:
         print()
     return result  # type: ignore[return-value]  # the last piece has it
+
+
+def _guesses(usage: Usage) -> str:
+    return (f"{usage.accepted_tokens} of {usage.drafted_tokens} guesses were right; {usage.completion_tokens} tokens in "
+            f"{usage.completion_tokens - usage.accepted_tokens} passes")
 
 
 def _as_json(result: Result) -> dict[str, Any]:

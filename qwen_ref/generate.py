@@ -77,7 +77,9 @@ class Session:
     """The cache of one conversation: a following prompt is read only from where it departs from what is held.
 
     A model with recurrent layers can go back to the lengths it has marked only: the last few places where `generate`
-    began or stopped reading a prompt, the latest being at most 64 tokens before its end.
+    began or stopped reading a prompt, the latest being at most 64 tokens before its end. Turns may speculate or not, in any
+    mixture: what is kept, and what is read again, is the same. One turn at a time: a stream that is not at its end when the
+    next turn begins raises RequestError if it is asked for more.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -92,10 +94,16 @@ class Session:
                 break
             common += 1
         self.cache.expect([len(prompt)])  # which decides whether its keys can serve this prompt too
-        common = self.cache.reachable(common)
-        self.cache.truncate(common)
-        self.ids = prompt[:common]
-        return common
+        self.ids = self.ids[:common]
+        self.settle()
+        return len(self.ids)
+
+    def settle(self) -> None:
+        """Cut the cache back to `ids`, or to the most of them that it can keep: no guess stays, nor a way back from one."""
+        kept = self.cache.reachable(len(self.ids))
+        self.cache.truncate(kept)
+        self.cache.remember(0)
+        del self.ids[kept:]
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,8 @@ def generate(
         tools, enable_thinking: for the chat template. allow_special: let text name control tokens.
         chat: whether an answer may open with reasoning; by default, whether the prompt is messages.
         prefill_chunk: tokens of the prompt per forward pass; bounds memory, changes no result beyond rounding.
-        speculate: how many tokens the draft layer guesses at a time (one prompt, no session); 0 = it is not used. Changes
-            no result beyond rounding, see `speculative`.
+        speculate: how many tokens the draft layer guesses at a time (one prompt only); 0 = it is not used. Changes no
+            result beyond rounding, see `speculative`.
         options: max_tokens (default 512); temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
             frequency_penalty, logit_bias (see `Sampling`; default generation_config.json, else greedy); seed (an int, or
             one per prompt); stop (a string or several); stop_ids (added to the model's end tokens); ignore_eos;
@@ -351,28 +359,45 @@ class Reader:
     step = read
 
 
-def _reader(model: LanguageModel, session: Session | None, count: int, speculate: int) -> Reader | Speculator:
+def _reader(model: LanguageModel, cache: Cache, count: int, speculate: int) -> Reader | Speculator:
     if not speculate:
-        return Reader(model, session.cache if session is not None else model.make_cache())
-    if session is not None or count != 1:
-        raise RequestError("speculate is for one prompt, without a session")
-    return Speculator(model, speculate)
+        return Reader(model, cache)
+    if count != 1:
+        raise RequestError(f"speculate is for one prompt, but there are {count}: generate for each alone, or without it")
+    return Speculator(model, speculate, cache)
 
 
 def _run(
     model: LanguageModel, sequences: list[_Sequence], session: Session | None, chunk: int, speculate: int
 ) -> Iterator[tuple[int, Piece]]:
-    """The one loop behind `generate` and `stream`: read the prompts, then one token for every unfinished sequence."""
+    """`_loop`, with a session that is left in order however it ends."""
     if chunk < 1:
         raise RequestError(f"prefill_chunk is {chunk}; it must be at least 1")
-    reader = _reader(model, session, len(sequences), speculate)
+    reader = _reader(model, model.make_cache() if session is None else session.cache, len(sequences), speculate)
+    if session is None:
+        yield from _loop(model, reader, sequences, chunk)
+        return
+    sequences[0].cached = session.reuse(sequences[0].prompt)
+    ids = session.ids  # another list once another turn has begun
+    try:
+        for i, piece in _loop(model, reader, sequences, chunk, ids):
+            yield i, piece
+            if session.ids is not ids and piece.result is None:
+                raise RequestError("another turn of this session has begun: this stream cannot go on")
+    finally:
+        if session.ids is ids:
+            session.settle()
+
+
+def _loop(
+    model: LanguageModel, reader: Reader | Speculator, sequences: list[_Sequence], chunk: int, held: list[int] | None = None
+) -> Iterator[tuple[int, Piece]]:
+    """Read the prompts, then one token for every unfinished sequence. `held`: the tokens known to be in a session's cache."""
     started = time.perf_counter()
-    if session is not None:
-        sequences[0].cached = session.reuse(sequences[0].prompt)
-    logits = _prefill(reader, sequences, chunk, mark=session is not None)  # (B, V)
+    logits = _prefill(reader, sequences, chunk, mark=held is not None)  # (B, V)
     prefilled = time.perf_counter()
-    if session is not None:
-        session.ids = list(sequences[0].prompt)
+    if held is not None:
+        held[:] = sequences[0].prompt
     active = list(range(len(sequences)))  # row of the cache -> sequence
     while True:
         _check_finite(model, logits, [sequences[i] for i in active])
@@ -395,8 +420,8 @@ def _run(
             reader.cache.select(torch.tensor(going, device=model.device))
             active = [active[row] for row in going]
         logits = reader.step(torch.tensor(tokens, device=model.device)[:, None])
-        if session is not None:
-            session.ids.append(tokens[0])
+        if held is not None:
+            held.append(tokens[0])
 
 
 def _prefill(reader: Reader | Speculator, sequences: list[_Sequence], chunk: int, *, mark: bool) -> Tensor:

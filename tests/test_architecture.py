@@ -74,7 +74,7 @@ ALLOWED = {
     "tokenizer": {"errors", "limits", "chat"},
     "text": {"tokenizer"},
     "sampling": {"errors"},
-    "speculative": {"errors", "models.common"},
+    "speculative": {"cache", "errors", "models.common"},
     "loading": {"checkpoint", "strict_json", "config", "errors", "hub", "memory", "models", "models.common", "quant.convert", "quant.format", "quant.ggml",
                 "quant.gguf", "quant.making", "tokenizer"},
     "generate": {"cache", "chat", "config", "errors", "models.common", "sampling", "speculative", "text", "tokenizer"},

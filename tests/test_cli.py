@@ -56,6 +56,21 @@ def test_chat_keeps_the_conversation_and_reports_reuse():
     assert "reused" in run("chat", "--max-tokens", "4", stdin="Hello\n").stderr
 
 
+def test_chat_speculates():
+    """A first message long enough that the second turn, which departs at its end, finds a mark in it."""
+    options = ["chat", "--model", "tiny-hybrid", "--dtype", "float32", "--temp", "0", "--max-tokens", "16", "--no-thinking"]
+    stdin = "A story about a cat, a dog and a big red ball. " * 5 + "\n\nAnother one.\n"
+    plain, guessed = ([json.loads(line) for line in run(*options, "--json", "--speculate", k, stdin=stdin).stdout.splitlines()]
+                      for k in ("0", "2"))  # fmt: skip
+    for mine, theirs in zip(guessed, plain, strict=True):
+        assert mine["token_ids"] == theirs["token_ids"] and mine["usage"]["cached_tokens"] == theirs["usage"]["cached_tokens"]
+        assert mine["usage"]["accepted_tokens"] > 0 == theirs["usage"]["drafted_tokens"]
+    assert len(plain) == 2 and plain[1]["usage"]["cached_tokens"] >= 64
+    assert " guesses were right; 16 tokens in " in run(*options, "--speculate", "2", stdin=stdin).stderr
+    refused = run("chat", "--model", "tiny", "--speculate", "2", stdin="Hello\n")
+    assert refused.returncode == 2 and "no draft layer" in refused.stderr
+
+
 @pytest.mark.parametrize("model", ["tiny", "tiny-moe"])
 def test_fast_says_the_same(model):
     """In generation and in a conversation, whose second turn cuts the cache back; what cannot be fused is refused."""

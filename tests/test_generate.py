@@ -136,6 +136,20 @@ def test_session_reuses_the_common_prefix(tiny):
         qr.generate(model, tokenizer, PROMPTS, session=session)
 
 
+def test_one_turn_at_a_time(tiny):
+    """A stream whose session has gone on is refused, and does not disturb it; one that is at its end has merely ended."""
+    session, options = qr.Session(tiny[0]), {"temperature": 0, "max_tokens": 6}
+    left, ended = (qr.stream(*tiny, PROMPTS[0], session=session, **options) for _ in range(2))
+    expected = [next(left).token_ids[0], next(left).token_ids[0]]
+    tokens = [next(ended).token_ids[0] for _ in range(6)]
+    following = qr.stream(*tiny, PROMPTS[1], session=session, **options)
+    next(following)
+    with pytest.raises(RequestError, match="another turn of this session has begun"):
+        next(left)
+    assert next(ended, None) is None and tokens[:2] == expected
+    assert list(following)[-1].result.token_ids == qr.generate(*tiny, PROMPTS[1], **options)[0].token_ids
+
+
 def test_a_hybrid_session_goes_on_from_its_marks():
     """A recurrent state cannot be cut: what follows departs inside the first answer, and is read from the mark before it."""
     model, tokenizer = qr.load("tiny-hybrid", dtype=torch.float32)
