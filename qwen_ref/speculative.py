@@ -78,7 +78,7 @@ class Speculator:
     """One sequence being read and continued; `read` the prompt, in any pieces, then `step` with every token chosen.
 
     `drafted`, `accepted`: guesses that the model has read, and those of them that spared it a pass. The end of the cache may be
-    guesses that are not known to be right: who stops cuts it back to the tokens he has passed to `read` and `step`.
+    guesses not known to be right: whoever stops cuts it back to the tokens passed to `read` and `step`.
     """
 
     def __init__(self, model: LanguageModel, draft_tokens: int, cache: Cache | None = None) -> None:
