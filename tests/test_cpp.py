@@ -26,6 +26,13 @@ def the_same_numbers_in_every_run():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
 
 def random_int(bits, rows, columns, group, zero=True, scale=torch.float32, seed=0):
     """(layout, its values in fp64), the values made here and not by the layout."""
@@ -265,6 +272,25 @@ def test_decode_reads_what_is_held_and_no_more():
         exact = ops.attention_decode(q.double(), k.double(), v.double(), lengths, window)
         torch.testing.assert_close(cpp.attention_decode(q, k, v, lengths, window).double(), exact, rtol=1e-5, atol=1e-6)
     assert torch.equal(cpp.attention_decode(q, k, v, lengths + 9)[3], cpp.attention_decode(q, k, v, lengths)[3])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_joins_what_parts_of_a_long_context_give(threads, dtype):
+    """Lengths at and around the ends of parts; a maximum in each of them, so that every part is weighed anew."""
+    lengths = torch.tensor([1, 511, 512, 513, 1024, 1031, 0, 1900], dtype=torch.int32)
+    q, k, v = torch.randn(8, 6, 24), torch.randn(8, 2, 1900, 24), torch.randn(8, 2, 1900, 24)
+    k[:, :, 100::400] *= 4
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    for window in (None, 600):
+        exact = ops.attention_decode(q.double(), k.double(), v.double(), lengths, window)
+        results = []
+        for count in (1, 5):
+            threads(count)
+            results.append(cpp.attention_decode(q, k, v, lengths, window))
+        usual = ops.attention_decode(q, k, v, lengths, window).double()
+        assert (results[0].double() - exact).norm() < 1.5 * (usual - exact).norm()
+        assert torch.equal(*results)
 
 
 @needs_compiler
@@ -621,14 +647,6 @@ def test_refusals(monkeypatch):
 def test_importing_compiles_nothing():
     code = "import subprocess; subprocess.run = None; import qwen_ref.backend; print('quiet')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "quiet"
-
-
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def many_loops(x):

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t KEYS = 32;     // keys and values in fp32 at a time
 constexpr int64_t QUERIES = 16;  // rows of queries that share them, if one kv head has no more
+constexpr int64_t SPAN = 512;    // keys that one token reads in a part of the loop, so that few kv heads occupy many threads
 
 // (rows, KEYS) = queries (rows, dim) keys (KEYS, dim)^T, rows even.
 void scores_of(const float* q, const float* k, int64_t rows, int64_t dim, float* scores) {
@@ -51,16 +52,55 @@ struct Heads {
     int64_t batch, head, token;  // strides, in numbers
 };
 
+// What queries have read so far, a row for every (token, head): softmax's weights are exp(score - most), their sum `mass`, and
+// that of the values they weigh `sum`.
+struct Reading {
+    float *sum, *most, *mass;  // (rows, dim), (rows), (rows)
+    int64_t rows, dim;
+
+    static int64_t room(int64_t rows, int64_t dim) { return rows * (dim + 2); }
+    static Reading at(float* memory, int64_t rows, int64_t dim) {
+        return {memory, memory + rows * dim, memory + rows * (dim + 1), rows, dim};
+    }
+
+    void clear() const { std::fill(sum, most, 0.f), std::fill(most, mass, -INFINITY), std::fill(mass, mass + rows, 0.f); }
+
+    // As if everything that `other` has read had been read here.
+    void add(const Reading& other) const {
+        for (int64_t r = 0; r < rows; r++) {
+            float top = std::max(most[r], other.most[r]);
+            if (top == -INFINITY) continue;  // neither has seen anything
+            float here = std::exp(most[r] - top), there = std::exp(other.most[r] - top);
+            most[r] = top, mass[r] = mass[r] * here + other.mass[r] * there;
+            for (int64_t d = r * dim; d < (r + 1) * dim; d += 8) {
+                __m256 both = _mm256_mul_ps(_mm256_loadu_ps(sum + d), _mm256_set1_ps(here));
+                _mm256_storeu_ps(sum + d, _mm256_fmadd_ps(_mm256_loadu_ps(other.sum + d), _mm256_set1_ps(there), both));
+            }
+        }
+    }
+
+    void put(int64_t row, void* out, int64_t to, int type) const {
+        for (int64_t d = 0; d < dim; d += 8)
+            put8(out, to + d, type, _mm256_div_ps(_mm256_loadu_ps(sum + row * dim + d), _mm256_set1_ps(mass[row])));
+    }
+};
+
+int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }  // as the products above take them
+
+// Numbers that `attend` needs beside what it has read.
+int64_t beside(int64_t rows, int64_t dim) { return even(rows) * (dim + KEYS) + KEYS * dim; }
+
 // Queries t .. t + tokens of the heads that share one kv head, over all keys they see, KEYS at a time with a running maximum
 // (Milakov and Gimelshein 2018, arXiv 1805.02867).
 template <int TYPE>
 void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t kv, int64_t shared, int64_t t, int64_t tokens,
-            int64_t past, int64_t dim, int64_t heads, int64_t queries, float* memory, void* out) {
-    int64_t rows = shared * tokens, even = (rows + 1) / 2 * 2;  // row: (token, head)
-    float *query = memory, *sum = query + even * dim, *block = sum + even * dim, *scores = block + KEYS * dim;
-    float *most = scores + even * KEYS, *mass = most + even;
+            int64_t past, float* memory, const Reading& reading) {
+    auto [sum, most, mass, even, dim] = reading;
+    int64_t rows = shared * tokens;  // row: (token, head)
+    float *query = memory, *block = query + even * dim, *scores = block + KEYS * dim;
     const __m256 root = _mm256_set1_ps(1 / std::sqrt(float(dim)));
-    std::fill(query, block, 0.f), std::fill(most, mass, -INFINITY), std::fill(mass, mass + even, 0.f);
+    std::fill(query, block, 0.f);
+    reading.clear();
     for (int64_t r = 0; r < rows; r++) {
         int64_t from = b * q.batch + (kv * shared + r % shared) * q.head + (t + r / shared) * q.token;
         for (int64_t d = 0; d < dim; d += 8)
@@ -106,11 +146,6 @@ void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t k
             for (; d < dim; d += 8) weigh<1>(scores + r * KEYS, block + d, dim, sum + r * dim + d);
         }
     }
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t to = ((b * heads + kv * shared + r % shared) * queries + t + r / shared) * dim;
-        for (int64_t d = 0; d < dim; d += 8)
-            put8(out, to + d, TYPE, _mm256_div_ps(_mm256_loadu_ps(sum + r * dim + d), _mm256_set1_ps(mass[r])));
-    }
 }
 
 // `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
@@ -120,44 +155,55 @@ void attention(const void* q, const void* k, const void* v, int type, int64_t ba
                           int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
     Heads qh = {q, q0, q1, q2}, kh = {k, k0, k1, k2}, vh = {v, v0, v1, v2};
     int64_t shared = heads / kv_heads, tokens = std::min(queries, std::max<int64_t>(QUERIES / shared, 1));
-    int64_t tiles = (queries + tokens - 1) / tokens, rows = shared * tokens + 1;
+    int64_t tiles = (queries + tokens - 1) / tokens;
     with_type(type, [&](auto known) {
         share(batch * kv_heads * tiles, batch * heads * queries * keys * dim, [&](int64_t i, int64_t last) {
-            std::vector<float> memory(rows * (2 * dim + KEYS + 2) + KEYS * dim);
+            std::vector<float> memory(beside(shared * tokens, dim)), read(Reading::room(even(shared * tokens), dim));
             for (; i < last; i++) {
-                int64_t t = (tiles - 1 - i % tiles) * tokens;  // the longest first
-                attend<decltype(known)::value>(qh, kh, vh, i / tiles / kv_heads, i / tiles % kv_heads, shared, t,
-                    std::min(tokens, queries - t), keys - queries, dim, heads, queries, memory.data(), out);
+                int64_t b = i / tiles / kv_heads, kv = i / tiles % kv_heads;
+                int64_t t = (tiles - 1 - i % tiles) * tokens, count = std::min(tokens, queries - t);  // the longest first
+                Reading reading = Reading::at(read.data(), even(shared * count), dim);
+                attend<decltype(known)::value>(qh, kh, vh, b, kv, shared, t, count, keys - queries, memory.data(), reading);
+                for (int64_t r = 0; r < shared * count; r++)
+                    reading.put(r, out, ((b * heads + kv * shared + r % shared) * queries + t + r / shared) * dim, type);
             }
         }, MANY_PARTS);
     });
 }
 
 // `ops.attention_decode`: q (batch, heads, dim) and as many keys of each sequence as `lengths` says, the last `window` of them
-// (0: all), of k and v (batch, kv_heads, room, dim).
+// (0: all), of k and v (batch, kv_heads, room, dim). SPAN keys are a part of the loop, whose results are then joined in order.
 void attention_decode(const void* q, const void* k, const void* v, const int32_t* lengths, int type, int64_t batch,
                       int64_t heads, int64_t kv_heads, int64_t room, int64_t dim, int64_t window, int64_t q0, int64_t q1,
                       int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
-    int64_t shared = heads / kv_heads, most = 0;
     auto held = [&](int64_t b) { return std::max<int64_t>(std::min<int64_t>(lengths[b], room), 0); };
-    for (int64_t b = 0; b < batch; b++) most = std::max(most, held(b));
+    auto seen = [&](int64_t b) { return window ? std::min(held(b), window) : held(b); };
+    int64_t shared = heads / kv_heads, rows = even(shared), most = 0;
+    for (int64_t b = 0; b < batch; b++) most = std::max(most, seen(b));
+    int64_t spans = (most + SPAN - 1) / SPAN, each = Reading::room(rows, dim);
+    std::vector<float> read(batch * kv_heads * spans * each);
+    auto reading = [&](int64_t i) { return Reading::at(&read[i * each], rows, dim); };
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-        share(batch * kv_heads, batch * heads * most * dim, [&](int64_t i, int64_t last) {
-            std::vector<float> memory((shared + 1) * (2 * dim + KEYS + 2) + KEYS * dim);
+        share(batch * kv_heads * spans, batch * heads * most * dim, [&](int64_t i, int64_t last) {
+            std::vector<float> memory(beside(shared, dim));
             for (; i < last; i++) {
-                int64_t b = i / kv_heads, kv = i % kv_heads, keys = window ? std::min(held(b), window) : held(b);
-                int64_t first = (held(b) - keys) * size(TYPE);
-                if (!keys) {
-                    std::memset(static_cast<uint8_t*>(out) + i * shared * dim * size(TYPE), 0, shared * dim * size(TYPE));
-                    continue;
-                }
+                int64_t b = i / spans / kv_heads, kv = i / spans % kv_heads, from = i % spans * SPAN;
+                int64_t count = std::min(seen(b) - from, SPAN), first = (held(b) - seen(b) + from) * size(TYPE);
+                if (count <= 0) continue;
                 Heads kh = {static_cast<const uint8_t*>(k) + first * k2, k0, k1, k2};
                 Heads vh = {static_cast<const uint8_t*>(v) + first * v2, v0, v1, v2};
-                attend<TYPE>({q, q0, q1, 0}, kh, vh, b, kv, shared, 0, 1, keys - 1, dim, heads, 1, memory.data(), out);
+                attend<TYPE>({q, q0, q1, 0}, kh, vh, b, kv, shared, 0, 1, count - 1, memory.data(), reading(i));
             }
         }, MANY_PARTS);
     });
+    for (int64_t i = 0; i < batch * kv_heads; i++) {
+        int64_t used = (seen(i / kv_heads) + SPAN - 1) / SPAN;
+        for (int64_t span = 1; span < used; span++) reading(i * spans).add(reading(i * spans + span));
+        for (int64_t r = 0; r < shared; r++)
+            if (used) reading(i * spans).put(r, out, (i * shared + r) * dim, type);
+            else std::memset(static_cast<uint8_t*>(out) + (i * shared + r) * dim * size(type), 0, dim * size(type));
+    }
 }
 
 }  // namespace
