@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=tuple(RIVAL), help="measure one width")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="with so many processes that want a core each")
     parser.add_argument("--worker", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     parser.add_argument("--gate", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -79,11 +82,24 @@ def main() -> None:
             write_gguf(path, RIVAL[width], args.layers)
             commands[RIVAL[width]] = [args.llama, "-c", LLAMA, path, args.threads, args.prompt, args.tokens, WARM]
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
-        for _ in range(args.rounds):
-            for side, command in commands.items():
-                runs[side].append(child(command))
+        with busy(args.beside):
+            for _ in range(args.rounds):
+                for side, command in commands.items():
+                    runs[side].append(child(command))
         lean = {width: child(commands[width], LEAN)["memory"] for width in widths}
     report(runs, widths, lean)
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Processes that do nothing, all the time."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def child(command: list[Any], settings: dict[str, str] | None = None) -> dict[str, Any]:
