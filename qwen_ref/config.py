@@ -243,6 +243,15 @@ def text_config(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, **nested} if isinstance(nested, dict) else data
 
 
+def mixture(fields: Fields, layers: int, experts: int, chosen: int) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token is given; with their defaults."""
+    count = fields.integer("num_experts", experts, high=max(1, LIMITS.experts // layers))
+    top_k = fields.integer("num_experts_per_tok", chosen)
+    if top_k > count:
+        raise fields.error("num_experts_per_tok", f"is {top_k}, more than the {count} experts")
+    return count, top_k
+
+
 def sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Which layers hold experts: every `decoder_sparse_step`-th, except those in `mlp_only_layers`."""
     step = fields.integer("decoder_sparse_step", 1)

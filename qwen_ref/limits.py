@@ -19,6 +19,7 @@ class Limits:
     render_chars: int = 50_000_000         # its output
     text_chars: int = 50_000_000           # one call of encode()
     layers: int = 4096
+    experts: int = 1 << 16                 # of all layers: loading lists their tensors; Qwen3.5-397B-A17B has 30,720
     width: int = 1 << 24                   # any single dimension of a weight
     parameters: int = 10**13
 

@@ -127,7 +127,7 @@ BAD = [
     ("max_position_embeddings", 0),
 ]  # fmt: skip
 BAD_MOE = [
-    ("num_experts", 0), ("num_experts", -1), ("num_experts_per_tok", 8), ("num_experts_per_tok", 0),
+    ("num_experts", 0), ("num_experts", -1), ("num_experts", 30_000), ("num_experts_per_tok", 8), ("num_experts_per_tok", 0),
     ("mlp_only_layers", [5]), ("mlp_only_layers", [-1]), ("mlp_only_layers", ["1"]), ("mlp_only_layers", 1),
     ("decoder_sparse_step", 0), ("norm_topk_prob", "true"), ("moe_intermediate_size", 0),
 ]  # fmt: skip
@@ -135,7 +135,8 @@ BAD_MOE = [
 
 BAD_HYBRID = [
     ("head_dim", 7), ("num_key_value_heads", 4), ("linear_num_key_heads", 4), ("linear_num_value_heads", 0),
-    ("linear_conv_kernel_dim", 0), ("full_attention_interval", 0), ("layer_types", ["sliding_attention"] * 5),
+    ("linear_num_key_heads", -3), ("linear_num_value_heads", 2**62), ("linear_key_head_dim", 0), ("linear_value_head_dim", "8"),
+    ("linear_conv_kernel_dim", 0), ("linear_conv_kernel_dim", 2**40), ("full_attention_interval", 0), ("layer_types", ["sliding_attention"] * 5),
     ("layer_types", ["linear_attention"]), ("use_sliding_window", True), ("hidden_act", "gelu"), ("rms_norm_eps", -1),
     ("partial_rotary_factor", 0), ("partial_rotary_factor", 1.5), ("partial_rotary_factor", 0.01),
     ("rope_parameters", {"partial_rotary_factor": "all"}), ("rope_parameters", {"mrope_section": [1, "2"]}),

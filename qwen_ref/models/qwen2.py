@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ..cache import Cache, KVCache, SlidingKVCache
-from ..config import DualChunk, Fields, Rope, layer_types, sparse_layers
+from ..config import DualChunk, Fields, Rope, layer_types, mixture, sparse_layers
 from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place, stand
 from .common import LanguageModel
 
@@ -64,10 +64,7 @@ class Config:
             raise f.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
         if head_dim % 2:
             raise f.error("head_dim", f"is {head_dim}; rotary embedding needs an even one")
-        experts = f.integer("num_experts", 60) if moe else 0
-        top_k = f.integer("num_experts_per_tok", 4) if moe else 0
-        if top_k > experts:
-            raise f.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
+        experts, top_k = mixture(f, layers, 60, 4) if moe else (0, 0)
         window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
         border = f.integer("max_window_layers", 28, low=0)
         # The dense model slides from layer `max_window_layers` on, the MoE in every second layer below it.

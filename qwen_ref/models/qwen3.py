@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import backend
 from ..cache import Cache, KVCache, SlidingKVCache
-from ..config import Fields, Rope, layer_types, sparse_layers
+from ..config import Fields, Rope, layer_types, mixture, sparse_layers
 from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place
 from .common import LanguageModel
 
@@ -61,10 +61,8 @@ class Config:
             raise f.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
         if head_dim % 2:
             raise f.error("head_dim", f"is {head_dim}; rotary embedding needs an even one")
-        experts = f.integer("num_experts", f.integer("num_local_experts", 128)) if moe else 0  # both names exist
-        top_k = f.integer("num_experts_per_tok", 8) if moe else 0
-        if top_k > experts:
-            raise f.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
+        default = f.integer("num_local_experts", 128)  # both names exist
+        experts, top_k = mixture(f, layers, default, 8) if moe else (0, 0)
         window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
         max_window_layers = 0 if moe else f.integer("max_window_layers", 28, low=0)  # the MoE slides in every layer
         slides = [window is not None and i >= max_window_layers for i in range(layers)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ..cache import Cache, KVCache, RecurrentCache
-from ..config import Fields, Rope, hybrid_types, text_config
+from ..config import Fields, Rope, hybrid_types, mixture, text_config
 from ..layers import (
     MLP,
     CausalConv1d,
@@ -72,10 +72,7 @@ class Config:
         f.refuse("use_sliding_window")
         layers = f.integer("num_hidden_layers", 40 if moe else 32, high=4096)
         max_position = f.integer("max_position_embeddings", 32768, high=1 << 40)
-        experts = f.integer("num_experts", 256) if moe else 0
-        top_k = f.integer("num_experts_per_tok", 8) if moe else 0
-        if top_k > experts:
-            raise f.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
+        experts, top_k = mixture(f, layers, 256, 8) if moe else (0, 0)
         config = cls(
             model_type="qwen3_5_moe_text" if moe else "qwen3_5_text",
             vocab_size=f.integer("vocab_size", 248320),

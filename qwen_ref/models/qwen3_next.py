@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ..cache import Cache, KVCache, RecurrentCache
-from ..config import Fields, Rope, hybrid_types, sparse_layers
+from ..config import Fields, Rope, hybrid_types, mixture, sparse_layers
 from ..layers import (
     MLP,
     CausalConv1d,
@@ -70,9 +70,7 @@ class Config:
         f.refuse("use_sliding_window")
         layers = f.integer("num_hidden_layers", 48, high=4096)
         max_position = f.integer("max_position_embeddings", 32768, high=1 << 40)
-        experts, top_k = f.integer("num_experts", 512), f.integer("num_experts_per_tok", 10)
-        if top_k > experts:
-            raise f.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
+        experts, top_k = mixture(f, layers, 512, 10)
         config = cls(
             model_type=f.choice("model_type", ("qwen3_next",)),
             vocab_size=f.integer("vocab_size", 151936),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import backend, ops
 from ..cache import Cache, IndexedKVCache, JoinedCache, RecurrentCache
-from ..config import Fields, Rope, hybrid_types, text_config
+from ..config import Fields, Rope, hybrid_types, mixture, text_config
 from ..layers import (
     MLP,
     CausalConv1d,
@@ -100,6 +100,7 @@ class Config:
         types = hybrid_types(f, layers, full="indexed_attention")
         indexed = "indexed_attention" in types
         hidden = f.integer("hidden_size", 2048)
+        experts, top_k = mixture(f, layers, 512, 10)
         config = cls(
             model_type="qwen4_exp_text",
             vocab_size=f.integer("vocab_size", 248320),
@@ -122,8 +123,8 @@ class Config:
             linear_value_head_dim=f.integer("linear_value_head_dim", 128),
             linear_conv_kernel_dim=f.integer("linear_conv_kernel_dim", 4),
             output_gate_type=f.choice("output_gate_type", ("silu", "sigmoid"), "silu"),
-            num_experts=f.integer("num_experts", 512),
-            num_experts_per_tok=f.integer("num_experts_per_tok", 10),
+            num_experts=experts,
+            num_experts_per_tok=top_k,
             moe_intermediate_size=f.integer("moe_intermediate_size", 512),
             shared_expert_intermediate_size=f.integer("shared_expert_intermediate_size", 512),
             norm_topk_prob=f.flag("norm_topk_prob", True),
@@ -149,8 +150,6 @@ class Config:
     def _check(self, f: Fields) -> None:
         f.divides("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads)
         f.divides("linear_num_key_heads", self.linear_num_key_heads, self.linear_num_value_heads)
-        if self.num_experts_per_tok > self.num_experts:
-            raise f.error("num_experts_per_tok", f"is {self.num_experts_per_tok}, more than the {self.num_experts} experts")
         if (width := self.rope.width(self.head_dim)) % 2 or not width:
             raise f.error("partial_rotary_factor", f"rotates {width} of {self.head_dim} numbers; it must be an even count")
         if self.indexer_n_heads:
