@@ -216,28 +216,57 @@ def test_the_draft_layer_of_a_file_is_left_out(tmp_path):
     assert "left out: 2 tensors of the draft layer (MTP)" in read.load_report.notes
 
 
-@pytest.mark.parametrize("change, match", [
-    (("ssm.group_count", 3), "ssm.group_count"),
-    (("ssm.inner_size", 264), "has .* rows, its metadata say|has .* columns, its metadata say"),
-    (("ssm.state_size", 1 << 31), "ssm.state_size"),
-    (("ssm.time_step_rank", None), "ssm.time_step_rank"),
-    (("nextn_predict_layers", 4), "nextn_predict_layers"),
-])  # fmt: skip
-def test_metadata_that_do_not_fit(change, match, tmp_path, monkeypatch):
-    config = config_of("qwen3_5")
+FIT = "metadata say|wrong shape"
+METADATA = [  # key, value, what the error names; None: the key is missing
+    ("ssm.group_count", 3, "ssm.group_count"), ("ssm.group_count", 0, "ssm.group_count"),
+    ("ssm.group_count", 4, FIT), ("ssm.group_count", 1, FIT),
+    ("ssm.inner_size", 264, FIT), ("ssm.inner_size", 0, "ssm.inner_size"), ("ssm.inner_size", 257, "ssm.time_step_rank"),
+    ("ssm.state_size", 1 << 31, "ssm.state_size"), ("ssm.state_size", 0, "ssm.state_size"), ("ssm.state_size", 32, FIT),
+    ("ssm.time_step_rank", None, "ssm.time_step_rank"), ("ssm.time_step_rank", 4, FIT),
+    ("ssm.time_step_rank", 0, "ssm.time_step_rank"), ("ssm.conv_kernel", 0, "linear_conv_kernel_dim|ssm.conv_kernel"),
+    ("ssm.conv_kernel", 5, "wrong shape.*conv1d"), ("ssm.conv_kernel", 1 << 31, "linear_conv_kernel_dim|ssm.conv_kernel"),
+    ("nextn_predict_layers", 4, "nextn_predict_layers"), ("rope.dimension_count", 64, "partial_rotary_factor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_metadata_that_do_not_fit(tmp_path, monkeypatch, model_type):
+    config, add = config_of(model_type), gguf.GGUFWriter.add_key_value
     model, _ = make_pair(config)
-    add = gguf.GGUFWriter.add_key_value
+    for i, (wrong, instead, match) in enumerate(METADATA):
 
-    def changed(self, key, value, *args, **kwargs):
-        if key.endswith(change[0]):
-            if change[1] is None:
-                return
-            value = change[1]
-        add(self, key, value, *args, **kwargs)
+        def changed(self, key, value, *args, wrong=wrong, instead=instead, **kwargs):
+            if not key.endswith(wrong) or instead is not None:
+                add(self, key, instead if key.endswith(wrong) else value, *args, **kwargs)
 
-    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", changed)
-    library_file(tmp_path / "m.gguf", model, config, eight_bits, drafts=1)
-    with pytest.raises((CheckpointError, ConfigError), match=match):
+        monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", changed)
+        library_file(tmp_path / f"{i}.gguf", model, config, eight_bits, drafts=1)
+        with pytest.raises((CheckpointError, ConfigError), match=match):
+            load_model(tmp_path / f"{i}.gguf", progress=False)
+
+
+def test_sections_of_the_rotary_embedding_that_are_no_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_sections", lambda self, _: self.add_uint32("qwen35.rope.dimension_sections", 11))
+    config = config_of("qwen3_5")
+    library_file(tmp_path / "m.gguf", make_pair(config)[0], config, eight_bits)
+    with pytest.raises(ConfigError, match="rope.dimension_sections is 11, not a list"):
+        load_model(tmp_path / "m.gguf", progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.5])
+def test_rates_of_decay_that_are_no_exponentials(tmp_path, monkeypatch, value):
+    """ssm_a is -exp(A_log): of anything else the logarithm would be NaN."""
+    config, add = config_of("qwen3_5"), gguf.GGUFWriter.add_tensor
+
+    def changed(self, name, tensor, **kwargs):
+        if name == "blk.0.ssm_a":
+            tensor = tensor.copy()
+            tensor[-1] = value
+        add(self, name, tensor, **kwargs)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", changed)
+    library_file(tmp_path / "m.gguf", make_pair(config)[0], config, eight_bits)
+    with pytest.raises(CheckpointError, match="layers.0.linear_attn.A_log.* not minus an exponential"):
         load_model(tmp_path / "m.gguf", progress=False)
 
 

@@ -205,7 +205,7 @@ class OfficialTensors(SafetensorsFile):
         if is_shifted(name):
             self._make(name, info._replace(dtype=torch.float32), lambda w: w.float() - 1)
         elif name.endswith(A_LOG):
-            self._make(name, info._replace(dtype=torch.float32), lambda a: _taken(-a.float(), rows).log())
+            self._make(name, info._replace(dtype=torch.float32), lambda a: _taken(self._rates(name, a), rows).log())
         elif name.endswith(CONV):
             self._make(name, info._replace(shape=(info.shape[0], 1, *info.shape[1:])), lambda w: _taken(w, rows)[:, None])
         elif rows is not None:
@@ -216,6 +216,13 @@ class OfficialTensors(SafetensorsFile):
             self.tensors[name] = info
             if columns is not None:
                 self.orders[name] = _inverse(columns)  # the official column of each that is stored
+
+    def _rates(self, name: str, stored: Tensor) -> Tensor:
+        """exp(A_log), which the file has negated."""
+        rates = -stored.float()
+        if not (rates.isfinite() & (rates >= 0)).all():
+            raise CheckpointError(f"{self.path}: {quote(name)} holds what is not minus an exponential")
+        return rates
 
     def _columns(self, name: str) -> int:
         width = self._owner[name].tensors[name].shape[-1]

@@ -113,8 +113,10 @@ def _read_rope(f: Fields, model_type: str, head_dim: int) -> dict[str, Any]:
     width = f.integer("rope.dimension_count", head_dim)
     rope = {"rope_type": "default", **(scaling or {}), "rope_theta": theta, "partial_rotary_factor": width / head_dim}
     if model_type != "qwen3_next":
-        sections = [*f.data.get("rope.dimension_sections", _SECTIONS)]
-        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
+        sections = f.data.get("rope.dimension_sections", _SECTIONS)
+        if not isinstance(sections, Sequence):
+            raise f.error("rope.dimension_sections", f"is {sections!r}, not a list")
+        rope |= {"mrope_section": [*sections[:3]], "mrope_interleaved": True}
     return {"rope_parameters": rope}
 
 
