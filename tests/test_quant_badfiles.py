@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantised import FORMATS, checkpoint
+from conftest import make_pair
+from quantised import FORMATS, HYBRIDS, checkpoint
 from safetensors.torch import load_file, save_file
 
+from qwen_ref.checkpoint import save_model
 from qwen_ref.config import Fields
 from qwen_ref.errors import CheckpointError, ConfigError
 from qwen_ref.loading import load_model
@@ -207,39 +209,45 @@ FUZZ = """
     from qwen_ref.quant.layers import PackedLinear
 
     resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (6 << 30),) * 2)
-    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    folder, seed, part, keys = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4].split()
     raw = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    quantised = sorted(n for n in tensors if "self_attn" in n and n.rpartition(".")[2] not in ("weight", "bias") or "SCB" in n)
+    plain = "quantization_config" not in raw
+    chosen = sorted(n for n in tensors if part in n and (plain or n.rpartition(".")[2] not in ("weight", "bias")) or "SCB" in n)
     random.seed(seed)
     VALUES = [None, True, -1, 0, 1, 3, 1 << 40, -0.5, 1e300, "x", "int", "group", [], [0], {}, {"a": 1}, "re:.*"]
+    if plain:
+        VALUES += [2, 4, 12, 64, 1 << 14, 1 << 24, 1 << 63, "full_attention", "linear_attention", ["linear_attention"] * 2]
     outcomes = {"loaded": 0, "refused": 0}
     for _ in range(60):
         config, stored = json.loads(json.dumps(raw)), dict(tensors)
         for _ in range(random.randint(1, 3)):
             if random.random() < 0.5:
-                at = config["quantization_config"]
-                while True:  # somewhere in the quantisation config
+                at, key = config, random.choice(keys)
+                while isinstance(at[key], (dict, list)) and at[key] and random.random() < 0.8:
+                    at = at[key]
                     key = random.choice(list(at) if isinstance(at, dict) else range(len(at)))
-                    if isinstance(at[key], (dict, list)) and at[key] and random.random() < 0.8:
-                        at = at[key]
-                    else:
-                        break
                 at[key] = random.choice(VALUES)
             else:
-                name = random.choice(quantised)
+                name = random.choice(chosen)
                 t = stored.get(name, torch.ones(1))
-                stored[name] = random.choice([
+                changed = random.choice([
                     lambda: t.flatten()[: t.numel() // 2], lambda: t[None], lambda: t.float(), lambda: t.int() * 0 - 1,
                     lambda: torch.randint(0, 256, (t.nbytes,)).byte().view(t.dtype).view(t.shape) if t.dim() else t,
-                    lambda: torch.zeros(0, dtype=t.dtype), lambda: (t.float() * float("inf")).to(t.dtype),
+                    lambda: torch.zeros(0, dtype=t.dtype), lambda: (t.float() * float("inf")).to(t.dtype), lambda: None,
                 ])()
+                if changed is None:
+                    stored.pop(name, None)
+                else:
+                    stored[name] = changed
         (folder / "config.json").write_text(json.dumps(config))
         save_file({n: t.contiguous().clone() for n, t in stored.items()}, folder / "model.safetensors")
         try:
             model = load_model(folder, dtype=torch.float32, progress=False)
             model(torch.tensor([[1, 2, 3]]))
             outcomes["loaded"] += 1
+            if plain and {n: t.shape for n, t in model.checkpoint_tensors().items()} != {n: t.shape for n, t in stored.items()}:
+                raise RuntimeError(f"loaded what does not fit: {config}")
         except QwenRefError as error:
             assert len(str(error)) < 3000, len(str(error))
             outcomes["refused"] += 1
@@ -250,8 +258,21 @@ FUZZ = """
 @pytest.mark.parametrize("format", ["awq", "gptq-int8-act-order", "fp8", "compressed-int4-zeros", "bnb-nf4-nested", "modelopt-nvfp4"])
 def test_mutations_of_config_and_tensors_load_or_are_refused(tmp_path, format):
     checkpoint(tmp_path, "qwen2", format)
-    seed = str(random.Random(format).randrange(1 << 30))
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(FUZZ), str(tmp_path), seed], capture_output=True, text=True, timeout=300)
+    assert fuzz(tmp_path, format, "self_attn", "quantization_config")["refused"] > 20
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_mutations_of_a_gated_delta_net_load_or_are_refused(tmp_path, model_type):
+    save_model(make_pair(HYBRIDS[model_type])[0], HYBRIDS[model_type], tmp_path / "m")
+    keys = [key for key in HYBRIDS[model_type] if key.startswith("linear_")]
+    outcomes = fuzz(tmp_path / "m", model_type, "linear_attn", *keys, "layer_types", "rope_parameters")
+    assert outcomes["refused"] > 20 and outcomes["loaded"], outcomes
+
+
+def fuzz(folder: Path, seed: str, part: str, *keys: str) -> dict[str, int]:
+    """What became of mutations of the config under these keys, and of tensors whose name holds `part`."""
+    number = str(random.Random(seed).randrange(1 << 30))
+    command = [sys.executable, "-c", textwrap.dedent(FUZZ), str(folder), number, part, " ".join(keys)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-3000:]
-    outcomes = json.loads(out.stdout)
-    assert outcomes["refused"] > 20, outcomes
+    return json.loads(out.stdout)
