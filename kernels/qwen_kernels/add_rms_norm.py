@@ -22,10 +22,10 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.add_rms_norm
 TOLERANCE = 2.0
-# (device, width rounded up to a power of two) -> rows per program and warps
+# (device, width rounded up to a power of two, at least 128) -> rows per program and warps
 TUNED = {
     (ANY, width): {"ROWS": max(1, 1024 // width), "num_warps": min(16, max(4, width // 512))}
-    for width in (2**i for i in range(16))
+    for width in (2**i for i in range(7, 15))
 }
 
 
@@ -39,7 +39,7 @@ def run(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     if x.numel() == 0:
         return total, out
     (size0, size1, size2), (xs, rs, ts, os) = rows(x, residual, total, out)
-    count, block = size0 * size1 * size2, triton.next_power_of_2(width)
+    count, block = size0 * size1 * size2, max(128, triton.next_power_of_2(width))
     launch = tuned(TUNED, x.device, block)
     with on(x.device):
         _add_rms_norm[(triton.cdiv(count, launch["ROWS"]),)](

@@ -32,15 +32,16 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 ORACLE = ops.attention_decode
 TOLERANCE = 2.0
 MOST_SPLITS = 128
-# (device, (bytes per number, head size rounded up to a power of two)) -> a block of keys, warps, stages, and how many
-# programs to aim for: two for each of an H100's or H200's 132 multiprocessors. Three stages of 64 keys of 128 are 64 KiB
-# on their way per program, several times latency times bandwidth.
+# (device, (bytes per number, head size rounded up to a power of two, at least 64)) -> a block of keys, warps, stages, and
+# how many programs to aim for: two for each of an H100's or H200's 132 multiprocessors. Three stages of 64 keys of 128 are
+# 64 KiB on their way per program, several times latency times bandwidth.
 TUNED = {
     (ANY, (size, dim)): {"BLOCK_N": n, "num_warps": warps, "num_stages": stages, "PROGRAMS": 264}
     for size, dims, n, warps, stages in (
-        (2, (16, 32, 64, 128), 64, 4, 3),
+        (2, (64, 128), 64, 4, 3),
         (2, (256,), 32, 4, 3),
-        (4, (16, 32, 64, 128, 256), 32, 8, 2),
+        (4, (64, 128), 32, 8, 2),
+        (4, (256,), 16, 8, 2),
     )
     for dim in dims
 }
@@ -73,7 +74,7 @@ def launch(
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(64, triton.next_power_of_2(dim))
     parameters = dict(tuned(TUNED, q.device, (q.element_size(), width)))
     programs = parameters.pop("PROGRAMS")
     most = max(1, min(triton.cdiv(room, parameters["BLOCK_N"]), MOST_SPLITS))

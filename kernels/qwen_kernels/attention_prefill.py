@@ -33,20 +33,21 @@ ORACLE = ops.attention_prefill
 TOLERANCE = 2.0
 FEW = 32  # queries per sequence for which a block of 128 would be mostly empty
 HOPPER = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
-# (device, (bytes per number, head size rounded up to a power of two, few queries)) -> a block of queries, a block of keys,
-# warps, stages. The Hopper entry is the one FlexAttention settles on, two warpgroups of 64 queries; its tiles of 64 keys
-# spill on Ampere and overflow an MI300's shared memory. fp32 has no tensor cores ("ieee"): tiles that do not spill.
+# (device, (bytes per number, head size rounded up to a power of two, at least 64, few queries)) -> a block of queries, a
+# block of keys, warps, stages. The Hopper entry is the one FlexAttention settles on, two warpgroups of 64 queries; its tiles
+# of 64 keys spill on Ampere and overflow an MI300's shared memory. fp32 has no tensor cores ("ieee"): tiles that do not spill.
 TUNED = {
     (device, (size, dim, few)): dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
     for device, size, dims, few, values in (
         *((name, 2, (128,), False, (128, 64, 8, 3)) for name in HOPPER),
-        (ANY, 2, (16, 32, 64), False, (128, 64, 8, 3)),
+        (ANY, 2, (64,), False, (128, 64, 8, 3)),
         (ANY, 2, (128,), False, (128, 32, 8, 3)),
         (ANY, 2, (256,), False, (64, 32, 8, 2)),
-        (ANY, 2, (16, 32, 64, 128), True, (16, 64, 4, 3)),
+        (ANY, 2, (64, 128), True, (16, 64, 4, 3)),
         (ANY, 2, (256,), True, (16, 32, 4, 3)),
-        (ANY, 4, (16, 32, 64, 128, 256), False, (32, 16, 8, 2)),
-        (ANY, 4, (16, 32, 64, 128, 256), True, (16, 16, 8, 2)),
+        (ANY, 4, (64, 128), False, (32, 16, 8, 2)),
+        (ANY, 4, (256,), False, (16, 16, 8, 2)),
+        (ANY, 4, (64, 128, 256), True, (16, 16, 8, 2)),
     )
     for dim in dims
 }
@@ -75,7 +76,7 @@ def launch(
     sequences = batch if q_starts is None else q_starts.numel() - 1
     if out.numel() == 0 or sequences == 0:
         return
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(64, triton.next_power_of_2(dim))
     parameters = tuned(TUNED, q.device, (q.element_size(), width, queries * batch <= FEW * sequences))
     tile = parameters["BLOCK_M"]
     blocks = triton.cdiv(queries, tile) if q_starts is None else queries // tile + sequences

@@ -48,17 +48,17 @@ FEW = 16  # tokens that go one by one: a chunk costs as much however few it hold
 CHUNK = 64
 HOPPER, AMPERE = ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "NVIDIA A100-SXM4-80GB"
 EPS = tl.constexpr(1e-6)  # of `ops.l2_norm`
-# (device, (kernel, Dk rounded up to a power of two)) -> warps, stages; of `_carry` the most value numbers in a block and how
-# many programs to aim for, one for each multiprocessor. K, Q, X, A and V are 56 KiB, more than once of which is more than
-# an MI300 has.
+# (device, kernel, and where a tile holds whole keys Dk rounded up to 128 or 256) -> warps, stages; of `_carry` the most value
+# numbers in a block and how many programs to aim for, one for each multiprocessor. K, Q, X, A and V are 56 KiB, more than
+# once of which is more than an MI300 has.
 TUNED: dict[tuple[str, Any], dict[str, int]] = {
-    **{(device, ("prepare", dim)): {"num_warps": warps, "num_stages": 1}
-       for device, warps in ((ANY, 8), *((name, 4) for name in HOPPER)) for dim in (16, 32, 64, 128, 256)},
-    **{(device, ("carry", dim)): {"MOST": most, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
-       for device, most, programs, stages in ((ANY, 32, 132, 1), (AMPERE, 32, 216, 2), *((name, 64, 132, 3) for name in HOPPER))
-       for dim in (16, 32, 64, 128)},
-    **{(ANY, ("carry", 256)): {"MOST": 16, "PROGRAMS": 132, "num_warps": 4, "num_stages": 1}},
-    **{(ANY, ("steps", dim)): {"BLOCK_V": 32, "num_warps": 4} for dim in (16, 32, 64, 128, 256)},
+    **{(device, "prepare"): {"num_warps": warps, "num_stages": 1}
+       for device, warps in ((ANY, 8), *((name, 4) for name in HOPPER))},
+    **{(device, ("carry", 128)): {"MOST": most, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
+       for device, most, programs, stages in (
+           (ANY, 32, 132, 1), (AMPERE, 32, 216, 2), *((name, 64, 132, 3) for name in HOPPER))},
+    (ANY, ("carry", 256)): {"MOST": 16, "PROGRAMS": 132, "num_warps": 8, "num_stages": 1},
+    **{(ANY, ("steps", dim)): {"BLOCK_V": 32, "num_warps": 4} for dim in (128, 256)},
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def run(
     after = torch.empty(batch, heads, dim, width, dtype=torch.float32, device=v.device)
     if after.numel() == 0:
         return out, after
-    block_k = max(16, triton.next_power_of_2(dim))
+    block_k = max(128, triton.next_power_of_2(dim))
     before = (0, 0, 0, 0) if state is None else state.stride()
     with on(v.device):
         if length <= FEW or v.dtype == torch.float32:
@@ -88,11 +88,11 @@ def run(
         chunks = triton.cdiv(length, CHUNK)
         solved, pattern = (v.new_empty(batch * heads, chunks, CHUNK, CHUNK) for _ in range(2))
         scales = torch.empty(batch * heads, chunks, 4, CHUNK, dtype=torch.float32, device=v.device)
-        launch = tuned(TUNED, v.device, ("prepare", block_k))
+        launch = tuned(TUNED, v.device, "prepare")
         _prepare[(batch * chunks * heads,)](
             q, k, g, beta, solved, pattern, scales, length, chunks, heads, heads // groups, dim**-0.5,
             *q.stride(), *k.stride(), *g.stride(), *beta.stride(),
-            DK=dim, BLOCK_K=min(block_k, 64), CHUNK=CHUNK, **launch,
+            DK=dim, BLOCK_K=64, CHUNK=CHUNK, **launch,
         )  # fmt: skip
         launch = dict(tuned(TUNED, v.device, ("carry", block_k)))
         block_v = block_of(width, batch * heads, launch.pop("MOST"), launch.pop("PROGRAMS"))

@@ -32,10 +32,11 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.gated_delta_step
 TOLERANCE = 4.0  # in fp32: an exponential of an exponential, and the exp of a GPU is not torch's to the bit
-# (device, numbers of the state, each side rounded up to a power of two) -> warps. 128 x 128 on 16 warps are 32 registers of a
-# thread for the state, 128 with all else: one program to a multiprocessor, 64 KiB on their way.
+MOST_NUMBERS = 128 * 128  # of a head's state, which stays in registers; the formula serves larger ones
+# (device, numbers of the state, each side rounded up to a power of two, at least 1024) -> warps. 128 x 128 on 16 warps are
+# 32 registers of a thread for the state, 128 with all else: one program to a multiprocessor, 64 KiB on their way.
 TUNED: dict[tuple[str, Any], dict[str, int]] = {
-    (ANY, 2**i): {"num_warps": min(16, max(1, 2**i // 1024))} for i in range(17)
+    (ANY, 2**i): {"num_warps": 2**i // 1024} for i in range(10, 15)
 }
 
 
@@ -67,14 +68,14 @@ def run(
         )
     if activation not in ("silu", "sigmoid"):
         raise RequestError(f"the triton gated_delta_step has no activation {activation!r}; it has silu and sigmoid")
+    block_k, block_v = triton.next_power_of_2(dim), triton.next_power_of_2(width)
+    if block_k * block_v > MOST_NUMBERS:
+        return ORACLE(mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, eps, state, activation)
     out, kept = mixed.new_empty(batch, heads * width), window.new_empty(window.shape)
     after = torch.empty(state.shape, dtype=torch.float32, device=state.device)
     if after.numel() == 0:
         return out, kept, after
-    block_k, block_v = triton.next_power_of_2(dim), triton.next_power_of_2(width)
-    if block_k * block_v > 65536:
-        raise RequestError(f"the triton gated_delta_step holds a state in registers: {dim} x {width} is too large")
-    launch = tuned(TUNED, mixed.device, block_k * block_v)
+    launch = tuned(TUNED, mixed.device, max(1024, block_k * block_v))
     with on(mixed.device):
         _step[(batch * heads,)](
             mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, state, out, kept, after,

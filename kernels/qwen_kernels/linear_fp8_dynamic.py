@@ -9,7 +9,7 @@ More rows, tensor cores: a program multiplies codes with codes for one group of 
 scales, to fp32 sums (DeepSeek-V3, section 3.3). The numbers of fp8 are numbers of 16 bits too, so what is multiplied is
 exact in bf16 and fp16. On an H100 or H200 the codes are multiplied as they are, at twice the rate: the tensor cores of these
 add fewer bits, but for no more than a group before fp32 takes over. Where N and M make too few programs K is split, as in
-`linear`. Groups that no tile of 16 columns divides, which no format has, are multiplied by the formula's F.linear in fp32.
+`linear`. Groups that no tile of 16 columns divides, which no format has, are left to the formula.
 
 Bytes: N K for codes, M K twice for x. FLOPs: 2 M N K: memory bound up to some hundred rows.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,7 +46,8 @@ _TILES: packed_linear.Table = {
 }
 _HOPPER = {rows: {**entry, "FP8": 1, "BLOCK_N": 128 if rows == 128 else 64} for (_, rows), entry in _TILES.items()}
 TUNED: packed_linear.Table = {
-    **packed_linear.TUNED, **_TILES, **{(ANY, (rows, "fp32")): entry for (_, rows), entry in _TILES.items()},
+    **{key: entry for key, entry in packed_linear.TUNED.items() if "CHUNKS" in entry},
+    **_TILES, **{(ANY, (rows, "fp32")): {**entry, "num_warps": 8 if rows >= 64 else 4} for (_, rows), entry in _TILES.items()},
     **{(f"NVIDIA {name}", rows): entry for name in ("H100 80GB HBM3", "H200") for rows, entry in _HOPPER.items()},
 }  # fmt: skip
 
@@ -69,10 +69,7 @@ def run(x: Tensor, weight: Fp8, bias: Tensor | None = None) -> Tensor:
             return out
         block = math.gcd(found.group or 128, 128 if x.element_size() == 2 else 32)
         if block < 16:
-            dense = packed_linear.dense(TUNED, weight, inner, flat.float())
-            rounded, wide = _rounded(flat, group, torch.float32, values=True)[0], None if bias is None else bias.float()
-            y = F.linear(rounded, dense, wide)
-            return y.to(x.dtype).view(*x.shape[:-1], columns)
+            return packed.linear_fp8_dynamic(x, weight, bias)
         return _by_tiles(flat, found, bias, columns, group, block).view(*x.shape[:-1], columns)
 
 

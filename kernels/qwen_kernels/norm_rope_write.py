@@ -25,9 +25,9 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.norm_rope_write
 TOLERANCE = 2.0
-# (device, D / 2 rounded up to a power of two) -> heads per program and warps. 8 heads of 128 are the k or v of one token
-# of most models, and two 16-byte loads for each of 64 threads.
-TUNED = {(ANY, half): {"HEADS": max(1, 512 // half), "num_warps": max(2, half // 128)} for half in (2**i for i in range(11))}
+# (device, D / 2 rounded up to a power of two, at least 32) -> heads per program and warps. 8 heads of 128 are the k or v of
+# one token of most models, and two 16-byte loads for each of 64 threads.
+TUNED = {(ANY, half): {"HEADS": max(1, 512 // half), "num_warps": max(2, half // 128)} for half in (2**i for i in range(5, 11))}
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
     out = q.new_empty(q.shape)
     if tokens == 0:
         return out
-    half = triton.next_power_of_2(dim // 2)
+    half = max(32, triton.next_power_of_2(dim // 2))
     launch = tuned(TUNED, q.device, half)
     q_blocks, kv_blocks = (triton.cdiv(count, launch["HEADS"]) for count in (heads, kv_heads))
     none = q.new_empty(0)  # in the place of an absent weight: never read

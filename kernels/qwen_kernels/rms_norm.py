@@ -22,10 +22,10 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.rms_norm
 TOLERANCE = 2.0
-# (device, width rounded up to a power of two) -> rows per program and warps. 128 is a head: many short rows.
+# (device, width rounded up to a power of two, at least 128) -> rows per program and warps. 128 is a head: many short rows.
 TUNED = {
     (ANY, width): {"ROWS": max(1, 1024 // width), "num_warps": min(16, max(4, width // 512))}
-    for width in (2**i for i in range(16))
+    for width in (2**i for i in range(7, 15))
 }
 
 
@@ -37,7 +37,7 @@ def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.numel() == 0:
         return out
     (size0, size1, size2), (xs, os) = rows(x, out)
-    count, block = size0 * size1 * size2, triton.next_power_of_2(width)
+    count, block = size0 * size1 * size2, max(128, triton.next_power_of_2(width))
     launch = tuned(TUNED, x.device, block)
     with on(x.device):
         _rms_norm[(triton.cdiv(count, launch["ROWS"]),)](
@@ -52,8 +52,8 @@ def check_width(operation: str, x: Tensor, weight: Tensor) -> int:
     width = x.shape[-1]
     if weight.shape != (width,):
         raise RequestError(f"the triton {operation} needs a weight of {width} numbers, got shape {tuple(weight.shape)}")
-    if width > 32768:
-        raise RequestError(f"the triton {operation} holds a row in registers: {width} is more than 32768")
+    if width > 16384:
+        raise RequestError(f"the triton {operation} holds a row in registers: {width} is more than 16384")
     return width
 
 

@@ -22,9 +22,9 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.router_topk
 TOLERANCE = 2.0
-# (device, experts rounded up to a power of two) -> rows per program and warps
+# (device, experts rounded up to a power of two, at least 32) -> rows per program and warps
 TUNED = {(ANY, experts): {"ROWS": max(1, 256 // experts), "num_warps": 1 if experts <= 256 else 4}
-         for experts in (2**i for i in range(13))}  # fmt: skip
+         for experts in (2**i for i in range(5, 13))}  # fmt: skip
 
 
 def run(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def run(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     chosen = torch.empty(count, k, dtype=torch.int64, device=logits.device)
     if count == 0:
         return weights, chosen
-    block = triton.next_power_of_2(experts)
+    block = max(32, triton.next_power_of_2(experts))
     launch = tuned(TUNED, logits.device, block)
     with on(logits.device):
         _router_topk[(triton.cdiv(count, launch["ROWS"]),)](

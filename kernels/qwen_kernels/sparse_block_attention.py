@@ -25,10 +25,12 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.sparse_block_attention
 TOLERANCE = 2.0
-TUNED = {  # (device, (bytes of a number, head dimension rounded up)); fp32 has no tensor cores and spills with more
+# (device, (bytes of a number, head size rounded up to a power of two, at least 64)); fp32 has no tensor cores and spills with
+# more
+TUNED = {
     (ANY, (size, dim)): {"SLOTS": 16 if size == 4 else 64 if dim < 256 else 32, "num_warps": 4, "num_stages": 2}
     for size in (2, 4)
-    for dim in (16, 32, 64, 128, 256)
+    for dim in (64, 128, 256)
 }
 
 
@@ -48,7 +50,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor | None, 
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(64, triton.next_power_of_2(dim))
     group = heads // kv_heads
     with on(q.device):
         _chosen_blocks[(batch * queries, kv_heads)](

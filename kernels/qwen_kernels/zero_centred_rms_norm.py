@@ -22,10 +22,10 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.zero_centred_rms_norm
 TOLERANCE = 2.0
-# (device, width rounded up to a power of two) -> rows per program and warps
+# (device, width rounded up to a power of two, at least 128) -> rows per program and warps
 TUNED = {
     (ANY, width): {"ROWS": max(1, 1024 // width), "num_warps": min(16, max(4, width // 512))}
-    for width in (2**i for i in range(16))
+    for width in (2**i for i in range(7, 15))
 }
 
 
@@ -43,7 +43,7 @@ def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return out
     groups, w0 = (weight.shape[0], weight.stride(0)) if weight.ndim == 2 else (1, 0)
     (size0, size1, size2), (xs, os) = rows(x, out)
-    count, block = size0 * size1 * size2, triton.next_power_of_2(width)
+    count, block = size0 * size1 * size2, max(128, triton.next_power_of_2(width))
     launch = tuned(TUNED, x.device, block)
     with on(x.device):
         _zero_centred_rms_norm[(triton.cdiv(count, launch["ROWS"]),)](
