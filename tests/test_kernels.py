@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from qwen_ref import backend, ops
+from qwen_ref.bench.compile import DTYPES, TOKENS
+from qwen_ref.bench.shapes import OTHERS
 from qwen_ref.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +38,8 @@ MATRIX = {"attention", "split", "some_rows", "gate_up_tiles", "down_tiles", "sca
           "block_scores", "chosen_blocks"}
 DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_norm")  # of the hybrid models only
 STREAMS = ("block_scores", "sparse_block_attention", "stream_mix", "stream_write")  # of Qwen4-Exp only
-MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B")  # every entry of the tuned tables but for widths
+DENSE, MIXTURE = ("Qwen/Qwen3-8B",), ("Qwen/Qwen3-30B-A3B",)
+MODELS = ("Qwen/Qwen3-0.6B", *DENSE, *MIXTURE)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install -e '.[triton]'): kernels not run"
 )
@@ -303,31 +306,75 @@ def test_a_kernel_without_a_mask_is_caught(tmp_path):
 # The code, ahead of time
 
 COMPILE = """
-import json
+import json, torch
 from qwen_ref.bench import compile
-print(json.dumps([compile(operation, targets=({target!r},), models=models).to_json()
-                  for models, kernels in {work} for operation in kernels]))
+print(json.dumps([[compile(operation, targets=({target!r},), models=models, tokens=tokens, dtypes=dtypes).to_json()
+                   for models, tokens, dtypes, kernels in jobs for operation in kernels] for jobs in {work}]))
 """
-# The dense and the mixture whose shapes reach every entry of the packed operations' tables.
-WORK = (
-    (MODELS, tuple(kernel for kernel in KERNELS if kernel not in PACKED + DELTA + STREAMS)),
-    (("Qwen/Qwen3.5-27B",), DELTA),
-    (("Qwen/Qwen4-Exp",), STREAMS),
-    (("Qwen/Qwen3-8B",), PACKED_LINEAR),
-)
+REACH = """
+import json, sys, torch
+from qwen_ref.bench import compile as _, tune as _
+compile, tune = (sys.modules["qwen_ref.bench." + name] for name in ("compile", "tune"))
+tables = {{name: id(compile.kernel_module(name).TUNED) for name in {kernels}}}
+missing = {{tables[name]: set(compile.kernel_module(name).TUNED) for name in tables}}  # some operations share one
+for target, work in {work}.items():
+    for models, tokens, dtypes, kernels in (job for jobs in work for job in jobs):
+        for name in kernels:
+            with tune.watched(compile.kernel_module(name).TUNED) as seen:
+                compile.launches(name, models, tokens, dtypes)
+            rest = missing[tables[name]]
+            rest -= {{key for key in rest if key[1] in seen and compile.runs_on(key[0], target)}}
+print(json.dumps({{name: [str(key) for key in missing[table]] for name, table in tables.items() if missing[table]}}))
+"""
+FEW = TOKENS[:4]
 EXPERTS = tuple(kernel for kernel in PACKED if kernel not in PACKED_LINEAR)
+PLAIN = tuple(kernel for kernel in KERNELS if kernel not in PACKED)
+OFTEN = (
+    (MODELS, FEW, DTYPES, tuple(kernel for kernel in PLAIN if kernel not in DELTA + STREAMS)),
+    (("Qwen/Qwen3.5-27B",), FEW, DTYPES, DELTA),
+    (("Qwen/Qwen4-Exp",), FEW, DTYPES, STREAMS),
+    (DENSE, FEW, DTYPES, PACKED_LINEAR[:-1]),
+    (DENSE, TOKENS, DTYPES, PACKED_LINEAR[-1:]),
+)
+# The rest of the tuned tables. Of the two targets this one has less shared memory; fp16 is compiled as bf16 is; and where all
+# dtypes share an entry one stands for them: fp32 of what streams, for its registers, bf16 of packed weights, for its tiles.
+UNUSUAL = ("Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3.5-0.8B", OTHERS)
+RARE = (
+    (UNUSUAL, FEW, DTYPES[2:], ("rms_norm", "add_rms_norm", "zero_centred_rms_norm", "gated_rms_norm", "rope",
+                                "norm_rope_write", "router_topk", "gated_delta_step")),
+    (UNUSUAL, FEW, (torch.bfloat16, torch.float32), (
+        "attention_prefill", "attention_decode", "sparse_block_attention", "gated_delta_rule")),
+    (("Qwen/Qwen2.5-0.5B",), TOKENS[4:], (torch.bfloat16, torch.float32), ("linear",)),
+    (DENSE, TOKENS[4:], (torch.bfloat16,), PACKED_LINEAR[:-1]),
+)  # fmt: skip
+WORK = {
+    "sm_80": ((*OFTEN, (MIXTURE, FEW, DTYPES, tuple(k for k in EXPERTS if k not in ONCE))), RARE),
+    "sm_90": ((*OFTEN, (MIXTURE, FEW, DTYPES, EXPERTS)), ()),
+}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """operation -> its compilations for both targets, as rows."""
-    experts = {"sm_80": tuple(kernel for kernel in EXPERTS if kernel not in ONCE), "sm_90": EXPERTS}
-    codes = [COMPILE.format(target=target, work=(*WORK, (("Qwen/Qwen3-30B-A3B",), kernels))) for target, kernels in experts.items()]
+def compilations(tmp_path_factory):
+    """Two of operation -> rows, of both targets: what official models launch, and the rest of the tuned tables."""
+    codes = [COMPILE.format(target=target, work=work) for target, work in WORK.items()]
     outputs = pythons(codes, interpret=False, cache=tmp_path_factory.mktemp("triton"))
-    rows: dict[str, list[dict]] = {}
-    for report in (report for output in outputs for report in json.loads(output)):
-        rows.setdefault(report["operation"], []).extend(report["rows"])
-    return rows
+    found: tuple[dict[str, list[dict]], ...] = {}, {}
+    for output in outputs:
+        for rows, reports in zip(found, json.loads(output), strict=True):
+            for report in reports:
+                rows.setdefault(report["operation"], []).extend(report["rows"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(compilations):
+    return compilations[0]
+
+
+@needs_triton
+def test_every_entry_of_a_tuned_table_is_compiled():
+    """An entry for a device on its architecture, one for any device on either target."""
+    assert json.loads(python(REACH.format(kernels=KERNELS, work=WORK), interpret=False)) == {}
 
 
 @needs_triton
@@ -338,6 +385,12 @@ def test_every_configuration_compiles_without_spills(compiled, kernel):
     assert {row["target"] for row in rows} == ({"sm_90"} if kernel in ONCE else {"sm_80", "sm_90"})
     assert {row["launch"].split()[0] for row in rows} >= {"bf16", "fp16", "fp32"}
     assert all(row["spills"] == 0 for row in rows), [row for row in rows if row["spills"]]
+
+
+@needs_triton
+def test_the_rest_of_the_tuned_tables_compiles_without_spills(compilations):
+    rows = [row for found in compilations[1].values() for row in found]
+    assert rows and not [row for row in rows if row["fault"] or row["spills"]]
 
 
 @needs_triton

@@ -49,7 +49,7 @@ def add_commands(subparsers: Any) -> None:
     check.add_argument("--nondeterministic", action="store_true", help="do not ask for the same bits twice")
     bench.add_argument("--impl", action="append", metavar="NAME", help="only these (repeatable); `compiled` is torch.compile")
     bench.add_argument("--plot", metavar="FILE", help="also draw the roofline: a .png, .svg or .pdf")
-    compile.add_argument("--model", action="append", help="whose shapes (repeatable; default all)")
+    compile.add_argument("--model", action="append", help="whose shapes (repeatable; default all); `others`: of no model here")
     compile.add_argument("--target", action="append", metavar="ARCH", help="sm_80, sm_90, gfx942 (repeatable; default all)")
 
 
@@ -108,8 +108,8 @@ def run_tune(args: argparse.Namespace) -> int:
 
 
 def run_compile(args: argparse.Namespace) -> int:
-    from .compile import TARGETS, compile
+    from .compile import ALL, TARGETS, compile
 
-    result = compile(args.operation, targets=args.target or tuple(TARGETS), models=args.model or tuple(MODELS))
+    result = compile(args.operation, targets=args.target or tuple(TARGETS), models=args.model or ALL)
     print(json.dumps(result.to_json()) if args.json else result.table())
     return 0 if result.ok else 1

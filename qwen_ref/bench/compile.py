@@ -23,14 +23,15 @@ from torch import Tensor
 
 from .. import backend
 from ..errors import RequestError
-from .shapes import MODELS, sizes
+from .shapes import MODELS, OTHERS, sizes
 from .subjects import Draw, subject
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes one block may use
 ANY = "any device"  # `qwen_kernels.launch.ANY`, which cannot be imported without Triton
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOKENS = (1, 16, 1024, 4096)  # a token, a batch of decoding, a chunk, a prompt: kernels choose tiles by it
+# A token, a batch of decoding, a chunk, a prompt: kernels choose tiles by it. Then the batches with tiles of their own.
+TOKENS = (1, 16, 1024, 4096, 2, 4, 32, 64)
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
@@ -47,9 +48,6 @@ class Launch:
     aligned: tuple[int, ...]  # arguments that are multiples of 16
     options: tuple[tuple[str, int], ...]  # num_warps, num_stages
     device: str  # whose entry of the tuned table it is; ANY for the entries that serve every device
-
-    def runs_on(self, target: str) -> bool:
-        return self.device == ANY or any(name in self.device for name in GPUS[target])
 
     @property
     def text(self) -> str:
@@ -95,37 +93,49 @@ class Compilation:
         return {"operation": self.operation, "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
 
 
+ALL = (*MODELS, OTHERS)
+
+
 def compile(
-    operation: str, *, targets: Sequence[str] = tuple(TARGETS), models: Sequence[str] = tuple(MODELS)
-) -> Compilation:
+    operation: str, *, targets: Sequence[str] = tuple(TARGETS), models: Sequence[str] = ALL,
+    tokens: Sequence[int] = TOKENS, dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Compilation:  # fmt: skip
     """Compile the Triton kernels of an operation as the models launch them. Needs Triton, not a GPU.
 
+    models: "others" stands for the sizes of none, with which every entry of the tuned table is launched.
     A row's `fault` says why it did not compile, or that it needs more shared memory than the target has.
     Raises RequestError without Triton, for an unknown target, or for an operation that has no kernel.
     """
     unknown = set(targets) - set(TARGETS)
     if unknown:
         raise RequestError(f"unknown target {sorted(unknown)}; there are {list(TARGETS)}")
-    found = launches(operation, models)
-    wanted = [(launch, target) for target in targets for launch in found if launch.runs_on(target)]
+    found = launches(operation, models, tokens, dtypes)
+    wanted = [(launch, target) for target in targets for launch in found if runs_on(launch.device, target)]
     return Compilation(operation, tuple(_compile(launch, target) for launch, target in wanted))
 
 
-def launches(operation: str, models: Sequence[str] = tuple(MODELS)) -> list[Launch]:
+def launches(
+    operation: str, models: Sequence[str] = ALL, tokens: Sequence[int] = TOKENS, dtypes: Sequence[torch.dtype] = DTYPES
+) -> list[Launch]:
     """Every configuration that the models launch, from the launcher itself.
 
     Of launches that differ only in which strides are 1 or multiples of 16, the first stands for all.
     """
     module, what = kernel_module(operation), subject(operation)
     found: Found = {}
-    known = [sizes(model) for model in models]
+    known = [s for model in models for s in (what.others if model == OTHERS else (sizes(model),))]
     known = [s for s in known if not what.needs or getattr(s, what.needs)]
-    combinations = product(tuned_devices(module), known, DTYPES, TOKENS)
-    for device, s, dtype, tokens in combinations:
-        for _, args in what.real(s, tokens, Draw(0, dtype, torch.device("meta"))):
+    combinations = product(tuned_devices(module), known, dtypes, tokens)
+    for device, s, dtype, count in combinations:
+        for _, args in what.real(s, count, Draw(0, dtype, torch.device("meta"))):
             with _recording(found, device), torch.no_grad():
                 module.run(*args)
     return list(found.values())
+
+
+def runs_on(device: str, target: str) -> bool:
+    """Whether an entry for this device is one for the target's architecture."""
+    return device == ANY or any(name in device for name in GPUS[target])
 
 
 def kernel_module(operation: str) -> Any:

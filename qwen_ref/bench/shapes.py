@@ -34,6 +34,8 @@ class Sizes:
 
 
 MODELS = {
+    "Qwen/Qwen1.5-MoE-A2.7B": Sizes(2048, 1408, 16, 16, experts=60, top_k=4),
+    "Qwen/Qwen2.5-0.5B": Sizes(896, 4864, 14, 2, 64),
     "Qwen/Qwen3-0.6B": Sizes(1024, 3072, 16, 8),
     "Qwen/Qwen3-1.7B": Sizes(2048, 6144, 16, 8),
     "Qwen/Qwen3-4B": Sizes(2560, 9728, 32, 8),
@@ -49,6 +51,7 @@ MODELS = {
     "Qwen/Qwen4-Exp": Sizes(2560, 640, 24, 2, 256, experts=512, top_k=10, value_heads=48, streams=4),
 }
 VOCABULARY = 151936  # of all Qwen3, padding included
+OTHERS = "others"  # in the place of a model: sizes that none here has, as a `Subject` has them
 # Whose sizes are taken where none are named, by what an operation needs of a model.
 DEFAULTS = {"": "Qwen/Qwen3-8B", "experts": "Qwen/Qwen3-30B-A3B", "value_heads": "Qwen/Qwen3.5-27B",
             "streams": "Qwen/Qwen4-Exp"}

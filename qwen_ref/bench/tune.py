@@ -68,7 +68,7 @@ def tune(
     with torch.no_grad():
         for count in tokens:
             for _, draws in drawn(what, shapes, count, dtype, where):
-                with _watched(module.TUNED) as seen:
+                with watched(module.TUNED) as seen:
                     module.run(*draws[0])
                 for shape_class in seen:
                     users.setdefault(shape_class, []).append(draws[0])
@@ -128,7 +128,7 @@ def _time(
 
 
 @contextmanager
-def _watched(table: dict[Any, Entry]) -> Iterator[list[Any]]:
+def watched(table: dict[Any, Entry]) -> Iterator[list[Any]]:
     """A list that fills with the shape classes that are looked up in the table, wherever the table is known by name."""
 
     class Watched(dict[Any, Entry]):

@@ -80,6 +80,7 @@ class Subject:
     needs: str = ""  # what not every model has: see `shapes.sizes`
     tokens: tuple[int, ...] = (1, 16, 4096)  # how many a call has where it is timed on a GPU
     loops: bool = False  # over the tokens in Python, which torch.compile would unroll
+    others: tuple[Sizes, ...] = ()  # of no model here: with them a kernel launches every entry of its tuned table
     writes: tuple[int, ...] = ()  # the arguments that it fills; all others must stay as they are
     observe: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None  # what to compare instead
 

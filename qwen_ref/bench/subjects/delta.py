@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ..shapes import Sizes
+from ..shapes import TINY, Sizes
 from .common import Case, Draw, Subject, bytes_of
 
 
@@ -125,6 +125,7 @@ def _step_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     yield _step_case("sigmoid", draw, s, 2, activation="sigmoid")
     yield _step_case("one key head, one tap", draw, replace(s, key_heads=1, value_heads=3, conv=1), 2)
     yield _step_case("four taps, heads of 32 and 40", draw, replace(s, key_dim=32, value_dim=40, conv=4), 1)
+    yield _step_case("heads too large for registers", draw, replace(s, key_dim=130, value_dim=72, value_heads=2), 1)
     yield _step_case("forgetting all", draw, s, 2, bias=100.0)
     yield _step_case("forgetting nothing", draw, s, 2, bias=-30.0)
     yield _step_case("a large state", draw, s, 2, held=1e3)
@@ -153,8 +154,11 @@ CAUSAL_CONV1D = Subject(
     ops.causal_conv1d, _conv_cases, _conv_real, lambda x, weight, _: 2 * x.numel() * weight.shape[1], needs="value_heads"
 )
 GATED_DELTA_RULE = Subject(
-    ops.gated_delta_rule, _rule_cases, _rule_real, _rule_flops, needs="value_heads", tokens=(1, 1024, 16384), loops=True
-)
+    ops.gated_delta_rule, _rule_cases, _rule_real, _rule_flops, needs="value_heads",
+    others=(replace(TINY, key_dim=256),), tokens=(1, 1024, 16384), loops=True,
+)  # fmt: skip
 GATED_DELTA_STEP = Subject(
-    ops.gated_delta_step, _step_cases, _step_real, _step_flops, bytes=_step_bytes, needs="value_heads", tokens=(1, 8, 64)
-)
+    ops.gated_delta_step, _step_cases, _step_real, _step_flops, bytes=_step_bytes, needs="value_heads",
+    others=tuple(replace(TINY, key_dim=k, value_dim=v) for k, v in ((32, 32), (32, 64), (64, 64), (64, 128))),
+    tokens=(1, 8, 64),
+)  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import RequestError
-from ..shapes import Sizes
+from ..shapes import TINY, Sizes
 from .common import Case, Draw, Subject, bytes_of
 
 
@@ -97,6 +97,7 @@ ROUTER_TOPK = Subject(
     _router_real,
     lambda logits, k, _: (5 + 2 * k) * logits.numel(),
     needs="experts",
+    others=tuple(replace(TINY, experts=2**i) for i in range(5, 13)),
     observe=_observe_router,
 )
 MOE_EXPERTS = Subject(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ... import ops
-from ..shapes import Sizes
+from ..shapes import TINY, Sizes
 from .common import Case, Draw, Subject
 
 
@@ -92,10 +93,14 @@ def _swiglu_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     yield Case(f"{shape}", (draw.normal(*shape), draw.normal(*shape)))
 
 
-RMS_NORM = Subject(ops.rms_norm, _rms_norm_cases, _rms_norm_real, lambda x, *_: 4 * x.numel())
-ADD_RMS_NORM = Subject(ops.add_rms_norm, _add_rms_norm_cases, _add_rms_norm_real, lambda x, *_: 5 * x.numel())
-ZERO_CENTRED_RMS_NORM = Subject(ops.zero_centred_rms_norm, _zero_centred_cases, _rms_norm_real, lambda x, *_: 5 * x.numel())
-GATED_RMS_NORM = Subject(
-    ops.gated_rms_norm, _gated_rms_norm_cases, _gated_rms_norm_real, lambda x, *_: 8 * x.numel(), needs="value_heads"
+_WIDE = tuple(replace(TINY, hidden=2**i, value_dim=2**i) for i in range(7, 15))  # of a hidden state, or of a value head
+RMS_NORM = Subject(ops.rms_norm, _rms_norm_cases, _rms_norm_real, lambda x, *_: 4 * x.numel(), others=_WIDE)
+ADD_RMS_NORM = Subject(ops.add_rms_norm, _add_rms_norm_cases, _add_rms_norm_real, lambda x, *_: 5 * x.numel(), others=_WIDE)
+ZERO_CENTRED_RMS_NORM = Subject(
+    ops.zero_centred_rms_norm, _zero_centred_cases, _rms_norm_real, lambda x, *_: 5 * x.numel(), others=_WIDE
 )
+GATED_RMS_NORM = Subject(
+    ops.gated_rms_norm, _gated_rms_norm_cases, _gated_rms_norm_real, lambda x, *_: 8 * x.numel(), needs="value_heads",
+    others=_WIDE,
+)  # fmt: skip
 SWIGLU = Subject(ops.swiglu, _swiglu_cases, _swiglu_real, lambda gate, _: 5 * gate.numel())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import ops
-from ..shapes import Sizes
+from ..shapes import TINY, Sizes
 from .common import Case, Draw, Subject, bytes_of
 
 
@@ -103,7 +104,10 @@ def _write_flops(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_wei
     return sum(x.numel() * (3 if weight is None else 7) for x, weight in ((q, q_weight), (k, k_weight)))
 
 
-ROPE = Subject(ops.rope, _rope_cases, _rope_real, lambda x, *_: 3 * x.numel())
-NORM_ROPE_WRITE = Subject(
-    ops.norm_rope_write, _write_cases, _write_real, _write_flops, bytes=_write_bytes, writes=(8, 9)
+ROPE = Subject(
+    ops.rope, _rope_cases, _rope_real, lambda x, *_: 3 * x.numel(), others=(replace(TINY, kv_heads=1),)
 )
+NORM_ROPE_WRITE = Subject(
+    ops.norm_rope_write, _write_cases, _write_real, _write_flops, bytes=_write_bytes, writes=(8, 9),
+    others=tuple(replace(TINY, head_dim=dim) for dim in (512, 1024, 2048)),
+)  # fmt: skip

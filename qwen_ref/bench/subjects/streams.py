@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import ops
-from ..shapes import Sizes
+from ..shapes import TINY, Sizes
 from .common import Case, Draw, Subject
 
 
@@ -100,5 +101,7 @@ def _score_flops(q: Tensor, keys: Tensor) -> int:
 STREAM_MIX = Subject(ops.stream_mix, _mix_cases, _mix_real, lambda x, logits: 7 * x.numel(), needs="streams")
 STREAM_WRITE = Subject(ops.stream_write, _write_cases, _write_real, lambda x, out, logits: 2 * x.numel(), needs="streams")
 BLOCK_SCORES = Subject(ops.block_scores, _score_cases, _score_real, _score_flops, needs="streams", tokens=(1, 16, 1024))
-SPARSE_BLOCK_ATTENTION = Subject(ops.sparse_block_attention, _sparse_cases, _sparse_real, _sparse_flops, needs="streams",
-                                 tokens=(1, 16, 1024))  # fmt: skip
+SPARSE_BLOCK_ATTENTION = Subject(
+    ops.sparse_block_attention, _sparse_cases, _sparse_real, _sparse_flops, needs="streams",
+    others=tuple(replace(TINY, head_dim=dim) for dim in (64, 128)), tokens=(1, 16, 1024),
+)  # fmt: skip
