@@ -245,14 +245,18 @@ def test_verify_passes_on_triton():
 def test_launchers_refuse_what_they_would_compute_wrongly():
     code = """
 import torch
-from qwen_kernels import add_rms_norm, rms_norm, rope, router_topk, swiglu
+from qwen_kernels import add_rms_norm, gated_rms_norm, rms_norm, rope, router_topk, swiglu, zero_centred_rms_norm
 from qwen_ref.errors import RequestError
 x, w = torch.randn(2, 3, 4, 6), torch.ones(6)
+wide, weight = torch.zeros(1, 16385), torch.zeros(16385)
 tables = torch.randn(2, 2, 4, 6)
 for call in (
     lambda: rms_norm.run(x, w.requires_grad_(), 1e-6),
     lambda: rms_norm.run(x, torch.ones(5), 1e-6),
-    lambda: rms_norm.run(torch.zeros(1, 40000), torch.zeros(40000), 1e-6),
+    lambda: rms_norm.run(wide, weight, 1e-6),
+    lambda: add_rms_norm.run(wide, wide, weight, 1e-6),
+    lambda: gated_rms_norm.run(wide, wide, weight, 1e-6),
+    lambda: zero_centred_rms_norm.run(wide, weight, 1e-6),
     lambda: add_rms_norm.run(x, x[:1], torch.ones(6), 1e-6),
     lambda: swiglu.run(x, x.half()),
     lambda: swiglu.run(x, x.to("meta")),
@@ -267,10 +271,10 @@ for call in (
 print(rms_norm.supports(torch.device("cuda"), torch.float64), "|", rms_norm.supports(torch.device("cpu"), torch.bfloat16))
 """
     lines = python(code, interpret=True).splitlines()
-    for line, text in zip(lines, ("no backward pass", "weight of 6", "40000 is more than", "equal shapes", "equal shapes",
-                                  "on cpu and on meta", "wider than a head", "wider than a head", "k 6 of 5"), strict=False):  # fmt: skip
+    for line, text in zip(lines, ("no backward pass", "weight of 6", *["16385 is more than"] * 3, "at most 16384",
+                                  "equal shapes", "equal shapes", "on cpu and on meta", "wider than a head", "wider than a head", "k 6 of 5"), strict=False):  # fmt: skip
         assert text in line
-    assert len(lines) == 10 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
+    assert len(lines) == 13 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
 
 
 BAD = """

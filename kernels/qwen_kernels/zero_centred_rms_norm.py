@@ -33,9 +33,9 @@ def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., H), any strides; weight (H,), or (n, H) for x (..., n, H). Returns x's shape and dtype."""
     require("zero_centred_rms_norm", x, weight)
     width = x.shape[-1]
-    if weight.shape not in ((width,), x.shape[-2:]) or width > 32768:
+    if weight.shape not in ((width,), x.shape[-2:]) or width > 16384:
         raise RequestError(
-            f"the triton zero_centred_rms_norm needs rows of at most 32768 numbers and a weight of one row, or of one for each "
+            f"the triton zero_centred_rms_norm needs rows of at most 16384 numbers and a weight of one row, or of one for each "
             f"group; got x {tuple(x.shape)} and a weight {tuple(weight.shape)}"
         )
     out = torch.empty_like(x)
