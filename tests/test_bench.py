@@ -198,6 +198,12 @@ def test_unknown_names_are_errors(monkeypatch):
             call()
 
 
+def test_compiling_for_a_model_that_lacks_the_operation_is_an_error():
+    pytest.importorskip("triton")
+    with pytest.raises(RequestError, match="moe_experts is not launched by Qwen/Qwen3-8B; try Qwen/Qwen3-30B-A3B"):
+        compile("moe_experts", models=["Qwen/Qwen3-8B"])
+
+
 def test_compiling_without_triton_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ImportError
     with pytest.raises(RequestError, match=r"qwen-ref\[triton\]"):

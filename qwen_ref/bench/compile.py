@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backend
 from ..errors import RequestError
-from .shapes import MODELS, OTHERS, sizes
+from .shapes import DEFAULTS, MODELS, OTHERS, sizes
 from .subjects import Draw, subject
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -104,12 +104,15 @@ def compile(
 
     models: "others" stands for the sizes of none, with which every entry of the tuned table is launched.
     A row's `fault` says why it did not compile, or that it needs more shared memory than the target has.
-    Raises RequestError without Triton, for an unknown target, or for an operation that has no kernel.
+    Raises RequestError without Triton, for an unknown target, for an operation that has no kernel, or if these models do
+    not launch it.
     """
     unknown = set(targets) - set(TARGETS)
     if unknown:
         raise RequestError(f"unknown target {sorted(unknown)}; there are {list(TARGETS)}")
     found = launches(operation, models, tokens, dtypes)
+    if not found:
+        raise RequestError(f"{operation} is not launched by {', '.join(models)}; try {DEFAULTS[subject(operation).needs]}")
     wanted = [(launch, target) for target in targets for launch in found if runs_on(launch.device, target)]
     return Compilation(operation, tuple(_compile(launch, target) for launch, target in wanted))
 
