@@ -317,7 +317,7 @@ def test_mutations_raise_nothing_but_our_errors(tmp_path, seed, count, model_typ
     out = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-3000:]
     seen: dict[str, Any] = json.loads(out.stdout)
-    assert seen["CheckpointError"] > count / 5 and seen["read"] > count / 50, seen  # neither refuses all nor reads all
+    assert seen["CheckpointError"] > count / 5 and seen["read"] > count / 100, seen  # neither refuses all nor reads all
 
 
 def test_the_small_model_is_whole(tmp_path):
