@@ -6,6 +6,7 @@ AWQ and GPTQ: their libraries need a GPU; the loops of their packers (AutoAWQ `W
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -277,12 +278,22 @@ def compressed(encoding, *, symmetric=True, act_order=False, **arguments):
 # bitsandbytes
 
 
+def dequantize_4bit(codes, state):
+    """bitsandbytes' own, of the matrix as one row: its kernel for AVX-512 (0.49) lets a block of 64 begin wherever a row does,
+    as only rows of whole blocks have it, and gives other numbers for rows of 96 than every other of its kernels."""
+    from bitsandbytes import functional as bnb
+
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, state.shape.numel()))
+    return bnb.dequantize_4bit(codes, flat).view(state.shape)
+
+
 def bnb4(kind, nested):
     from bitsandbytes import functional as bnb
 
     def write(weight):
         codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
-        value = bnb.dequantize_4bit(codes, state)
+        value = dequantize_4bit(codes, state)
         return {"weight": codes, **{f"weight.{key}": v for key, v in state.as_dict(packed=True).items()}}, value
 
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,

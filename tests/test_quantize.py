@@ -20,6 +20,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from conftest import TINY
 from gguf import GGUFReader, dequantize
+from quantised import dequantize_4bit
 from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
@@ -110,7 +111,7 @@ def test_nf4_is_bitsandbytes(shape):
     ours = rounding.nf4(weight)
     codes = torch.stack((theirs.flatten() >> 4, theirs.flatten() & 15), -1).flatten()[: weight.numel()].view(shape)
     assert torch.equal(packed.unpack4(ours.codes)[:, : shape[1]], codes)
-    assert torch.equal(ours.dequantize(columns=shape[1]), bnb.dequantize_4bit(theirs, state))
+    assert torch.equal(ours.dequantize(columns=shape[1]), dequantize_4bit(theirs, state))
 
 
 def test_fp8_blocks_by_a_loop():
@@ -212,10 +213,18 @@ def test_inputs_that_never_vary_leave_rounding():
     assert bool((error <= packed.spread(layout.scale, 16, 32) * 0.51 + 0.4 * weight.abs()).all())
 
 
+STORY = (
+    "Once upon a time there was a little duck. It lived near a pond and loved to swim. One day, the duck met a frog. The frog said, "
+    "\"Can you help me find my red ball?\" The duck was happy to help. They looked under the big tree and behind the house. At last "
+    "they saw the ball in the water. The frog said thank you, and the two friends played until the sun went down. Then the duck went "
+    "home to its mother and told her about the day."
+)
+
+
 def test_gptq_beats_rounding_on_the_bundled_models_activations():
     plain, tokenizer = qr.load("tiny-moe", dtype="float32")
     ids = tokenizer.encode(making_module.CALIBRATION.read_text(encoding="utf-8"), allow_special=True)
-    test_ids = torch.tensor([tokenizer.encode("Once upon a time there was a little duck. It lived near a pond and loved to swim.")])
+    test_ids = torch.tensor([tokenizer.encode(STORY)])  # long enough that the order of a CPU's sums decides nothing
     wanted = plain(test_ids).log_softmax(-1)
     distance = {}
     for method in ("rtn", "gptq"):
@@ -449,8 +458,10 @@ def test_transformers_opens_compressed_tensors(name, kind, source, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_transformers_opens_bitsandbytes_and_fp8(kind, source, tmp_path):
+def test_transformers_opens_bitsandbytes_and_fp8(kind, source, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="transformers reads bitsandbytes and FP8 only where accelerate is installed")
+    monkeypatch.setattr("bitsandbytes.matmul_4bit", lambda x, codes, quant_state, bias: torch.nn.functional.linear(
+        x, dequantize_4bit(codes, quant_state).to(x.dtype), bias))  # its own product has the fault of `dequantize_4bit`
     qr.quantize(source["qwen3"], tmp_path / "out", kind, progress=False)
     wanted = load_model(tmp_path / "out", dtype="float32")(IDS)
     extra = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if kind == "fp8" else {}
@@ -470,7 +481,7 @@ def test_bitsandbytes_reads_the_state_that_is_written(source, tmp_path):
     codes = found.pop("weight")
     state = bnb.QuantState.from_dict({k.removeprefix("weight."): v for k, v in found.items()}, torch.device("cpu"))
     read = load_model(tmp_path / "out", dtype="float32")
-    assert torch.equal(bnb.dequantize_4bit(codes, state), read.get_submodule(name).dequantize())
+    assert torch.equal(dequantize_4bit(codes, state), read.get_submodule(name).dequantize())
 
 
 def test_fp8_file_by_its_definition(source, tmp_path):
