@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,6 @@ QWEN3_06B: dict[str, Any] = {
 }  # fmt: skip
 RIVAL = {"int8": "q8_0", "int4": "q4_0"}
 GOALS = {"int8 decode": 1.0, "int4 decode": 1.1, "int8 prefill": 1.5, "int4 prefill": 1.5}
-LEAN = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc then gives freed memory back at once, and keeps none
 WARM, LIKE = 16, 2.0  # tokens before decoding; how many times the formulas' own error in bf16 the fast products may have
 
 LLAMA = """
@@ -86,8 +84,7 @@ def main() -> None:
             for _ in range(args.rounds):
                 for side, command in commands.items():
                     runs[side].append(child(command))
-        lean = {width: child(commands[width], LEAN)["memory"] for width in widths}
-    report(runs, widths, lean)
+    report(runs, widths)
 
 
 @contextmanager
@@ -102,16 +99,14 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
-def child(command: list[Any], settings: dict[str, str] | None = None) -> dict[str, Any]:
-    environment = {**os.environ, **(settings or {})}
-    out = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+def child(command: list[Any]) -> dict[str, Any]:
+    out = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if out.returncode:
         raise SystemExit(f"{command[:4]} failed:\n{out.stderr[-2000:]}")
     return json.loads(out.stdout.strip().splitlines()[-1])
 
 
-def report(runs: dict[str, list[dict[str, Any]]], widths: list[str], lean: dict[str, float]) -> None:
-    """`lean`: our memory under LEAN."""
+def report(runs: dict[str, list[dict[str, Any]]], widths: list[str]) -> None:
     summary: dict[str, Any] = {}
     print(f"{'':8}" + "".join(f"{name:>26}" for name in ("prefill tok/s", "decode tok/s", "memory MB")))
     for side, results in runs.items():
@@ -122,10 +117,10 @@ def report(runs: dict[str, list[dict[str, Any]]], widths: list[str], lean: dict[
     for width in widths:
         ours = summary[width]
         held = ours["packed"] + ours["cache"]
-        ours["rest"], ours["lean rest"] = ((m - ours["import"] - held) / held for m in (ours["memory"], lean[width]))
+        ours["rest"] = (ours["memory"] - ours["import"] - held) / held
         print(f"{width}: memory {ours['memory']:.0f} MB, of which {ours['import']:.0f} importing torch, {ours['packed']:.0f} "
-              f"packed, {ours['cache']:.0f} cache; the rest is {ours['rest']:.0%} of packed and cache, "
-              f"{ours['lean rest']:.0%} under {'='.join(*LEAN.items())} (goal: at most 15%)")
+              f"packed, {ours['cache']:.0f} cache; the rest is {ours['rest']:.0%} of packed and cache "
+              f"(goal: at most 15%)")
         for name in ("prefill", "decode") if RIVAL[width] in runs else ():
             turns = [a[name] / b[name] for a, b in zip(runs[width], runs[RIVAL[width]], strict=True)]
             ratio = statistics.median(turns)
