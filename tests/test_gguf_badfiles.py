@@ -239,7 +239,7 @@ FUZZ = """
     folder, seed, count, whole = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "whole"
     good = (folder / "good.gguf").read_bytes()
     with GgufFile(folder / "good.gguf") as file:
-        header = min(info.start for info in file.tensors.values())
+        header = min(info.start for info in file.tensors.values()) + 80  # and some numbers, which may be any
     texts = good.index(b"tokenizer.ggml"), good.index(b"{{ messages }}")
     draw = random.Random(seed)
     EXTREMES = [0, 1, 7, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
@@ -317,7 +317,7 @@ def test_mutations_raise_nothing_but_our_errors(tmp_path, seed, count, model_typ
     out = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-3000:]
     seen: dict[str, Any] = json.loads(out.stdout)
-    assert seen["CheckpointError"] > count / 5 and seen["read"] > count / 100, seen  # neither refuses all nor reads all
+    assert seen["CheckpointError"] > count / 5 and seen["read"] > count / 50, seen  # neither refuses all nor reads all
 
 
 def test_the_small_model_is_whole(tmp_path):
