@@ -244,7 +244,8 @@ def text_config(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def mixture(fields: Fields, layers: int, experts: int, chosen: int) -> tuple[int, int]:
-    """How many experts a layer has, and how many of them a token is given; with their defaults."""
+    """How many experts a layer has, and how many of them a token is given; with their defaults. ConfigError if there are more
+    than `LIMITS.experts` in all layers, or fewer than a token is given."""
     count = fields.integer("num_experts", experts, high=max(1, LIMITS.experts // layers))
     top_k = fields.integer("num_experts_per_tok", chosen)
     if top_k > count:

@@ -711,7 +711,7 @@ int main() {
         });
         for (int times : seen) wrong += times != 1;
     }
-    team.part();
+    team.disband();
     for (auto& helper : helpers) helper.join();
     return wrong > 0;
 }

@@ -32,6 +32,7 @@ ANY = "any device"  # `qwen_kernels.launch.ANY`, which cannot be imported withou
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A token, a batch of decoding, a chunk, a prompt: kernels choose tiles by it. Then the batches with tiles of their own.
 TOKENS = (1, 16, 1024, 4096, 2, 4, 32, 64)
+ALL = (*MODELS, OTHERS)
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
@@ -91,9 +92,6 @@ class Compilation:
 
     def to_json(self) -> dict[str, Any]:
         return {"operation": self.operation, "ok": self.ok, "rows": [asdict(row) for row in self.rows]}
-
-
-ALL = (*MODELS, OTHERS)
 
 
 def compile(

@@ -49,11 +49,11 @@ class Team {
     }
 
    public:
-    // f(first, last) for all of 0 .. count, in parts. The first thread calls it, the others are at `help`.
+    // f(first, last) for `all` from 0 on, in so many pieces. The first thread calls it, the others are at `help`.
     template <typename F>
-    void share(int64_t numbers, int64_t pieces, const F& f) {
+    void share(int64_t all, int64_t pieces, const F& f) {
         body = [](const void* of, int64_t first, int64_t last) { (*static_cast<const F*>(of))(first, last); };
-        function = &f, count = numbers;
+        function = &f, count = all;
         done.store(0, std::memory_order_relaxed);
         turn.store(uint64_t(pieces) << 32, std::memory_order_release);
         work();
@@ -67,7 +67,7 @@ class Team {
         }
     }
 
-    void part() { over.store(true, std::memory_order_release); }
+    void disband() { over.store(true, std::memory_order_release); }
 };
 
 thread_local Team* team = nullptr;  // of which this thread is the first
@@ -81,7 +81,7 @@ void together(const F& f) {
         team = &here;
         f();
         team = nullptr;
-        here.part();
+        here.disband();
     } else {
         here.help();
     }
