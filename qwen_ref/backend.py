@@ -251,6 +251,7 @@ sparse_block_attention = _operation_of(ops.sparse_block_attention, preferred=tor
 stream_mix = _operation_of(ops.stream_mix)
 stream_write = _operation_of(ops.stream_write)
 swiglu = _operation_of(ops.swiglu)
+sigmoid_gate = _operation_of(ops.sigmoid_gate)
 router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
 sample = _operation_of(ops.sample)
@@ -273,12 +274,13 @@ OPERATIONS: dict[str, Operation] = {
         linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
         attention, attention_prefill, attention_decode, attention_paged, dual_chunk_attention, causal_conv1d, gated_delta_rule,
         gated_delta_step, block_scores, sparse_block_attention, stream_mix, stream_write,
-        swiglu, router_topk, moe_experts, sample, cross_entropy,
+        swiglu, sigmoid_gate, router_topk, moe_experts, sample, cross_entropy,
         linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
         moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
     )
 }  # fmt: skip
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
 for _operation_in_cpp in (cpp.linear, cpp.rms_norm, cpp.add_rms_norm, cpp.rope, cpp.norm_rope_write, cpp.swiglu, cpp.attention,
-                          cpp.attention_decode, cpp.router_topk, cpp.moe_experts):  # fmt: skip
+                          cpp.attention_decode, cpp.router_topk, cpp.moe_experts, cpp.zero_centred_rms_norm, cpp.sigmoid_gate,
+                          cpp.gated_delta_step):  # fmt: skip
     register(_operation_in_cpp.__name__, "cpp", supports=cpp.supports)(_operation_in_cpp)

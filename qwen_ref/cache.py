@@ -152,7 +152,8 @@ class IndexedKVCache(KVCache):
 
 
 class RecurrentCache:
-    """The state of a layer that keeps no keys: tensors (B, ...) that every pass replaces and none writes to.
+    """The state of a layer that keeps no keys: tensors (B, ...) that a pass replaces, and writes to only if nobody else has
+    them (see `writable`).
 
     So a state costs nothing to remember, and going back is going back to one that was remembered: by `mark`, or
     because it is one of the last `rewind` tokens' (then a pass of few tokens is made one by one, see `pieces`).
@@ -164,6 +165,7 @@ class RecurrentCache:
         self.length = 0
         self.state: tuple[Tensor, ...] | None = None  # None before the first token
         self.rewind = rewind
+        self._own: tuple[Tensor, ...] | None = None  # the state, if it is nowhere else
         self._marks: dict[int, tuple[Tensor, ...] | None] = {}  # length -> the state there
         self._recent: dict[int, tuple[Tensor, ...] | None] = {}
 
@@ -180,12 +182,27 @@ class RecurrentCache:
         self.state = state
         self.remember(self.rewind)
 
+    def writable(self) -> tuple[Tensor, ...] | None:
+        """The state in memory that is nowhere else, so that the one after the next tokens can be written over it, by whoever
+        says so by `extend`. None before the first token."""
+        if self.rewind:
+            self._recent[self.length] = self.state
+            self._own = None
+        if self.state is not None and self.state is not self._own:
+            self.state = self._own = tuple(x.clone(memory_format=torch.contiguous_format) for x in self.state)
+        return self.state
+
+    def extend(self, count: int) -> None:
+        """Count tokens whose state was written over what `writable` gave."""
+        self.length += count
+        self.remember(self.rewind)
+
     def remember(self, count: int) -> None:
         self.rewind = count
         self._recent = {at: kept for at, kept in self._recent.items() if self.length - count <= at < self.length}
 
     def mark(self) -> None:
-        self._marks[self.length] = self.state
+        self._marks[self.length], self._own = self.state, None
         while len(self._marks) > self.MARKS:
             del self._marks[min(self._marks)]
 
@@ -208,6 +225,7 @@ class RecurrentCache:
         self._marks, self._recent = ({at: chosen(s) for at, s in kept.items()} for kept in (self._marks, self._recent))
 
     def copy(self) -> RecurrentCache:
+        self._own = None
         other = copy.copy(self)
         other._marks, other._recent = dict(self._marks), dict(self._recent)
         return other

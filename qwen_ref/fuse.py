@@ -5,7 +5,8 @@
 
 Reading one token costs as many calls as reading a thousand. So projections of one input become one product, a residual
 sum goes with the norm that reads it, and the norms of q and k and their rotation with the write into the cache: what is
-15 operations, two sums and two copies in a layer of Qwen3 is 9 operations here. Each is one of `backend`, so it runs on
+15 operations, two sums and two copies in a layer of Qwen3 is 9 operations here. What a Gated DeltaNet does with one token
+between its projections is one operation, which writes the state where it was. Each is one of `backend`, so it runs on
 whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have all of them.
 
 With cpp, a pass of one token for every sequence is also recorded, once for every cache, and from then on is one call: the
@@ -24,30 +25,42 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import backend, layers, memory
-from .cache import Cache, KVCache
+from .cache import Cache, KVCache, RecurrentCache
 from .cpp.library import Tape
 from .errors import RequestError
-from .layers import Linear, RMSNorm, place
-from .models import qwen2, qwen3
+from .layers import Linear, RMSNorm, ZeroCentredRMSNorm, place
+from .models import qwen2, qwen3, qwen3_5, qwen3_next
 from .models.common import LanguageModel
 from .quant.format import Matrix
 from .quant.layers import PackedLinear, joined
 from .quant.packed import Packed, rows
 
+ATTENTIONS = qwen2.Attention | qwen3.Attention | qwen3_next.Attention | qwen3_5.Attention
+DELTA_NETS = qwen3_next.GatedDeltaNet | qwen3_5.GatedDeltaNet
+MIXTURES = qwen2.SparseMoE | qwen3_next.SparseMoE | qwen3_5.SparseMoE
+
 
 class Place(NamedTuple):
-    """Where a pass of M = B T tokens stands in one layer."""
+    """Where a pass of M = B T tokens stands in a layer of attention."""
 
     rope: tuple[Tensor, Tensor]  # cos, sin: (M, D)
     room: Tensor  # for keys and values: (2, B, K, capacity, D)
     slots: Tensor  # of each token in it, (M,)
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # q (M, N, D) and what is in the room -> (B, T, N, D) or (M, N, D)
+
+
+class State(NamedTuple):
+    """What a pass of T tokens finds in a layer of a Gated DeltaNet."""
+
+    real: Tensor | None  # (B, T), False for padding; None = all are
+    cache: RecurrentCache | None
+    own: tuple[Tensor, Tensor] | None  # convolution window (B, C, W) and S (B, P, Dk, Dv), to be written to by one token
 
 
 class Together(nn.Module):
@@ -78,12 +91,27 @@ class MLP(nn.Module):
         return self.down_proj(backend.swiglu(*self.gate_up_proj(x)))
 
 
-class Attention(nn.Module):
-    """Grouped-query attention, with the norms of queries and keys where the generation has them."""
+class SparseMoE(nn.Module):
+    """Experts, and the one that every token passes."""
 
-    def __init__(self, attention: qwen2.Attention | qwen3.Attention) -> None:
+    def __init__(self, moe: Any) -> None:
+        super().__init__()
+        self.top_k, self.normalize, self.gate, self.experts = moe.top_k, moe.normalize, moe.gate, moe.experts
+        self.shared_expert, self.shared_expert_gate = MLP(moe.shared_expert), moe.shared_expert_gate
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, H) -> (B, T, H)
+        tokens = x.flatten(0, 1)  # (M, H)
+        routed = self.experts(tokens, *backend.router_topk(self.gate(tokens), self.top_k, self.normalize))  # (M, H)
+        return backend.sigmoid_gate(self.shared_expert(tokens), self.shared_expert_gate(tokens), routed).view_as(x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, with the norms of queries and keys and the output gate where the generation has them."""
+
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.head_dim = attention.head_dim
+        self.gated = isinstance(attention, qwen3_next.Attention | qwen3_5.Attention)
         self.qkv_proj = Together(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o_proj = attention.o_proj
         self.q_norm: Any = getattr(attention, "q_norm", None)
@@ -91,39 +119,70 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, place: Place) -> Tensor:  # (B, T, H) -> (B, T, H)
         q, k, v = (part.view(x.shape[:2].numel(), -1, self.head_dim) for part in self.qkv_proj(x))  # (M, N or K, D)
+        if self.gated:
+            q, gate = q.unflatten(1, (-1, 2)).unbind(2)  # (M, N, D) each: the rows of a head, then those of its gate
         norms = (None, None, 0.0) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         keys, values = place.room.unbind()
-        q = backend.norm_rope_write(q, k, v, *norms, *place.rope, keys, values, place.slots)  # (M, N, D)
-        return self.o_proj(place.attend(q, keys, values).reshape(*x.shape[:2], -1))  # (B, T, H)
+        q = backend.norm_rope_write(q, k, v, *norms, *place.rope, keys, values, place.slots, self.gated)  # (M, N, D)
+        out = place.attend(q, keys, values)
+        if self.gated:
+            out = backend.sigmoid_gate(out.reshape(q.shape), gate)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))  # (B, T, H)
+
+
+class GatedDeltaNet(nn.Module):
+    """One token in one operation between the projections; of more, the convolution and the rule, as the model has them."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, state: State) -> Tensor:  # (B, T, H) -> (B, T, H)
+        net = self.net
+        if state.own is None:
+            return net(x, state.real, state.cache)
+        if state.real is not None:
+            x = x * state.real[..., None]
+        mixed, z, b, a = (part[:, 0] for part in net.project(x))  # (B, C), (B, P, Dv), (B, P) twice
+        window, memory = state.own
+        out = backend.gated_delta_step(mixed, window, net.conv1d.weight[:, 0], a, b, net.A_log, net.dt_bias, z, net.norm.weight,
+                                       net.norm.eps, memory, net.norm.activation)  # (B, P Dv)  # fmt: skip
+        if state.cache is not None:
+            state.cache.extend(1)
+        return net.out_proj(out)[:, None]
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each sum made together with the norm that reads it next."""
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`, each sum made together with the norm that reads it next."""
 
-    def __init__(self, block: qwen2.Block | qwen3.Block, following: RMSNorm) -> None:
+    def __init__(self, block: Any, following: RMSNorm | ZeroCentredRMSNorm) -> None:
         super().__init__()
-        self.attention, self.post_attention_layernorm = Attention(block.self_attn), block.post_attention_layernorm
-        self.mlp = MLP(block.mlp) if isinstance(block.mlp, layers.MLP) else block.mlp
+        self.linear = isinstance(_mixer(block), DELTA_NETS)
+        self.mixer = GatedDeltaNet(block.linear_attn) if self.linear else Attention(block.self_attn)
+        self.post_attention_layernorm, mlp = block.post_attention_layernorm, block.mlp
+        self.mlp = MLP(mlp) if isinstance(mlp, layers.MLP) else SparseMoE(mlp) if isinstance(mlp, MIXTURES) else mlp
         self.following = following  # of the next block, or the last of all
 
-    def forward(self, x: Tensor, normed: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, normed: Tensor, place: Place | State) -> tuple[Tensor, Tensor]:
         """The residual stream and its norm, (B, T, H) each -> the same two for the next block."""
-        x, normed = _add_norm(self.attention(normed, place), x, self.post_attention_layernorm)
+        x, normed = _add_norm(self.mixer(normed, place), x, self.post_attention_layernorm)
         return _add_norm(self.mlp(normed), x, self.following)
 
 
 class Decoder(nn.Module):
     """Token ids to final hidden states."""
 
-    def __init__(self, decoder: qwen2.Decoder | qwen3.Decoder) -> None:
+    def __init__(self, decoder: Any) -> None:
         super().__init__()
-        self.embed_tokens, self.rotary_emb, self.windows = decoder.embed_tokens, decoder.rotary_emb, decoder.windows
+        self.embed_tokens, self.rotary_emb = decoder.embed_tokens, decoder.rotary_emb
         blocks: list[Any] = list(decoder.layers)
+        self.windows = getattr(decoder, "windows", [None] * len(blocks))
         self.norm = blocks[0].input_layernorm
         following = [*(block.input_layernorm for block in blocks[1:]), decoder.norm]
         self.layers = nn.ModuleList(map(Block, blocks, following))
-        self.head_dim = blocks[0].self_attn.head_dim
-        self.kv_heads = blocks[0].self_attn.k_proj.out_features // self.head_dim
+        attention = next((block.self_attn for block in blocks if hasattr(block, "self_attn")), None)
+        self.head_dim = 1 if attention is None else attention.head_dim
+        self.kv_heads = 1 if attention is None else attention.k_proj.out_features // self.head_dim
         self._hooks = [hooks for module in self.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     @torch.no_grad()
@@ -135,17 +194,21 @@ class Decoder(nn.Module):
             y = self._recorded(x, cos, sin, cache)
             if y is not None:
                 return y
+        real = None if masks[self.windows[0]] is None else positions >= 0  # (B, T)
         slots: dict[tuple[int, int], Tensor] = {}
 
-        def places() -> Iterator[Place]:
-            for i, window in enumerate(self.windows):
+        def places() -> Iterator[Place | State]:
+            for i, (block, window) in enumerate(zip(self.layers, self.windows, strict=True)):
                 layer = cache.layers[i] if cache is not None else None
-                attend = partial(_attend, batch=x.shape[0], mask=masks[window], cache=layer)
-                yield Place((cos, sin), *self._room(x, layer, slots), attend)
+                if block.linear:
+                    yield State(real, layer, layer.writable() if layer is not None and x.shape[1] == 1 else None)
+                else:
+                    attend = partial(_attend, batch=x.shape[0], mask=masks[window], cache=layer)
+                    yield Place((cos, sin), *self._room(x, layer, slots), attend)
 
         return self._through(x, places())
 
-    def _through(self, x: Tensor, places: Iterable[Place]) -> Tensor:  # (B, T, H) -> (B, T, H)
+    def _through(self, x: Tensor, places: Iterable[Place | State]) -> Tensor:  # (B, T, H) -> (B, T, H)
         normed = self.norm(x)
         for block, here in zip(self.layers, places, strict=True):
             x, normed = block(x, normed, here)
@@ -177,14 +240,17 @@ class Decoder(nn.Module):
         choices = backend.choices()
         if choices is None or any(self._hooks) or backend.attention_decode.resolve(x.device, x.dtype).name != "cpp":
             return None
+        states = [layer for block, layer in zip(self.layers, cache.layers, strict=True) if block.linear]
+        if any(layer.state is None or layer.rewind for layer in states):
+            return None  # there is none yet, or it is remembered after every token, and so not written to
         known: dict[tuple[int, int], Tensor] = {}
-        rooms = [self._room(x, layer, known)[0] for layer in cache.layers]
-        if len(known) > 1:
+        held = [layer.writable() if layer in states else (self._room(x, layer, known)[0],) for layer in cache.layers]
+        if len(known) != 1:
             return None
         lengths = torch.full((x.shape[0],), cache.length + 1, dtype=torch.int32)
         inputs, step = (x, cos, sin, *known.values(), lengths), cache.step
-        if not isinstance(step, Step) or not step.serves(self, rooms, choices, x):
-            cache.step = step = Step(Tape(partial(self._decode, rooms), *inputs), self, rooms, choices, x.dtype)
+        if not isinstance(step, Step) or not step.serves(self, held, choices, x):
+            cache.step = step = Step(Tape(partial(self._decode, held), *inputs), self, held, choices, x.dtype)
             y = step.tape.output()
         elif step.tape.whole:
             y = step.tape.replay(*inputs)
@@ -194,9 +260,10 @@ class Decoder(nn.Module):
             layer.extend(1)
         return y
 
-    def _decode(self, rooms: list[Tensor], x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+    def _decode(self, held: list[Any], x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
         attend = partial(_attend_decoding, lengths=lengths)
-        return self._through(x, [Place((cos, sin), room, slots, attend) for room in rooms])
+        return self._through(x, (State(None, None, of_layer) if block.linear else Place((cos, sin), of_layer[0], slots, attend)
+                                 for block, of_layer in zip(self.layers, held, strict=True)))  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -204,22 +271,23 @@ class Step(NamedTuple):
 
     tape: Tape
     decoder: Decoder
-    rooms: list[Tensor]
+    held: list[tuple[Tensor, ...]]  # of every layer: the room for keys and values, or the state
     choices: tuple[Any, ...]
     dtype: torch.dtype
 
-    def serves(self, decoder: Decoder, rooms: list[Tensor], choices: tuple[Any, ...], x: Tensor) -> bool:
-        """Whether it is of this decoder and these very buffers, and the same operations would run."""
+    def serves(self, decoder: Decoder, held: list[tuple[Tensor, ...]], choices: tuple[Any, ...], x: Tensor) -> bool:
+        """Whether it is of this decoder and this very memory, and the same operations would run."""
         here = self.decoder is decoder and self.choices == choices and self.dtype == x.dtype
-        return here and all(a is b for a, b in zip(self.rooms, rooms, strict=True))
+        return here and all(a is b for layers in zip(self.held, held, strict=True) for a, b in zip(*layers, strict=True))
 
 
 class Fused(LanguageModel):
-    """Any model of Qwen2 or Qwen3, to be called, and given to `generate`, as the model is."""
+    """A model to be called, and given to `generate`, as the one it was made of."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model.config)
         self.model, self.lm_head, self.make_cache = Decoder(model.model), model.lm_head, model.make_cache  # type: ignore[method-assign]
+        self.mtp = model.mtp  # as it is
         self.raw_config, self.generation_config, self.extra_files = model.raw_config, model.generation_config, model.extra_files
 
     @torch.no_grad()
@@ -236,19 +304,22 @@ class Fused(LanguageModel):
 
 
 def fuse(model: LanguageModel) -> Fused:
-    """The model in fewer steps, see above. Plain or quantised, dense or mixture of experts, of Qwen2 or Qwen3.
+    """The model in fewer steps, see above. Plain or quantised, dense or mixture of experts, Qwen2 to Qwen3.6.
 
     RequestError for the other generations, and for dual chunk attention.
     """
-    known = (qwen2.Attention, qwen3.Attention)
-    unknown = next((b for b in model.model.layers if type(getattr(b, "self_attn", None)) not in known), None)
-    if unknown is not None:
+    if not all(type(_mixer(block)) in (*get_args(ATTENTIONS), *get_args(DELTA_NETS)) for block in model.model.layers):
         raise RequestError(f"{type(model).__module__.rpartition('.')[2]} cannot be fused: only models whose every layer has "
-                           "the plain attention of Qwen2 or Qwen3 can")
+                           "the attention of Qwen2 to Qwen3.6, or their Gated DeltaNet, can")
     fused = Fused(model).eval()
     with suppress(OSError, AttributeError, TypeError):  # glibc keeps what was freed between what is held, until it is asked
         ctypes.CDLL(None).malloc_trim(0)
     return fused
+
+
+def _mixer(block: Any) -> nn.Module | None:
+    """What of a layer mixes tokens."""
+    return getattr(block, "linear_attn", None) or getattr(block, "self_attn", None)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, batch: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -263,9 +334,9 @@ def _attend_decoding(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     return backend.attention_decode(q, keys, values, lengths)
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm | ZeroCentredRMSNorm) -> tuple[Tensor, Tensor]:
     """The sum, and its norm."""
-    return backend.add_rms_norm(x, residual, norm.weight, norm.eps)
+    return backend.add_rms_norm(x, residual, norm.weight, norm.eps, isinstance(norm, ZeroCentredRMSNorm))
 
 
 def _join(projections: Sequence[Any]) -> nn.Module | None:

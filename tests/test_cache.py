@@ -156,16 +156,32 @@ def test_a_snapshot_is_left_alone_by_everything_after_it(name):
     assert cache.length == 17
 
 
-@given(steps=st.lists(st.tuples(st.sampled_from(["read", "mark", "cut"]), st.integers(0, 9)), max_size=12), rewind=st.integers(0, 5))
+@given(steps=st.lists(st.tuples(st.sampled_from(["read", "write", "mark", "copy", "cut"]), st.integers(0, 9)), max_size=12),
+       rewind=st.integers(0, 5))  # fmt: skip
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
-    """Against the plainest model of it: the state is the number of every token read so far."""
-    cache, history = RecurrentCache(rewind), []
+    """Against the plainest model of it: the state is the number of every token read so far. What is written over a state
+    reaches no mark, no recent token and no copy."""
+    cache, history, others = RecurrentCache(rewind), [], []
+
+    def state(history):
+        return torch.tensor([*history, *[-1] * (200 - len(history))])
+
     for step, n in steps:
-        if step == "read":
+        if step == "read" or (step == "write" and cache.state is None):
             for piece in cache.pieces(n):
                 history += range(len(history), len(history) + piece.stop - piece.start)
-                cache.advance(piece.stop - piece.start, torch.tensor(history))
+                cache.advance(piece.stop - piece.start, state(history))
+        elif step == "write":
+            memory = cache.writable()[0]
+            history.append(len(history))
+            memory.copy_(state(history))
+            cache.extend(1)
+            assert cache.state[0] is memory and (rewind or cache.writable()[0] is memory)  # no new memory for every token
+        elif step == "copy":
+            others.append((cache.copy(), list(history)))
+            if n % 2:
+                others[-1], (cache, history) = (cache, history), (others[-1][0], list(history))
         elif step == "mark":
             cache.mark()
             assert cache.reachable(len(history)) == len(history)
@@ -175,7 +191,8 @@ def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
             cache.truncate(length)
             history = history[:length]
         assert cache.length == len(history)
-        assert (cache.state[0].tolist() if cache.state else []) == history
+        for held, tokens in [*others, (cache, history)]:
+            assert (held.state[0].tolist() if held.state else state([]).tolist()) == state(tokens).tolist()
         assert cache.reachable(len(history)) == len(history) and cache.reachable(0) == 0
         assert len(cache._marks) <= cache.MARKS and len(cache._recent) <= max(rewind, 0)
 

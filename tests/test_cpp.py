@@ -212,6 +212,75 @@ def test_joined_steps_are_the_formulas(dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_hybrids_have_rounds_where_the_formulas_do(dtype):
+    """Centred norms, of rows and of groups, heads turned in part, gates with strides: the formulas' bits, nearly always."""
+    def alike(a, b):
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps, equal_nan=True)
+        assert ((a == b) | a.isnan()).float().mean() > 0.97
+
+    x, weights = torch.randn(3, 4, 83).to(dtype), torch.randn(4, 83).to(dtype)
+    alike(cpp.zero_centred_rms_norm(x, weights, 1e-6), ops.zero_centred_rms_norm(x, weights, 1e-6))
+    for a, b in zip(*(module.add_rms_norm(x, x.flip(0), weights[0], 1e-6, True) for module in (cpp, ops)), strict=True):
+        alike(a, b)
+    parts, angles = torch.randn(7, 16, 20).to(dtype), torch.randn(7, 6)
+    q, k, v = parts[:, :12:2], parts[:, 12:14], parts[:, 14:]
+    cos, sin, slots = angles.cos().to(dtype), angles.sin().to(dtype), torch.tensor([0, 14, -1, 7, 3, 9, 5])
+    mine, theirs = torch.full((2, 2, 3, 2, 5, 20), float("nan"), dtype=dtype)
+    for a, b in zip(*([module.norm_rope_write(q, k, v, weights[0, :20], weights[1, :20], 1e-6, cos, sin, *caches, slots, True), caches]
+                      for module, caches in ((cpp, mine), (ops, theirs))), strict=True):  # fmt: skip
+        alike(a, b)
+    heads, gates, residual = torch.randn(2, 3, 4, 20).to(dtype), torch.randn(2, 3, 11, 20).to(dtype)[:, :, 1:9:2], torch.randn(2, 3, 4, 20).to(dtype)
+    for gate in (gates, gates[..., :1]):
+        for rest in (None, residual):
+            alike(cpp.sigmoid_gate(heads, gate, rest), ops.sigmoid_gate(heads, gate, rest))
+
+
+@needs_compiler
+@pytest.mark.parametrize("threaded", [1, 3])
+@pytest.mark.parametrize("batch, groups, heads, keys, width, taps", [(1, 16, 16, 128, 128, 4), (2, 3, 9, 14, 10, 4), (3, 1, 2, 33, 72, 1)])
+def test_forty_tokens_of_a_gated_delta_net(threads, threaded, batch, groups, heads, keys, width, taps):
+    """Step after step over the same memory: the state stays as near fp64's as the formula's own in fp32."""
+    threads(threaded)
+    channels = 2 * groups * keys + heads * width
+    fixed = [torch.randn(channels, taps), torch.randn(heads), torch.randn(heads), torch.rand(width)]
+    states = [(torch.randn(batch, channels, taps), torch.randn(batch, heads, keys, width))]
+    states += [tuple(x.clone() for x in states[0]), tuple(x.double() for x in states[0])]
+    for t in range(40):
+        rows = torch.randn(batch, channels + 2 * heads + 2 * heads * width)
+        mixed, a, b, z = rows.split([channels, heads, heads, 2 * heads * width], dim=-1)
+        moving = [mixed, a, b, z.unflatten(-1, (heads, 2 * width))[..., width:]]
+        outs = []
+        for run, (window, state), wide in zip((cpp.gated_delta_step, ops.gated_delta_step, ops.gated_delta_step), states, (False, False, True), strict=True):
+            (mixed, a, b, z), (taps_, a_log, dt_bias, weight) = ([x.double() if wide else x for x in xs] for xs in (moving, fixed))
+            outs.append(run(mixed, window, taps_, a, b, a_log, dt_bias, z, weight, 1e-6, state, "silu" if t % 2 else "sigmoid"))
+        ours, usual, exact = (x.double() for x in outs)
+        assert (ours - exact).norm() <= 3 * (usual - exact).norm() + 1e-7 * exact.norm(), t
+    assert torch.equal(states[0][0], states[1][0])  # the window is a copy of inputs
+    ours, usual, exact = (state.double() for _, state in states)
+    assert (ours - exact).norm() <= 2 * (usual - exact).norm()
+
+
+@needs_compiler
+def test_a_step_that_cpp_has_not_goes_to_the_formula():
+    """An fp64 state, channels of another dtype, a window with gaps: written to all the same."""
+    def arguments(dtype=torch.float32, state=torch.float32):
+        torch.manual_seed(1)
+        shapes = ((2, 64), (2, 64, 3), (64, 3), (2, 4), (2, 4), (4,), (4,), (2, 4, 10), (10,))
+        return [*(torch.randn(shape, dtype=dtype) for shape in shapes), 1e-6, torch.randn(2, 4, 6, 10, dtype=state)]
+
+    gaps, mixed_types = arguments(), arguments()
+    gaps[1] = torch.randn(2, 64, 6)[..., ::2]
+    mixed_types[7] = mixed_types[7].half()
+    for args in (arguments(torch.float64, torch.float64), gaps, mixed_types):
+        mine, theirs = ([x.clone() if isinstance(x, torch.Tensor) else x for x in args] for _ in range(2))
+        if args is gaps:
+            mine[1] = args[1]
+        assert torch.equal(cpp.gated_delta_step(*mine), ops.gated_delta_step(*theirs))
+        assert all(torch.equal(mine[i], theirs[i]) and not torch.equal(mine[i], arguments()[i].to(mine[i].dtype)) for i in (1, 10))
+
+
+@needs_compiler
 def test_a_slot_outside_the_caches_is_an_error_and_nothing_is_written():
     q, k, v = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8)
     caches = torch.zeros(2, 2, 1, 3, 8)

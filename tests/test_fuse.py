@@ -21,9 +21,10 @@ from qwen_ref.errors import QwenRefError
 from qwen_ref.fuse import Together, fuse
 from qwen_ref.layers import Linear
 from qwen_ref.loading import load_model
-from qwen_ref.models import qwen2
+from qwen_ref.models import qwen1, qwen2
 
-KNOWN = [name for name in VARIANTS if name.split()[0] in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")]
+KNOWN = [name for name in VARIANTS if name.split()[0] not in ("qwen1", "qwen4_exp")]
+HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")  # whose norm after the delta rule scales up the rounding of what may be small
 COMPILED = cpp.supports_rounding(torch.device("cpu"), torch.bfloat16)
 
 
@@ -50,43 +51,48 @@ def read(model, pieces, positions=None):
 def test_logits_are_transformers(variant, dtype, bound):
     """To the bounds of the parity suite, with biases, windows, YaRN and tied heads among its variants."""
     ours, theirs = make_pair(VARIANTS[variant], dtype)
+    if variant.startswith(HYBRID) and dtype == torch.float32:
+        bound = 1e-4
     with backend.use("eager"), casts_lifted(theirs):
         assert off(ours.fuse()(IDS), theirs(IDS).logits) <= bound
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", *HYBRID])
 def test_bf16_loses_no_more_than_the_model(name):
     ours, exact = plain(name, torch.bfloat16), plain(name)
     for p, q in zip(exact.parameters(), ours.parameters(), strict=True):
         p.copy_(q)
     with torch.inference_mode(), backend.use("eager"):
         truth, apart = exact(IDS), ours(IDS).float()
-        assert (ours.fuse()(IDS).float() - truth).norm() <= 1.25 * (apart - truth).norm()
+        for pieces in (IDS.split(23, dim=1), IDS.split([3, *[1] * 20], dim=1)):
+            assert (read(ours.fuse(), pieces).float() - truth).norm() <= 1.25 * (apart - truth).norm()
 
 
-@pytest.mark.parametrize("variant", ["qwen2 sliding", "qwen3", "qwen3_moe sliding"])
+@pytest.mark.parametrize("variant", ["qwen2 sliding", "qwen3", "qwen3_moe sliding", "qwen3_next", "qwen3_5", "qwen3_5_moe"])
 def test_cached_is_whole_at_every_split(variant):
-    ours = plain(variant)
+    ours = plain(variant, torch.float64)
     whole, fast = ours(IDS), ours.fuse()
     for split in range(1, 23):
-        assert off(read(fast, IDS.split([split, 23 - split], dim=1)), whole) < 5e-6, split
-    assert off(read(fast, IDS.split(1, dim=1)), whole) < 5e-6
+        assert off(read(fast, IDS.split([split, 23 - split], dim=1)), whole) < 1e-10, split
+    assert off(read(fast, IDS.split(1, dim=1)), whole) < 1e-10
 
 
-@pytest.mark.parametrize("variant", ["qwen2 sliding", "qwen3"])
+@pytest.mark.parametrize("variant", ["qwen2 sliding", "qwen3", "qwen3_next", "qwen3_5"])
 def test_left_padding_and_the_model_reads_on_in_the_same_cache(variant):
-    ours = plain(variant)
+    ours = plain(variant, torch.float64)
     fast, positions = ours.fuse(), torch.arange(23).repeat(2, 1)
     positions[1] = (positions[1] - 9).clamp_min(-1)
     apart = ours(IDS, positions)
     together = read(fast, [IDS[:, :20], IDS[:, 20:21], IDS[:, 21:]], positions[:, :20])
     for row, pad in ((0, 0), (1, 9)):
-        assert off(together[row, pad:], apart[row, pad:]) < 5e-6
+        assert off(together[row, pad:], apart[row, pad:]) < 1e-10
     cache = fast.make_cache()
     fast(IDS[:, :11], positions[:, :11], cache)
     ours(IDS[:, 11:15], None, cache)  # either may write into it
+    fast(IDS[:, 15:16], None, cache)
     cache.select(torch.tensor([1]))
-    assert off(fast(IDS[1:, 15:], None, cache), apart[1:, 15:]) < 5e-6
+    fast(IDS[1:, 16:17], None, cache)
+    assert off(fast(IDS[1:, 17:], None, cache), apart[1:, 17:]) < 1e-10
 
 
 def test_a_cache_outgrows_its_buffer_and_is_cut_back():
@@ -99,7 +105,7 @@ def test_a_cache_outgrows_its_buffer_and_is_cut_back():
     assert off(fast(ids[:, 60:], None, cache), ours(ids)[:, 60:]) < 5e-6
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-hybrid"])
 @pytest.mark.parametrize("quantize", [None, "int4"])
 def test_generate_says_the_same(name, quantize):
     model, tokenizer = qr.load(name, dtype=torch.float32, quantize=quantize)
@@ -107,6 +113,23 @@ def test_generate_says_the_same(name, quantize):
     apart = qr.generate(model, tokenizer, prompts, max_tokens=24, temperature=0)
     together = qr.generate(model.fuse(), tokenizer, prompts, max_tokens=24, temperature=0)
     assert [r.token_ids for r in together] == [r.token_ids for r in apart]
+
+
+@pytest.mark.parametrize("choice", ["eager", "cpp"])
+def test_a_fused_hybrid_speculates_and_takes_turns(choice):
+    """Its draft layer is the model's. Turns come back to marked states, which steps in between must not have written to."""
+    model, tokenizer = qr.load("tiny-hybrid", dtype=torch.float32)
+    fast, asked = model.fuse(), {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    said = qr.generate(model, tokenizer, "Once upon a time", **asked)[0]
+    with backend.use({"gated_delta_step": choice, "sigmoid_gate": choice} if choice == "eager" else choice):
+        guessed = qr.generate(fast, tokenizer, "Once upon a time", speculate=2, **asked)[0]
+        assert guessed.token_ids == said.token_ids and guessed.usage.accepted_tokens > 0
+        session, apart = qr.Session(fast), qr.Session(model)
+        story = "Tim had a ball. He liked to play with it in the park. " * 6
+        for prompt, more in ((story, {}), (story + "Lily", {}), (story, {"speculate": 2}), (story + "Tom", {})):
+            turn = qr.generate(fast, tokenizer, prompt, session=session, **asked, **more)[0]
+            assert turn.token_ids == qr.generate(model, tokenizer, prompt, session=apart, **asked)[0].token_ids
+        assert turn.usage.cached_tokens > 50
 
 
 # ---------------------------------------------------------------- memory
@@ -117,7 +140,7 @@ def test_the_model_goes_on_and_nothing_is_held_twice():
     before, fast = ours(IDS), ours.fuse()
     assert torch.equal(ours(IDS), before)
     for block, fused in zip(ours.model.layers, fast.model.layers, strict=True):
-        for together, parts in ((fused.attention.qkv_proj, [block.self_attn.get_submodule(f"{p}_proj") for p in "qkv"]),
+        for together, parts in ((fused.mixer.qkv_proj, [block.self_attn.get_submodule(f"{p}_proj") for p in "qkv"]),
                                 (fused.mlp.gate_up_proj, [block.mlp.gate_proj, block.mlp.up_proj])):  # fmt: skip
             storage = together.whole.weight.untyped_storage()
             assert storage.nbytes() == sum(p.weight.nbytes for p in parts)
@@ -161,10 +184,10 @@ def test_what_differs_stays_apart():
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp"])
-def test_other_generations_are_refused(name):
-    with pytest.raises(QwenRefError, match=f"{TINY[name][0].__name__.rpartition('.')[2]} cannot be fused"):
-        make_pair(TINY[name][1])[0].fuse()
+def test_other_generations_are_refused():
+    for model in (make_pair(TINY["qwen4_exp"][1])[0], qwen1.Model(qwen1.Config.from_json(qwen1.TINY))):
+        with pytest.raises(QwenRefError, match=f"{type(model).__module__.rpartition('.')[2]} cannot be fused"):
+            model.fuse()
 
 
 def test_dual_chunk_attention_is_refused():
@@ -222,7 +245,8 @@ compiled = pytest.mark.skipif(cpp.supports(torch.device("cpu"), torch.float32) i
 
 # cpp's attention takes heads of multiples of eight.
 RECORDABLE = {name: {**VARIANTS[name], **({"head_dim": 24} if "qwen3" in name else {})}
-              for name in ("qwen2", "qwen2 yarn", "qwen3", "qwen3 tied", "qwen3_moe")}  # fmt: skip
+              for name in ("qwen2", "qwen2 yarn", "qwen2_moe", "qwen3", "qwen3 tied", "qwen3_moe", "qwen3_5", "qwen3_5 biased",
+                           "qwen3_5_moe")}  # fmt: skip
 
 
 def recordable(name: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -251,22 +275,23 @@ def test_recorded_steps_are_transformers(in_cpp, variant):
         out.append(fast(piece, None, cache))
         assert is_recorded(cache) == (cache.length > 9)
     with casts_lifted(theirs):
-        assert off(torch.cat(out, dim=1), theirs(ids).logits) < 5e-6
+        assert off(torch.cat(out, dim=1), theirs(ids).logits) < (1e-4 if variant.startswith(HYBRID) else 5e-6)
 
 
 @compiled
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_replay_is_the_same_to_the_last_bit(in_cpp, dtype):
+def test_a_replay_is_the_same_to_the_last_bit(in_cpp, name, dtype):
     """As the same operations called one by one, which they are while someone watches a module."""
-    fast, watched = recordable(dtype=dtype).fuse(), []
+    fast, watched = recordable(name, dtype=dtype).fuse(), []
     pieces = IDS.split([20, 1, 1, 1], dim=1)
     replayed = read(fast, pieces)
-    handle = fast.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: watched.append(1))
+    handle, calls = fast.model.norm.register_forward_hook(lambda *_: watched.append(1)), 2 * len(fast.model.layers)
     assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4
     handle.remove()
-    with backend.intercept("swiglu", lambda run, *args: (watched.append(1), run(*args))[1]):
-        assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * len(fast.model.layers)
-    assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * len(fast.model.layers)
+    with backend.intercept("add_rms_norm", lambda run, *args: (watched.append(1), run(*args))[1]):
+        assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * calls
+    assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * calls
 
 
 ACTIONS = st.lists(
@@ -274,23 +299,25 @@ ACTIONS = st.lists(
         st.tuples(st.just("read"), st.integers(1, 3)), st.tuples(st.just("step"), st.integers(1, 9)),
         st.tuples(st.just("truncate"), st.floats(0, 1)), st.tuples(st.just("select"), st.integers(0, 2)),
         st.tuples(st.just("copy"), st.just(0)), st.tuples(st.just("restore"), st.just(0)), st.tuples(st.just("other"), st.just(0)),
-        st.tuples(st.just("eager"), st.just(0)), st.tuples(st.just("watch"), st.just(0)),
+        st.tuples(st.just("eager"), st.just(0)), st.tuples(st.just("watch"), st.just(0)), st.tuples(st.just("mark"), st.just(0)),
+        st.tuples(st.just("remember"), st.integers(0, 3)),
     ), min_size=3, max_size=14,
 )  # fmt: skip
 
 
 @compiled
+@pytest.mark.parametrize("name, bound", [("qwen3", 5e-6), ("qwen3_5", 1e-4)])
 @given(ACTIONS)
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_whatever_happens_to_the_cache(actions):
+def test_whatever_happens_to_the_cache(name, bound, actions):
     """Steps between anything a cache can go through give what the model gives for all tokens at once."""
-    ours = recordable()
+    ours, remembered = recordable(name), 0
     fast, g = ours.fuse(), torch.Generator().manual_seed(1)
     with backend.use("cpp"), torch.inference_mode():
         ids = torch.randint(0, 211, (2, 62), generator=g)  # the buffer has 64 places
         cache = fast.make_cache()
         fast(ids, None, cache)
-        kept, held = cache.snapshot(), ids
+        kept, held = (cache.snapshot(), 0), ids
         for action, value in actions:
             if action in ("read", "step", "eager", "watch", "other"):
                 counts = {"read": [value], "step": [1] * int(value)}.get(action, [1])
@@ -305,21 +332,27 @@ def test_whatever_happens_to_the_cache(actions):
                             y = fast(new, None, cache)
                     else:
                         y = (ours if action == "other" else fast)(new, None, cache)
-                    assert off(y, ours(ids)[:, -count:]) < 5e-6, (action, ids.shape)
-                    assert action != "step" or is_recorded(cache)
+                    assert off(y, ours(ids)[:, -count:]) < bound, (action, ids.shape)
+                    assert action != "step" or is_recorded(cache) or (remembered and name == "qwen3_5")
             elif action == "truncate":
-                length = max(int(value * cache.length), 1)
-                cache.truncate(length)
-                ids = ids[:, :length]
+                length = cache.reachable(max(int(value * cache.length), 1))
+                if length:
+                    cache.truncate(length)
+                    ids = ids[:, :length]
+            elif action == "mark":
+                cache.mark()
+            elif action == "remember":
+                cache.remember(value)
+                remembered = value
             elif action == "select":
                 rows = torch.tensor([[0], [ids.shape[0] - 1, 0], list(range(ids.shape[0]))][value])
                 cache.select(rows)
                 ids = ids[rows]
             elif action == "copy":
-                kept, held, cache = cache.snapshot(), ids, copy.deepcopy(cache)
+                kept, held, cache = (cache.snapshot(), remembered), ids, copy.deepcopy(cache)
             else:
-                cache.restore(kept)
-                ids = held
+                cache.restore(kept[0])
+                ids, remembered = held, kept[1]
 
 
 @compiled
@@ -385,12 +418,12 @@ def test_a_copied_cache_has_a_record_of_its_own(in_cpp, copied):
 
 @compiled
 def test_what_cpp_has_not_is_never_recorded(in_cpp):
-    # A window, a shared expert, heads that attention.h cannot read.
-    for variant in ("qwen2 sliding", "qwen2_moe", "qwen3"):
+    # A window, projections whose rows have to be put in order, heads that attention.h cannot read.
+    for variant in ("qwen2 sliding", "qwen3_next", "qwen3"):
         ours = plain(variant)
         fast, cache = ours.fuse(), ours.make_cache()
         out = [fast(IDS[:, t : t + 1], None, cache) for t in range(5)]
-        assert not is_recorded(cache) and off(torch.cat(out, dim=1), ours(IDS[:, :5])) < 5e-6
+        assert not is_recorded(cache) and off(torch.cat(out, dim=1), ours(IDS[:, :5])) < (1e-4 if variant in HYBRID else 5e-6)
     fast = recordable().double().fuse()
     cache = fast.make_cache()
     fast(IDS[:, :1], None, cache)

@@ -31,12 +31,12 @@ ONCE = {"moe_int8", "moe_fp8", "moe_code4"}  # compiled for one target: on the o
 STREAMING = {  # nothing to multiply; the most registers, for many programs must fit to hide the latency of memory
     "rms_norm": 64, "add_rms_norm": 64, "swiglu": 64, "rope": 64, "norm_rope_write": 64, "router_topk": 128,
     "cross_entropy": 64, "sample": 128, "zero_centred_rms_norm": 64, "gated_rms_norm": 64, "causal_conv1d": 128,
-    "gated_delta_step": 128, "stream_mix": 64, "stream_write": 64,
+    "gated_delta_step": 128, "stream_mix": 64, "stream_write": 64, "sigmoid_gate": 64,
 }  # fmt: skip
 # The kernels that multiply tiles: in 16 bits they must be on the tensor cores, or they are right and ten times too slow.
 MATRIX = {"attention", "split", "some_rows", "gate_up_tiles", "down_tiles", "scaled_tiles", "prepare", "carry",
           "block_scores", "chosen_blocks"}
-DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_norm")  # of the hybrid models only
+DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "sigmoid_gate")  # of the hybrid models only
 STREAMS = ("block_scores", "sparse_block_attention", "stream_mix", "stream_write")  # of Qwen4-Exp only
 DENSE, MIXTURE = ("Qwen/Qwen3-8B",), ("Qwen/Qwen3-30B-A3B",)
 MODELS = ("Qwen/Qwen3-0.6B", *DENSE, *MIXTURE)
@@ -78,6 +78,18 @@ def test_add_rms_norm_is_the_two_operations_in_bf16():
     x, residual, weight = (torch.randn(shape).bfloat16() for shape in ((3, 64), (3, 64), (64,)))
     total, normed = ops.add_rms_norm(x, residual, weight, 1e-6)
     assert torch.equal(total, x + residual) and torch.equal(normed, ops.rms_norm(x + residual, weight, 1e-6))
+    total, normed = ops.add_rms_norm(x, residual, weight, 1e-6, True)
+    assert torch.equal(total, x + residual) and torch.equal(normed, ops.zero_centred_rms_norm(x + residual, weight, 1e-6))
+
+
+def test_sigmoid_gate_is_its_definition_and_rounds_every_step():
+    x, gate, residual = torch.randn(3, 5), torch.randn(3, 1), torch.randn(3, 5)
+    exact = x.double() / (1 + (-gate.double()).exp())
+    torch.testing.assert_close(ops.sigmoid_gate(x, gate), exact.float())
+    torch.testing.assert_close(ops.sigmoid_gate(x, gate.expand(3, 5), residual), (exact + residual).float())
+    x, gate, residual = (torch.randn(3, 64).bfloat16() for _ in range(3))
+    steps = (x.float() * (1 / (1 + (-gate.float()).exp())).bfloat16().float()).bfloat16()
+    assert torch.equal(ops.sigmoid_gate(x, gate), steps) and torch.equal(ops.sigmoid_gate(x, gate, residual), residual + steps)
 
 
 def test_a_report_imports_neither_triton_nor_the_kernels():
@@ -245,7 +257,7 @@ def test_verify_passes_on_triton():
 def test_launchers_refuse_what_they_would_compute_wrongly():
     code = """
 import torch
-from qwen_kernels import add_rms_norm, gated_rms_norm, rms_norm, rope, router_topk, swiglu, zero_centred_rms_norm
+from qwen_kernels import add_rms_norm, gated_rms_norm, rms_norm, rope, router_topk, sigmoid_gate, swiglu, zero_centred_rms_norm
 from qwen_ref.errors import RequestError
 x, w = torch.randn(2, 3, 4, 6), torch.ones(6)
 wide, weight = torch.zeros(1, 16385), torch.zeros(16385)
@@ -260,6 +272,9 @@ for call in (
     lambda: add_rms_norm.run(x, x[:1], torch.ones(6), 1e-6),
     lambda: swiglu.run(x, x.half()),
     lambda: swiglu.run(x, x.to("meta")),
+    lambda: sigmoid_gate.run(x, x, x.half()),
+    lambda: sigmoid_gate.run(x, x[..., :2]),
+    lambda: sigmoid_gate.run(x, x.half()),
     lambda: rope.run(x, *tables.half()),
     lambda: rope.run(x, *tables[..., :3]),
     lambda: router_topk.run(torch.randn(2, 5), 6, True),
@@ -272,9 +287,9 @@ print(rms_norm.supports(torch.device("cuda"), torch.float64), "|", rms_norm.supp
 """
     lines = python(code, interpret=True).splitlines()
     for line, text in zip(lines, ("no backward pass", "weight of 6", *["16385 is more than"] * 3, "at most 16384",
-                                  "equal shapes", "equal shapes", "on cpu and on meta", "wider than a head", "wider than a head", "k 6 of 5"), strict=False):  # fmt: skip
+                                  "equal shapes", "equal shapes", "on cpu and on meta", "equal shapes", *["a gate of x's shape"] * 2, "wider than a head", "wider than a head", "k 6 of 5"), strict=False):  # fmt: skip
         assert text in line
-    assert len(lines) == 13 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
+    assert len(lines) == 16 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
 
 
 BAD = """
@@ -335,7 +350,7 @@ EXPERTS = tuple(kernel for kernel in PACKED if kernel not in PACKED_LINEAR)
 PLAIN = tuple(kernel for kernel in KERNELS if kernel not in PACKED)
 OFTEN = (
     (MODELS, FEW, DTYPES, tuple(kernel for kernel in PLAIN if kernel not in DELTA + STREAMS)),
-    (("Qwen/Qwen3.5-27B",), FEW, DTYPES, DELTA),
+    (("Qwen/Qwen3.5-27B",), FEW, DTYPES, (*DELTA, "add_rms_norm", "norm_rope_write")),
     (("Qwen/Qwen4-Exp",), FEW, DTYPES, STREAMS),
     (DENSE, FEW, DTYPES, PACKED_LINEAR[:-1]),
     (DENSE, TOKENS, DTYPES, PACKED_LINEAR[-1:]),

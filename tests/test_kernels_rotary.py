@@ -69,6 +69,18 @@ def test_it_turns_unit_vectors_and_keeps_to_its_slots():
     assert torch.equal(v_cache, wanted_v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_centred_norms_and_heads_turned_in_part(dtype):
+    """As the attention of hybrids has them, queries between their gates: the bits of the operations one by one."""
+    _, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache = inputs(5, dtype=dtype)
+    q, cos, sin = torch.randn(5, 12, 20).to(dtype)[:, ::2], cos[:, :6], sin[:, :6]
+    ours = ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, torch.arange(5), True)
+    normed = [ops.zero_centred_rms_norm(x, weight, eps) for x, weight in ((q, q_weight), (k, k_weight))]
+    turned = [ops.rope(x.transpose(0, 1)[None], cos[None], sin[None])[0] for x in normed]
+    assert torch.equal(ours, turned[0].transpose(0, 1)) and torch.equal(ours[..., 6:], normed[0][..., 6:])
+    assert torch.equal(k_cache[0, :, :5], turned[1]) and torch.equal(v_cache[0, :, :5], v.transpose(0, 1))
+
+
 def test_without_weights_nothing_is_normed():
     q, k, v, _, _, eps, cos, sin, k_cache, v_cache = inputs(3)
     ours = ops.norm_rope_write(q, k, v, None, None, eps, cos, sin, k_cache, v_cache, torch.arange(3))
@@ -93,7 +105,7 @@ def test_a_right_implementation_passes(faults_of):
     def right(*args):
         args = list(args)
         filled = [args[8].clone(), args[9].clone()]
-        out = ops.norm_rope_write(*args[:8], *filled, args[10])
+        out = ops.norm_rope_write(*args[:8], *filled, *args[10:])
         for cache, new in zip(args[8:10], filled, strict=True):
             cache.copy_(new)
         return out
@@ -103,17 +115,17 @@ def test_a_right_implementation_passes(faults_of):
 
 def test_a_wrong_slot_is_caught(faults_of):
     def wrong(*args):
-        return ops.norm_rope_write(*args[:10], torch.where(args[10] >= 0, args[10] ^ 1, args[10]))
+        return ops.norm_rope_write(*args[:10], torch.where(args[10] >= 0, args[10] ^ 1, args[10]), *args[11:])
 
     assert "into shuffled pages: is off by" in faults_of(wrong)
 
 
 def test_a_token_too_many_and_one_too_few_are_caught(faults_of):
     def all_tokens(*args):
-        return ops.norm_rope_write(*args[:10], args[10].clamp(min=0))
+        return ops.norm_rope_write(*args[:10], args[10].clamp(min=0), *args[11:])
 
     def none(*args):
-        return ops.norm_rope_write(*args[:10], torch.full_like(args[10], -1))
+        return ops.norm_rope_write(*args[:10], torch.full_like(args[10], -1), *args[11:])
 
     assert "nothing stored: is off by" in faults_of(all_tokens)
     assert "one token: is off by" in faults_of(none)
@@ -182,11 +194,15 @@ from qwen_kernels import norm_rope_write
 from qwen_ref import ops
 args, slots = inputs(40, rows=3, dtype=torch.float16), torch.randperm(48)[:40].masked_fill(torch.arange(40) == 7, -1)
 ours, formula = [*args[:8], *(a.clone() for a in args[8:])], args
-results = [[f(*a, slots), *a[8:]] for f, a in ((norm_rope_write.run, ours), (ops.norm_rope_write, formula))]
-print(*(float((a == b).float().mean()) for a, b in zip(*results)))
+for turned, centred in ((20, False), (6, True)):
+    for a in (ours, formula):
+        a[6:8] = args[6][:, :turned], args[7][:, :turned]
+    results = [[f(*a, slots, centred), *a[8:]] for f, a in ((norm_rope_write.run, ours), (ops.norm_rope_write, formula))]
+    print(*(float((a == b).float().mean()) for a, b in zip(*results)))
 """
-    q, k, v = map(float, python(code, interpret=True).split())
-    assert q > 0.995 and k > 0.995 and v == 1
+    for line in python(code, interpret=True).splitlines():
+        q, k, v = map(float, line.split())
+        assert q > 0.995 and k > 0.995 and v == 1
 
 
 @needs_triton
@@ -212,7 +228,7 @@ except RequestError as error:
     print("odd", error)
 """
     lines = python(code, interpret=True).splitlines()
-    wanted = ("1 .*needs k of shape", "3 .*needs weight 0", "6 .*needs cos", "8 .*needs k_cache", "9 .*needs v_cache", "10 .*int64 slots", "odd .*even head size")
+    wanted = ("1 .*needs k of shape", "3 .*needs weight 0", "6 .*needs cos", "8 .*needs k_cache", "9 .*needs v_cache", "10 .*int64 slots", "odd .*even count")
     assert len(lines) == len(wanted)
     for line, text in zip(lines, wanted, strict=True):
         start, end = text.split(" .*")

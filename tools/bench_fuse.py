@@ -1,6 +1,7 @@
 """What `model.fuse()` gains in decoding: both models on the same weights, token by token in turn, in one process.
 
     python tools/bench_fuse.py --width int4         # Qwen3-0.6B's shape, random packed weights, backend.use("cpp")
+    python tools/bench_fuse.py --shape qwen3.5      # Qwen3.5-0.8B's: 18 of 24 layers are Gated DeltaNets
 
 The gate: at every token the logits are alike. Then the median time of each, and of the ratio of neighbours, with its
 quartiles; above 1: fused is faster.
@@ -13,15 +14,18 @@ import statistics
 import time
 
 import torch
-from bench_quantized import QWEN3_06B, RIVAL, random_model, step
+from bench_quantized import QWEN3_06B, QWEN35_08B, RIVAL, random_model, step
 
 from qwen_ref import backend
+
+SHAPES = {"qwen3": QWEN3_06B, "qwen3.5": QWEN35_08B}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", choices=tuple(RIVAL), default="int4")
-    parser.add_argument("--layers", type=int, default=QWEN3_06B["num_hidden_layers"])
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3")
+    parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--tokens", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -29,7 +33,8 @@ def main() -> None:
     ids = torch.tensor([[i * 7919 % 150000 for i in range(16 + args.tokens)]])
     times: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode(), backend.use("cpp"):
-        model = random_model(args.width, args.layers)
+        shape = SHAPES[args.shape]
+        model = random_model(args.width, args.layers or shape["num_hidden_layers"], shape)
         sides = [(side, side.make_cache()) for side in (model, model.fuse())]
         for side, cache in sides:
             step(side, ids[:, :16], cache)
@@ -45,7 +50,7 @@ def main() -> None:
                 raise SystemExit("the fused model's logits differ; nothing is reported")
     low, middle, high = statistics.quantiles((a / b for a, b in zip(*times, strict=True)), n=4)
     apart_ms, fused_ms = (statistics.median(taken) * 1e3 for taken in times)
-    print(f"{args.width}: apart {apart_ms:.1f} ms, fused {fused_ms:.1f} ms a token, "
+    print(f"{args.shape} {args.width}: apart {apart_ms:.1f} ms, fused {fused_ms:.1f} ms a token, "
           f"ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 

@@ -29,6 +29,11 @@ QWEN3_06B: dict[str, Any] = {
     "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
     "tie_word_embeddings": True, "vocab_size": 151936,
 }  # fmt: skip
+QWEN35_08B: dict[str, Any] = {
+    "model_type": "qwen3_5_text", "head_dim": 256, "hidden_size": 1024, "intermediate_size": 3584,
+    "num_attention_heads": 8, "num_hidden_layers": 24, "num_key_value_heads": 2, "linear_num_value_heads": 16,
+    "tie_word_embeddings": True, "vocab_size": 248320,
+}  # fmt: skip
 RIVAL = {"int8": "q8_0", "int4": "q4_0"}
 GOALS = {"int8 decode": 1.0, "int4 decode": 1.1, "int8 prefill": 1.5, "int4 prefill": 1.5}
 WARM, LIKE = 16, 2.0  # tokens before decoding; how many times the formulas' own error in bf16 the fast products may have
@@ -198,14 +203,14 @@ def peak() -> float:
     return int(line.split()[1]) / 1024
 
 
-def random_model(width: str, layers: int) -> Any:
-    """Qwen3 with every matrix packed, in such memory as `load` takes: nothing is ever held unpacked."""
+def random_model(width: str, layers: int, shape: dict[str, Any] = QWEN3_06B) -> Any:
+    """A model with every matrix packed, in such memory as `load` takes: nothing is ever held unpacked."""
     import torch
 
     from qwen_ref import layers as plain
     from qwen_ref.loading import _NoInitialValues
     from qwen_ref.memory import empty
-    from qwen_ref.models import qwen3
+    from qwen_ref.models import qwen3, qwen3_5
     from qwen_ref.quant.format import Matrix
     from qwen_ref.quant.layers import PackedEmbedding, PackedLinear
     from qwen_ref.quant.packed import Int4, Int8, Packed
@@ -221,20 +226,22 @@ def random_model(width: str, layers: int) -> Any:
         return Int4(codes, torch.rand(rows, columns // 128).add(0.5).mul(0.02 / 4.6), None, 128)
 
     with torch.device("meta"), _NoInitialValues():
-        model = qwen3.Model(qwen3.Config.from_json({**QWEN3_06B, "num_hidden_layers": layers}))
+        generation = qwen3 if shape["model_type"] == "qwen3" else qwen3_5
+        model = generation.Model(generation.Config.from_json({**shape, "num_hidden_layers": layers}))
     for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, plain.Linear):
                 rows, columns = child.weight.shape
                 setattr(parent, name, PackedLinear(Matrix(matrix(rows, columns)), (rows, columns)))
-    shape = (QWEN3_06B["vocab_size"], QWEN3_06B["hidden_size"])
-    head = matrix(*shape)
-    model.model.embed_tokens = PackedEmbedding(head, shape, torch.bfloat16)
-    model.lm_head = PackedLinear(Matrix(head), shape)
-    for module in model.modules():
-        if isinstance(module, plain.RMSNorm):
-            module.weight = torch.nn.Parameter(torch.ones(module.weight.shape, dtype=torch.bfloat16), requires_grad=False)
-    model.model.rotary_emb = plain.Rotary(QWEN3_06B["head_dim"], model.config.rope)
+    size = (shape["vocab_size"], shape["hidden_size"])
+    head = matrix(*size)
+    model.model.embed_tokens = PackedEmbedding(head, size, torch.bfloat16)
+    model.lm_head = PackedLinear(Matrix(head), size)
+    for module in list(model.modules()):
+        for name, left in list(module.named_parameters(recurse=False)):  # norms, and what a Gated DeltaNet has besides matrices
+            values = torch.rand(left.shape) if isinstance(module, plain.CausalConv1d) else torch.ones(left.shape)
+            setattr(module, name, torch.nn.Parameter(values.bfloat16(), requires_grad=False))
+    model.model.rotary_emb = plain.Rotary(shape["head_dim"], model.config.rope)
     return model.eval()
 
 

@@ -1,11 +1,12 @@
-"""gated_delta_step in Triton: one decoding token of a Gated DeltaNet in one launch, its state read once and written once.
+"""gated_delta_step in Triton: one decoding token of a Gated DeltaNet, its state read once and written once, where it was.
 
 Algorithm: `ops.gated_delta_step`, fused. A program has one value head: the whole state (Dk, Dv) is in its registers, so
 that the norm over the head's output needs no second pass. First it convolves the 2 Dk + Dv channels that it reads; those of
-q and k are convolved again by the other value heads of the key head, out of the cache, and the first of them keeps the
-window. (To read the state meanwhile takes more registers than there are.) The output S_new^T q is taken from the decayed S
-as S^T q + (k.q) u, one pass for both reductions over S. Rounds where the formulas round: the convolution, its silu, beta,
-the output, the normed number and its product with the weight.
+q and k are convolved again by the other value heads of the key head, out of the cache. The first of these keeps the window,
+elsewhere, for the others may not have read it yet: a copy puts it in its place. (To read the state meanwhile takes more
+registers than there are.) The output S_new^T q is taken from the decayed S as S^T q + (k.q) u, one pass for both reductions
+over S. Rounds where the formulas round: the convolution, its silu, beta, the output, the normed number and its product with
+the weight.
 
 Bytes per sequence and head of 128: 128 KiB of state against 1.5 KiB of everything else. FLOPs: 7 Dk Dv: memory bound. Of a
 single sequence, 48 heads are 6.3 MB, 1.5 us of an H200: there a launch costs more than the work, which is why the
@@ -43,9 +44,9 @@ TUNED: dict[tuple[str, Any], dict[str, int]] = {
 def run(
     mixed: Tensor, window: Tensor, conv_weight: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
     z: Tensor, norm_weight: Tensor, eps: float, state: Tensor, activation: str = "silu",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The signature of `ops.gated_delta_step`, every tensor of any strides; window, its weight and z of mixed's dtype.
-    Returns the output (B, P Dv), the window (B, C, W) and the state (B, P, Dk, Dv) after it, fp32: new tensors."""
+) -> Tensor:  # fmt: skip
+    """The signature of `ops.gated_delta_step`, every tensor of any strides; window, its weight and z of mixed's dtype, the
+    state fp32. Writes window and state, and returns the output (B, P Dv)."""
     require("gated_delta_step", mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, state)
     (batch, heads, width), dim, (channels, taps) = z.shape, state.shape[2], conv_weight.shape
     keys = channels - heads * width  # 2 G Dk
@@ -62,6 +63,8 @@ def run(
             f"the triton gated_delta_step needs window, convolution weight and z in mixed's {mixed.dtype}, got "
             f"{window.dtype}, {conv_weight.dtype} and {z.dtype}"
         )
+    if state.dtype != torch.float32:
+        raise RequestError(f"the triton gated_delta_step writes to the state, which must be float32; it is {state.dtype}")
     if dim == 0 or keys <= 0 or keys % (2 * dim) or heads % (keys // (2 * dim)):
         raise RequestError(
             f"the triton gated_delta_step needs channels 2 G {dim} + {heads} x {width}, G a divisor of {heads}; got {channels}"
@@ -72,25 +75,25 @@ def run(
     if block_k * block_v > MOST_NUMBERS:
         return ORACLE(mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, eps, state, activation)
     out, kept = mixed.new_empty(batch, heads * width), window.new_empty(window.shape)
-    after = torch.empty(state.shape, dtype=torch.float32, device=state.device)
-    if after.numel() == 0:
-        return out, kept, after
+    if state.numel() == 0:
+        return out
     launch = tuned(TUNED, mixed.device, max(1024, block_k * block_v))
     with on(mixed.device):
         _step[(batch * heads,)](
-            mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, state, out, kept, after,
+            mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, state, out, kept,
             eps, heads, heads * 2 * dim // keys, keys // 2, dim**-0.5,
             *mixed.stride(), *window.stride(), *conv_weight.stride(), *a.stride(), *b.stride(), a_log.stride(0),
             dt_bias.stride(0), *z.stride(), norm_weight.stride(0), *state.stride(),
             DK=dim, DV=width, TAPS=taps, BLOCK_K=block_k, BLOCK_V=block_v,
             SIGMOID=activation == "sigmoid", **launch,
         )  # fmt: skip
-    return out, kept, after
+        window.copy_(kept)
+    return out
 
 
 @triton.jit
 def _step(
-    mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, state, out, kept, after,
+    mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, state, out, kept,
     eps, heads, ratio, keys, scale,
     m0, m1, w0, w1, w2, c0, c1, a0, a1, b0, b1, al0, dt0, z0, z1, z2, n0, s0, s1, s2, s3,
     DK: tl.constexpr, DV: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -110,10 +113,10 @@ def _step(
     share = tl.sigmoid(tl.load(b + batch * b0 + head * b1).to(tl.float32)).to(b.dtype.element_ty).to(tl.float32)
 
     held = (d < DK)[:, None] & (e < DV)[None, :]
-    state, after = state + batch * s0 + head * s1, after + tl.program_id(0).to(tl.int64) * DK * DV
-    memory = tl.load(state + (d[:, None] * s2 + e[None, :] * s3), mask=held, other=0.0).to(tl.float32)  # (BLOCK_K, BLOCK_V)
+    state = state + batch * s0 + head * s1 + (d[:, None] * s2 + e[None, :] * s3)
+    memory = tl.load(state, mask=held, other=0.0)  # (BLOCK_K, BLOCK_V)
     memory, result = step(memory, query, key, value, tl.exp(-rate * step_size), share, scale)
-    tl.store(after + (d[:, None] * DV + e[None, :]), memory, mask=held)
+    tl.store(state, memory, mask=held)
 
     weight = tl.load(norm_weight + e * n0, mask=e < DV, other=0.0)  # (BLOCK_V,)
     gate = tl.load(z + batch * z0 + head * z1 + e * z2, mask=e < DV, other=0.0).to(tl.float32)

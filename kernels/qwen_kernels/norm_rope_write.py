@@ -2,10 +2,11 @@
 
 Algorithm: RMSNorm of every head (Zhang & Sennrich 2019), rotation in the half-split convention (Su et al. 2021), and
 the store into the cache, which paged caches address by slot (Kwon et al. 2023). A program takes one token and a block
-of heads, all of q, of k or of v; both halves of a head are in its registers. It rounds where the formulas round: the
-normed number, its product with the weight, and each product of the rotation. Two tokens with the same slot would race.
+of heads, all of q, of k or of v; both halves of a head are in its registers, and behind them what of it is not turned. It
+rounds where the formulas round: the normed number, its product with the weight, and each product of the rotation. Two tokens
+with the same slot would race.
 
-Bytes: 2 M (N + 2 K) D per element size, 2 M D for the tables, 8 M for the slots. FLOPs: 7 M (N + K) D: memory bound.
+Bytes: 2 M (N + 2 K) D per element size, 2 M R for the tables, 8 M for the slots. FLOPs: 7 M (N + K) D: memory bound.
 The tables are read once per block of heads, from memory the first time and then from the L2 cache.
 """
 
@@ -42,15 +43,16 @@ def run(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
+    centred: bool = False,
 ) -> Tensor:
     """The signature of `ops.norm_rope_write`, every tensor of any strides and all of q's dtype. Fills both caches."""
     weights = [w for w in (q_weight, k_weight) if w is not None]
     require("norm_rope_write", q, k, v, cos, sin, k_cache, v_cache, slots, *weights)
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
-    entries = k_cache.shape[2]
+    entries, turned = k_cache.shape[2], cos.shape[-1]
     wanted = {
         "k": (k, (tokens, kv_heads, dim)), "v": (v, (tokens, kv_heads, dim)),
-        "cos": (cos, (tokens, dim)), "sin": (sin, (tokens, dim)),
+        "cos": (cos, (tokens, turned)), "sin": (sin, (tokens, turned)),
         "k_cache": (k_cache, (k_cache.shape[0], kv_heads, entries, dim)), "v_cache": (v_cache, tuple(k_cache.shape)),
         **{f"weight {i}": (w, (dim,)) for i, w in enumerate(weights)},
     }  # fmt: skip
@@ -62,23 +64,26 @@ def run(
             )
     if slots.shape != (tokens,) or slots.dtype != torch.int64:
         raise RequestError(f"the triton norm_rope_write needs {tokens} int64 slots, got {tuple(slots.shape)} {slots.dtype}")
-    if dim % 2 or not 0 < dim <= 2048:
-        raise RequestError(f"the triton norm_rope_write needs an even head size up to 2048, got {dim}")
+    if turned % 2 or not 0 < turned <= dim <= 2048:
+        raise RequestError(
+            f"the triton norm_rope_write needs heads of up to 2048 numbers, an even count turned, got {dim} and {turned}"
+        )
     out = q.new_empty(q.shape)
     if tokens == 0:
         return out
-    half = max(32, triton.next_power_of_2(dim // 2))
-    launch = tuned(TUNED, q.device, half)
+    launch = tuned(TUNED, q.device, max(32, triton.next_power_of_2((dim + 1) // 2)))
     q_blocks, kv_blocks = (triton.cdiv(count, launch["HEADS"]) for count in (heads, kv_heads))
     none = q.new_empty(0)  # in the place of an absent weight: never read
     with on(q.device):
         _norm_rope_write[(tokens * (q_blocks + 2 * kv_blocks),)](
             q, k, v, none if q_weight is None else q_weight, none if k_weight is None else k_weight, eps,
-            cos, sin, k_cache, v_cache, slots, out, heads, kv_heads, dim // 2, entries, q_blocks, kv_blocks,
+            cos, sin, k_cache, v_cache, slots, out, heads, kv_heads, turned // 2, dim, entries, q_blocks, kv_blocks,
             *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(),
             *k_cache.stride(), *v_cache.stride(), slots.stride(0), *out.stride(),
             0 if q_weight is None else q_weight.stride(0), 0 if k_weight is None else k_weight.stride(0),
-            Q_NORM=q_weight is not None, K_NORM=k_weight is not None, HALF=half, **launch,
+            Q_NORM=q_weight is not None, K_NORM=k_weight is not None, CENTRED=centred,
+            HALF=max(16, triton.next_power_of_2(turned // 2)),
+            REST=max(16, triton.next_power_of_2(dim - turned)) if turned < dim else 0, **launch,
         )  # fmt: skip
     return out
 
@@ -86,24 +91,19 @@ def run(
 @triton.jit
 def _norm_rope_write(
     q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots, out,
-    heads, kv_heads, half, entries, q_blocks, kv_blocks,
+    heads, kv_heads, half, dim, entries, q_blocks, kv_blocks,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, c0, c1, s0, s1,
     kc0, kc1, kc2, kc3, vc0, vc1, vc2, vc3, slots0, o0, o1, o2, qw0, kw0,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, CENTRED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     blocks = q_blocks + 2 * kv_blocks  # one token's programs follow each other, as its numbers do in memory
     token, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     cos, sin = cos + token * c0, sin + token * s0
-    j = tl.arange(0, HALF)[None, :]  # (1, HALF), the pair (x_j, x_{j + D/2})
     if block < q_blocks:
         head = (block * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)  # (HEADS, 1)
-        inside = (head < heads) & (j < half)
-        source, target = q + token * q0 + head * q1 + j * q2, out + token * o0 + head * o1 + j * o2
-        first, second = load_pair(source, half * q2, inside)
-        if Q_NORM:
-            first, second = norm_pair(first, second, q_weight, qw0, j, half, eps, q.dtype.element_ty)
-        first, second = rotate_pair(first, second, cos, c1, sin, s1, j, half, q.dtype.element_ty)
-        store_pair(target, half * o2, first, second, inside)
+        carry(q + token * q0 + head * q1, q2, out + token * o0 + head * o1, o2, head < heads, q_weight, qw0, eps,
+              cos, c1, sin, s1, half, dim, Q_NORM, CENTRED, True, HALF, REST)  # fmt: skip
     else:
         slot = tl.load(slots + token * slots0)
         if slot >= 0:
@@ -111,19 +111,40 @@ def _norm_rope_write(
             block -= q_blocks
             if block < kv_blocks:
                 head = (block * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
-                inside = (head < kv_heads) & (j < half)
-                target = k_cache + row * kc0 + head * kc1 + entry * kc2 + j * kc3
-                first, second = load_pair(k + token * k0 + head * k1 + j * k2, half * k2, inside)
-                if K_NORM:
-                    first, second = norm_pair(first, second, k_weight, kw0, j, half, eps, k.dtype.element_ty)
-                first, second = rotate_pair(first, second, cos, c1, sin, s1, j, half, k.dtype.element_ty)
-                store_pair(target, half * kc3, first, second, inside)
+                carry(k + token * k0 + head * k1, k2, k_cache + row * kc0 + head * kc1 + entry * kc2, kc3, head < kv_heads,
+                      k_weight, kw0, eps, cos, c1, sin, s1, half, dim, K_NORM, CENTRED, True, HALF, REST)  # fmt: skip
             else:
                 head = ((block - kv_blocks) * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
-                inside = (head < kv_heads) & (j < half)
-                target = v_cache + row * vc0 + head * vc1 + entry * vc2 + j * vc3
-                first, second = load_pair(v + token * v0 + head * v1 + j * v2, half * v2, inside)
-                store_pair(target, half * vc3, first, second, inside)
+                carry(v + token * v0 + head * v1, v2, v_cache + row * vc0 + head * vc1 + entry * vc2, vc3, head < kv_heads,
+                      k_weight, kw0, eps, cos, c1, sin, s1, half, dim, False, False, False, HALF, REST)  # fmt: skip
+
+
+@triton.jit
+def carry(source, s3, target, t3, exists, weight, w0, eps, cos, c1, sin, s1, half, dim, NORM: tl.constexpr,
+          CENTRED: tl.constexpr, ROTATE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+    """A block of heads, (HEADS, 1) pointers, from source to target: normed and rotated on the way."""
+    dtype: tl.constexpr = source.dtype.element_ty
+    j = tl.arange(0, HALF)[None, :]  # (1, HALF), the pair (x_j, x_{j + R/2})
+    inside = exists & (j < half)
+    first, second = load_pair(source + j * s3, half * s3, inside)
+    squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    if REST:  # of a head that is not turned
+        r = 2 * half + tl.arange(0, REST)[None, :]
+        behind = exists & (r < dim)
+        rest = tl.load(source + r * s3, mask=behind, other=0.0).to(tl.float32)  # (HEADS, REST)
+        squares += tl.sum(rest * rest, axis=1)
+    if NORM:
+        scale = tl.rsqrt(squares / dim + eps)[:, None]
+        low, high = load_pair(weight + j * w0, half * w0, j < half)
+        first, second = weigh(first * scale, low, CENTRED, dtype), weigh(second * scale, high, CENTRED, dtype)
+        if REST:
+            rest = weigh(rest * scale, tl.load(weight + r * w0, mask=r < dim, other=0.0).to(tl.float32), CENTRED, dtype)
+    if ROTATE:
+        first, second = rotate_pair(first, second, cos, c1, sin, s1, j, half, dtype)
+    tl.store(target + j * t3, first.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + (half + j) * t3, second.to(target.dtype.element_ty), mask=inside)
+    if REST:
+        tl.store(target + r * t3, rest.to(target.dtype.element_ty), mask=behind)
 
 
 @triton.jit
@@ -134,19 +155,10 @@ def load_pair(source, apart, inside):
 
 
 @triton.jit
-def store_pair(target, apart, first, second, inside):
-    tl.store(target, first.to(target.dtype.element_ty), mask=inside)
-    tl.store(target + apart, second.to(target.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def norm_pair(first, second, weight, w0, j, half, eps, dtype: tl.constexpr):
-    """`rms_norm` of every head: rounded to dtype before the weight and after it."""
-    low, high = load_pair(weight + j * w0, half * w0, j < half)
-    scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * half) + eps)[:, None]
-    first = ((first * scale).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
-    second = ((second * scale).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
-    return first, second
+def weigh(normed, weight, CENTRED: tl.constexpr, dtype: tl.constexpr):
+    """The end of `rms_norm`, rounded to dtype before the weight and after it, or of `zero_centred_rms_norm`, only after."""
+    normed = normed * (1.0 + weight) if CENTRED else normed.to(dtype).to(tl.float32) * weight
+    return normed.to(dtype).to(tl.float32)
 
 
 @triton.jit

@@ -67,6 +67,11 @@ def _zero_centred_rms_norm(
     target = out + row_offset(row, size1, size2, o0, o1, o2)[:, None] + column[None, :] * o3
     scale = tl.load(weight + (row % groups)[:, None] * w0 + column[None, :] * w1, mask=inside, other=0.0).to(tl.float32)
     values = tl.load(source, mask=inside, other=0.0).to(tl.float32)  # (ROWS, WIDTH)
+    tl.store(target, centred_norm(values, scale, width, eps).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def centred_norm(values, weight, width, eps):
+    """Rows of fp32 values (zero where padded), normed and scaled by 1 + weight."""
     mean = tl.sum(values * values, axis=1) / width
-    normed = values * tl.rsqrt(mean + eps)[:, None] * (1.0 + scale)
-    tl.store(target, normed.to(out.dtype.element_ty), mask=inside)
+    return values * tl.rsqrt(mean + eps)[:, None] * (1.0 + weight)

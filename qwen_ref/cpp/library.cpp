@@ -1,5 +1,6 @@
 // What a model does most on a CPU with AVX2, under one entry: `run` makes a list of calls, one or a whole token's.
 #include "attention.h"
+#include "delta.h"
 #include "moe.h"
 #include "numbers.h"
 #include "packed.h"
@@ -39,11 +40,12 @@ const struct {
     const char* name;
     int (*call)(const int64_t*, int64_t);
 } OPERATIONS[] = {
-    OPERATION(linear),        OPERATION(linear_packed),  OPERATION(attention),   OPERATION(attention_decode),
-    OPERATION(rms_norm),      OPERATION(add_rms_norm),   OPERATION(rope),        OPERATION(norm_rope_write),
-    OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts), OPERATION(moe_packed),
-    OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),  OPERATION(repack_gptq),
-    OPERATION(repack_halves),
+    OPERATION(linear),        OPERATION(linear_packed),  OPERATION(attention),    OPERATION(attention_decode),
+    OPERATION(rms_norm),      OPERATION(add_rms_norm),   OPERATION(rope),         OPERATION(norm_rope_write),
+    OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts),  OPERATION(moe_packed),
+    OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),   OPERATION(repack_gptq),
+    OPERATION(repack_halves), OPERATION(sigmoid_gate),   OPERATION(gated_delta_step),
+    OPERATION(zero_centred_rms_norm),
 };
 
 }  // namespace

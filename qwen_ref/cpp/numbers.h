@@ -101,6 +101,11 @@ __m256 silu8(__m256 x) {
     return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), exp8(_mm256_sub_ps(_mm256_setzero_ps(), x))));
 }
 
+__m256 sigmoid8(__m256 x) {
+    __m256 one = _mm256_set1_ps(1);
+    return _mm256_div_ps(one, _mm256_add_ps(one, exp8(_mm256_sub_ps(_mm256_setzero_ps(), x))));
+}
+
 // Word j of register i and word i of register j change places.
 void transpose_words(__m256i* v) {
     __m256i pairs[8], fours[8];

@@ -169,14 +169,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.zero_centred_rms_norm` in one call."""
+    if x.dtype != weight.dtype or weight.shape not in (x.shape[-1:], x.shape[-2:]) or _learns(x) or _learns(weight):
+        return ops.zero_centred_rms_norm(x, weight, eps)
+    x, out = x.contiguous(), _new(x, *x.shape)
+    call("zero_centred_rms_norm", x, weight.contiguous(), TYPES[x.dtype], float(eps), x.shape[:-1].numel(), x.shape[-1],
+         weight.shape[:-1].numel(), out)  # fmt: skip
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, centred: bool = False
+) -> tuple[Tensor, Tensor]:
     """`ops.add_rms_norm` in one call."""
     alike = x.shape == residual.shape and x.dtype == residual.dtype == weight.dtype and weight.shape == x.shape[-1:]
     if not alike or _learns(x) or _learns(residual) or _learns(weight):
-        return ops.add_rms_norm(x, residual, weight, eps)
+        return ops.add_rms_norm(x, residual, weight, eps, centred)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     total, out = _new(x, *x.shape), _new(x, *x.shape)
-    call("add_rms_norm", x, residual, weight, TYPES[x.dtype], float(eps), x.shape[:-1].numel(), x.shape[-1], total, out)
+    call("add_rms_norm", x, residual, weight, TYPES[x.dtype], float(eps), centred, x.shape[:-1].numel(), x.shape[-1], total,
+         out)  # fmt: skip
     return total, out
 
 
@@ -195,27 +208,70 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
-    k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slots: Tensor, centred: bool = False,
 ) -> Tensor:  # fmt: skip
     """`ops.norm_rope_write` in one call."""
-    (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
+    (tokens, heads, dim), kv_heads, turned = q.shape, k.shape[1], cos.shape[-1]
     weights = [w for w in (q_weight, k_weight) if w is not None]
     fits = (
-        k.shape == v.shape == (tokens, kv_heads, dim) and cos.shape == sin.shape == (tokens, dim) and slots.shape == (tokens,)
-        and k_cache.shape == v_cache.shape and k_cache.shape[1] == kv_heads and k_cache.shape[3] == dim
-        and dim % 2 == 0 and 0 < dim <= MOST_DIM and slots.dtype == torch.int64
+        k.shape == v.shape == (tokens, kv_heads, dim) and cos.shape == sin.shape == (tokens, turned)
+        and slots.shape == (tokens,) and k_cache.shape == v_cache.shape
+        and k_cache.shape[1] == kv_heads and k_cache.shape[3] == dim
+        and turned % 2 == 0 and 0 < turned <= dim <= MOST_DIM and slots.dtype == torch.int64
         and q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype == k_cache.dtype == v_cache.dtype
         and q.stride(2) == k.stride(2) == v.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1
         and not (_learns(q) or _learns(k) or _learns(v))
     )  # fmt: skip
     if not fits or any(w.shape != (dim,) or w.dtype != q.dtype or w.stride(0) != 1 or _learns(w) for w in weights):
-        return ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots)
+        return ops.norm_rope_write(q, k, v, q_weight, k_weight, eps, cos, sin, k_cache, v_cache, slots, centred)
     cos, sin, slots, out = cos.contiguous(), sin.contiguous(), slots.contiguous(), _new(q, *q.shape)
-    outside = call("norm_rope_write", q, k, v, q_weight, k_weight, TYPES[q.dtype], float(eps), tokens, heads, kv_heads, dim,
-                   *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos, sin, slots, *k_cache.shape[::2],
-                   *k_cache.stride()[:3], *v_cache.stride()[:3], k_cache, v_cache, out)  # fmt: skip
+    outside = call("norm_rope_write", q, k, v, q_weight, k_weight, TYPES[q.dtype], float(eps), centred, turned, tokens,
+                   heads, kv_heads, dim, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos, sin, slots,
+                   *k_cache.shape[::2], *k_cache.stride()[:3], *v_cache.stride()[:3], k_cache, v_cache, out)  # fmt: skip
     if outside:
         raise IndexError(f"a slot lies outside the caches, which have {k_cache.shape[0]} x {k_cache.shape[2]}")
+    return out
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`ops.sigmoid_gate` in one call."""
+    shapes = gate.shape in (x.shape, (*x.shape[:-1], 1)) and (residual is None or residual.shape == x.shape) and x.numel()
+    given = [t for t in (x, gate, residual) if t is not None]
+    if not shapes or any(t.dtype != x.dtype or _learns(t) for t in given):
+        return ops.sigmoid_gate(x, gate, residual)
+    heads, dim, single = x.shape[-2] if x.dim() > 2 else 1, x.shape[-1], gate.shape[-1] == 1
+    gate = gate.reshape(-1, heads, gate.shape[-1])
+    gate = gate if single or gate.stride(2) == 1 else gate.contiguous()
+    out = _new(x, *x.shape)
+    call("sigmoid_gate", x.contiguous(), gate, None if residual is None else residual.contiguous(), TYPES[x.dtype],
+         gate.shape[0], heads, dim, *gate.stride()[:2], not single, out)  # fmt: skip
+    return out
+
+
+def gated_delta_step(
+    mixed: Tensor, window: Tensor, conv_weight: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    z: Tensor, norm_weight: Tensor, eps: float, state: Tensor, activation: str = "silu",
+) -> Tensor:  # fmt: skip
+    """`ops.gated_delta_step` in one call."""
+    (batch, heads, width), keys, (channels, taps) = z.shape, state.shape[2], conv_weight.shape
+    alike = (mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight)
+    both = channels - heads * width  # 2 G Dk
+    fits = (
+        all(t.dtype == mixed.dtype for t in alike) and state.dtype == torch.float32 and activation in ("silu", "sigmoid")
+        and mixed.shape == (batch, channels) and window.shape == (batch, channels, taps)
+        and a.shape == b.shape == (batch, heads) and a_log.shape == dt_bias.shape == (heads,) and norm_weight.shape == (width,)
+        and state.shape == (batch, heads, keys, width) and 0 < keys <= MOST_DIM and 0 < width <= MOST_DIM
+        and both > 0 and both % (2 * keys) == 0 and heads % (both // (2 * keys)) == 0 and taps > 0
+        and window.is_contiguous() and state.is_contiguous() and all(t.stride(-1) == 1 for t in (mixed, a, b, z))
+        and not any(_learns(t) for t in (*alike, state))
+    )  # fmt: skip
+    if not fits:
+        return ops.gated_delta_step(
+            mixed, window, conv_weight, a, b, a_log, dt_bias, z, norm_weight, eps, state, activation)  # fmt: skip
+    out = _new(mixed, batch, heads * width)
+    call("gated_delta_step", mixed, window, conv_weight.contiguous(), a, b, a_log.contiguous(), dt_bias.contiguous(), z,
+         norm_weight.contiguous(), TYPES[mixed.dtype], float(eps), state, batch, channels, taps, heads, keys, width,
+         mixed.stride(0), a.stride(0), b.stride(0), *z.stride()[:2], activation == "sigmoid", out)  # fmt: skip
     return out
 
 

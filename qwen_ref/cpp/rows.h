@@ -1,4 +1,4 @@
-// What lies between the products: norms, rotation, and the gated activation, every row by itself.
+// What lies between the products: norms, rotation, and gates, every row by itself.
 #pragma once
 
 #include "numbers.h"
@@ -7,9 +7,11 @@ namespace {
 
 constexpr int64_t MOST = 1024;  // numbers of a head that is normed and rotated at once
 
-// `columns` numbers from x + from on, normed as by `ops.rms_norm`: rounded to the type before the weight, as there.
+// `columns` numbers from x + from on, normed as by `ops.rms_norm`: rounded to the type before the weight, as there. `centred`:
+// as by `ops.zero_centred_rms_norm`, the weight from `by` on.
 template <int TYPE>
-void norm_row(const void* x, int64_t from, const void* weight, float eps, int64_t columns, void* out, int64_t to) {
+void norm_row(const void* x, int64_t from, const void* weight, float eps, int64_t columns, void* out, int64_t to,
+              bool centred = false, int64_t by = 0) {
     __m256d low = _mm256_setzero_pd(), high = low;  // so that the scale is rounded once, whatever the order of the sum
     for (int64_t k = 0; k < columns; k += 8) {
         __m256 v = get8(x, from + k, TYPE, columns - k);
@@ -21,8 +23,9 @@ void norm_row(const void* x, int64_t from, const void* weight, float eps, int64_
     double mean = (sums[0] + sums[1] + sums[2] + sums[3]) / double(columns);
     __m256 scale = _mm256_set1_ps(float(1 / std::sqrt(mean + eps)));
     for (int64_t k = 0; k < columns; k += 8) {
-        __m256 v = rounded(_mm256_mul_ps(get8(x, from + k, TYPE, columns - k), scale), TYPE);
-        put8(out, to + k, TYPE, _mm256_mul_ps(v, get8(weight, k, TYPE, columns - k)), columns - k);
+        __m256 v = _mm256_mul_ps(get8(x, from + k, TYPE, columns - k), scale), w = get8(weight, by + k, TYPE, columns - k);
+        put8(out, to + k, TYPE, centred ? _mm256_mul_ps(v, _mm256_add_ps(_mm256_set1_ps(1), w))
+                                        : _mm256_mul_ps(rounded(v, TYPE), w), columns - k);
     }
 }
 
@@ -51,9 +54,21 @@ void rms_norm(const void* x, const void* weight, int type, float eps, int64_t ro
     });
 }
 
+// `ops.zero_centred_rms_norm` over rows of x, which take turns at the rows of the weight (groups, columns).
+void zero_centred_rms_norm(const void* x, const void* weight, int type, float eps, int64_t rows, int64_t columns, int64_t groups,
+                           void* out) {
+    with_type(type, [&](auto known) {
+        share(rows, rows * columns, [&](int64_t row, int64_t last) {
+            for (; row < last; row++)
+                norm_row<decltype(known)::value>(x, row * columns, weight, eps, columns, out, row * columns, true,
+                                                 row % groups * columns);
+        });
+    });
+}
+
 // `ops.add_rms_norm`: the sum is rounded to its type before it is normed.
-void add_rms_norm(const void* x, const void* residual, const void* weight, int type, float eps, int64_t rows,
-                             int64_t columns, void* total, void* out) {
+void add_rms_norm(const void* x, const void* residual, const void* weight, int type, float eps, bool centred, int64_t rows,
+                  int64_t columns, void* total, void* out) {
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
         share(rows, rows * columns, [&](int64_t row, int64_t last) {
@@ -63,7 +78,7 @@ void add_rms_norm(const void* x, const void* residual, const void* weight, int t
                     __m256 a = get8(x, first + k, TYPE, columns - k), b = get8(residual, first + k, TYPE, columns - k);
                     put8(total, first + k, TYPE, _mm256_add_ps(a, b), columns - k);
                 }
-                norm_row<TYPE>(total, first, weight, eps, columns, out, first);
+                norm_row<TYPE>(total, first, weight, eps, columns, out, first, centred);
             }
         });
     });
@@ -84,9 +99,9 @@ void rope(const void* x, const void* cos, const void* sin, int type, int64_t bat
 }
 
 // `ops.norm_rope_write` of q (tokens, heads, dim), k and v (tokens, kv_heads, dim), last axes contiguous, weights perhaps
-// null, tables (tokens, dim), into caches of `pages` x kv_heads x `page` x dim. 1 if a slot lies outside: nothing is done then.
+// null, tables (tokens, turned), into caches of `pages` x kv_heads x `page` x dim. 1 if a slot lies outside: nothing is done then.
 int norm_rope_write(const void* q, const void* k, const void* v, const void* q_weight, const void* k_weight,
-                               int type, float eps, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t q0,
+                               int type, float eps, bool centred, int64_t turned, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t q0,
                                int64_t q1, int64_t k0, int64_t k1, int64_t v0, int64_t v1, const void* cos, const void* sin,
                                const int64_t* slots, int64_t pages, int64_t page, int64_t kc0, int64_t kc1, int64_t kc2,
                                int64_t vc0, int64_t vc1, int64_t vc2, void* k_cache, void* v_cache, void* out) {
@@ -95,23 +110,24 @@ int norm_rope_write(const void* q, const void* k, const void* v, const void* q_w
     int64_t all = heads + 2 * kv_heads;
     with_type(type, [&](auto known) {
         constexpr int TYPE = decltype(known)::value;
-        auto turned = [&](const void* x, int64_t from, const void* weight, int64_t t, void* to, int64_t at) {
+        auto carry = [&](const void* x, int64_t from, const void* weight, int64_t t, void* to, int64_t at) {
             uint8_t normed[MOST * 4];
-            if (!weight) return rotate_row<TYPE>(x, from, cos, sin, t * dim, dim, to, at);
-            norm_row<TYPE>(x, from, weight, eps, dim, normed, 0);
-            rotate_row<TYPE>(normed, 0, cos, sin, t * dim, dim, to, at);
+            if (weight) norm_row<TYPE>(x, from, weight, eps, dim, normed, 0, centred), x = normed, from = 0;
+            rotate_row<TYPE>(x, from, cos, sin, t * turned, turned, to, at);
+            std::memcpy(static_cast<uint8_t*>(to) + (at + turned) * size(TYPE),
+                        static_cast<const uint8_t*>(x) + (from + turned) * size(TYPE), (dim - turned) * size(TYPE));
         };
         share(tokens * all, tokens * all * dim, [&](int64_t i, int64_t last) {
             for (; i < last; i++) {
                 int64_t t = i / all, head = i % all, slot = slots[t];
                 if (head < heads) {
-                    turned(q, t * q0 + head * q1, q_weight, t, out, (t * heads + head) * dim);
+                    carry(q, t * q0 + head * q1, q_weight, t, out, (t * heads + head) * dim);
                     continue;
                 }
                 if (slot < 0) continue;
                 int64_t kv = (head - heads) % kv_heads, row = slot / page, entry = slot % page;
                 if (head < heads + kv_heads) {
-                    turned(k, t * k0 + kv * k1, k_weight, t, k_cache, row * kc0 + kv * kc1 + entry * kc2);
+                    carry(k, t * k0 + kv * k1, k_weight, t, k_cache, row * kc0 + kv * kc1 + entry * kc2);
                 } else {
                     auto from = static_cast<const uint8_t*>(v) + (t * v0 + kv * v1) * size(TYPE);
                     auto to = static_cast<uint8_t*>(v_cache) + (row * vc0 + kv * vc1 + entry * vc2) * size(TYPE);
@@ -136,6 +152,26 @@ void swiglu(const void* gate, const void* up, int type, int64_t rows, int64_t co
                     __m256 silu = rounded(silu8(get8(gate, row * gate0 + k, TYPE, last - k)), TYPE);
                     __m256 y = _mm256_mul_ps(silu, get8(up, row * up0 + k, TYPE, last - k));
                     put8(out, row * columns + k, TYPE, y, last - k);
+                }
+            }
+        });
+    });
+}
+
+// `ops.sigmoid_gate` of x and perhaps a residual (rows, heads, dim), contiguous, and a gate with strides, the last 1 or 0. The
+// sigmoid, the product and the sum are each rounded.
+void sigmoid_gate(const void* x, const void* gate, const void* residual, int type, int64_t rows, int64_t heads, int64_t dim,
+                  int64_t gate0, int64_t gate1, int64_t gate2, void* out) {
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+        share(rows * heads, rows * heads * dim, [&](int64_t i, int64_t last) {
+            for (; i < last; i++) {
+                int64_t from = i / heads * gate0 + i % heads * gate1;
+                for (int64_t k = 0; k < dim; k += 8) {
+                    __m256 g = gate2 ? get8(gate, from + k, TYPE, dim - k) : _mm256_set1_ps(get(gate, from, TYPE));
+                    __m256 v = _mm256_mul_ps(get8(x, i * dim + k, TYPE, dim - k), rounded(sigmoid8(g), TYPE));
+                    if (residual) v = _mm256_add_ps(get8(residual, i * dim + k, TYPE, dim - k), rounded(v, TYPE));
+                    put8(out, i * dim + k, TYPE, v, dim - k);
                 }
             }
         });

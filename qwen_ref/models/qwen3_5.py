@@ -197,9 +197,8 @@ class GatedDeltaNet(nn.Module):
         if real is not None:
             x = x * real[..., None]  # (B, T, H): padding brings nothing into the convolution and the state
         cache = RecurrentCache() if cache is None else cache
-        mixed = self.in_proj_qkv(x)  # (B, T, C)
-        z = self.in_proj_z(x).unflatten(-1, (-1, self.value_dim))  # (B, T, P, Dv)
-        g, beta = ops.delta_gates(self.in_proj_a(x), self.in_proj_b(x), self.A_log, self.dt_bias)  # (B, T, P) each
+        mixed, z, b, a = self.project(x)
+        g, beta = ops.delta_gates(a, b, self.A_log, self.dt_bias)  # (B, T, P) each
         outs = []
         for t in cache.pieces(x.shape[1]):
             window, state = cache.state or (None, None)
@@ -211,6 +210,11 @@ class GatedDeltaNet(nn.Module):
             cache.advance(out.shape[1], window, state)
             outs.append(out)
         return self.out_proj(self.norm(torch.cat(outs, dim=1), z).flatten(2))  # (B, T, H)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q|k|v (B, T, C), z (B, T, P, Dv), and b and a (B, T, P)."""
+        z = self.in_proj_z(x).unflatten(-1, (-1, self.value_dim))
+        return self.in_proj_qkv(x), z, self.in_proj_b(x), self.in_proj_a(x)
 
 
 class SparseMoE(nn.Module):

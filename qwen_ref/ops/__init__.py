@@ -1,8 +1,9 @@
 """Every formula of the models as a pure function of tensors.
 
-These are the reference: any dtype, any device, no state, no in-place work on an argument. Each rounds where the
-official model rounds, and the comment beside the cast says so. Faster implementations are registered in
-`backend` under the same name and are checked against these.
+These are the reference: any dtype, any device, no state, and no in-place work on an argument (but for the caches that
+`norm_rope_write` is given to write to, and the state of `gated_delta_step`). Each rounds where the official model rounds,
+and the comment beside the cast says so. Faster implementations are registered in `backend` under the same name and are
+checked against these.
 
 Letters: B batch, T query tokens, S key tokens, H hidden, N query heads, K kv heads, D head dim, I intermediate,
 M tokens flattened (B*T), E experts, k experts per token, V vocabulary.
@@ -41,7 +42,7 @@ from .delta import (
 )
 from .dtypes import at_least_fp32
 from .dual_chunk import dual_chunk_attention, dual_chunk_blocked, dual_chunk_positions, dual_chunk_scores, length_scale
-from .feed_forward import linear, moe_experts, router_topk, swiglu
+from .feed_forward import linear, moe_experts, router_topk, sigmoid_gate, swiglu
 from .ngram import (
     dilated_conv1d,
     is_prime,

@@ -107,21 +107,26 @@ def gated_delta_chunked(
 def gated_delta_step(
     mixed: Tensor, window: Tensor, conv_weight: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
     z: Tensor, norm_weight: Tensor, eps: float, state: Tensor, activation: str = "silu",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """All that stands between the projections of one token and the output projection: `causal_conv1d`, `delta_gates`,
     `gated_delta_rule` and `gated_rms_norm`, which a kernel can do in one pass over the state.
 
+    Writes window and state as they are after the token over what they were before it: the state is most of what a token
+    reads, and in its own place it needs no new memory, also in a recorded step or a CUDA graph.
+
     Args: mixed (B, C), q|k|v; window (B, C, W) and conv_weight (C, W) of the convolution; a, b (B, P), a_log, dt_bias (P,);
     z (B, P, Dv) the gate, norm_weight (Dv,), eps and activation of the norm; state S (B, P, Dk, Dv), at least fp32.
-    C = 2 G Dk + P Dv. Returns the normed output (B, P Dv) in mixed's dtype, and window and state after the token.
+    C = 2 G Dk + P Dv. Returns the normed output (B, P Dv) in mixed's dtype.
     """
     (heads, width), dim = z.shape[1:], state.shape[2]
     keys = (mixed.shape[1] - heads * width) // 2  # G Dk
-    conved, window = causal_conv1d(mixed[:, None], conv_weight, window)  # (B, 1, C), (B, C, W)
+    conved, window_after = causal_conv1d(mixed[:, None], conv_weight, window)  # (B, 1, C), (B, C, W)
     q, k, v = conved.split((keys, keys, heads * width), dim=-1)
     q, k, v = q.unflatten(-1, (-1, dim)), k.unflatten(-1, (-1, dim)), v.unflatten(-1, (heads, width))
-    out, state = gated_delta_rule(q, k, v, *delta_gates(a[:, None], b[:, None], a_log, dt_bias), state)  # (B, 1, P, Dv)
-    return gated_rms_norm(out[:, 0], z, norm_weight, eps, activation).flatten(1), window, state
+    out, state_after = gated_delta_rule(q, k, v, *delta_gates(a[:, None], b[:, None], a_log, dt_bias), state)  # (B, 1, P, Dv)
+    window.copy_(window_after)
+    state.copy_(state_after)
+    return gated_rms_norm(out[:, 0], z, norm_weight, eps, activation).flatten(1)
 
 
 def gated_delta_pattern(q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrix products, the SwiGLU nonlinearity, and mixtures of experts."""
+"""Matrix products, gates, and mixtures of experts."""
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020). Any equal shapes; silu rounds to the activation dtype before the product."""
     return F.silu(gate) * up
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x * sigmoid(gate), + residual if there is one: the output gate of attention (Qiu et al. 2025, arXiv 2505.06708), and
+    the gate of an expert that every token passes, beside what the chosen ones give.
+
+    Args: x, residual (..., D); gate (..., D), or (..., 1) for one gate a row. Returns x's shape and dtype, to which the
+    sigmoid, the product and the sum are rounded.
+    """
+    gated = x * torch.sigmoid(gate)
+    return gated if residual is None else residual + gated
 
 
 def router_topk(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)  # the official order: round to x's dtype first, then scale
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, centred: bool = False
+) -> tuple[Tensor, Tensor]:
     """The residual sum and its norm, which a kernel can make in one pass: (x + residual, rms_norm(x + residual)).
 
-    Args: x, residual (..., H); weight (H,). The sum is rounded to its dtype before it is normed. Returns 2 x (..., H).
+    Args: x, residual (..., H); weight (H,). The sum is rounded to its dtype before it is normed. `centred`: the norm is
+    `zero_centred_rms_norm`. Returns 2 x (..., H).
     """
     total = x + residual
-    return total, rms_norm(total, weight, eps)
+    return total, (zero_centred_rms_norm if centred else rms_norm)(total, weight, eps)
 
 
 def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

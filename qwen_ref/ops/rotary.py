@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .norms import rms_norm
+from .norms import rms_norm, zero_centred_rms_norm
 
 
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:
@@ -88,23 +88,25 @@ def norm_rope_write(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
+    centred: bool = False,
 ) -> Tensor:
     """All that stands between the projections and the attention: norm q and k per head, rotate them, store k and v.
 
-    The only operation that writes to an argument: the caches are where its results belong.
+    Writes to the caches, which is where its results belong.
 
     Args:
-        q (M, N, D); k, v (M, K, D): the projections' rows. q_weight, k_weight (D,): `rms_norm` of every head; None
-            where the generation has none.
-        cos, sin (M, D): `rope_tables` of each token's position.
+        q (M, N, D); k, v (M, K, D): the projections' rows. q_weight, k_weight (D,): `rms_norm` of every head, or, `centred`,
+            `zero_centred_rms_norm`; None where the generation has none.
+        cos, sin (M, R): `rope_tables` of each token's position; R < D leaves the end of a head as it is, see `rope`.
         k_cache, v_cache (P, K, S, D): P sequences of S tokens, or P pages of S tokens of a paged cache.
         slots (M,) int64: token m is stored as entry slots[m] % S of cache row slots[m] // S; negative = not at all.
     Returns the rotated q, (M, N, D).
     """
+    norm = zero_centred_rms_norm if centred else rms_norm
     if q_weight is not None:
-        q = rms_norm(q, q_weight, eps)
+        q = norm(q, q_weight, eps)
     if k_weight is not None:
-        k = rms_norm(k, k_weight, eps)
+        k = norm(k, k_weight, eps)
     q, k = (rope(x[:, :, None], cos[:, None], sin[:, None])[:, :, 0] for x in (q, k))  # every token a batch of one
     kept = torch.where(slots >= 0)[0]
     row, entry = slots[kept] // k_cache.shape[2], slots[kept] % k_cache.shape[2]

@@ -18,6 +18,7 @@ SUBJECTS = {
         norms.RMS_NORM,
         norms.ADD_RMS_NORM,
         norms.SWIGLU,
+        norms.SIGMOID_GATE,
         norms.ZERO_CENTRED_RMS_NORM,
         norms.GATED_RMS_NORM,
         rotary.ROPE,

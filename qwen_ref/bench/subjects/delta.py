@@ -147,7 +147,7 @@ def _step_flops(mixed: Tensor, window: Tensor, *rest: Any) -> int:
 
 def _step_bytes(mixed: Tensor, window: Tensor, *rest: Any) -> int:
     z, state = rest[5], rest[8]
-    return bytes_of(mixed, *rest) + bytes_of(z, state) + 2 * bytes_of(window)
+    return bytes_of(mixed, *rest) + bytes_of(z, state) + 2 * bytes_of(window)  # the output has z's size
 
 
 CAUSAL_CONV1D = Subject(
@@ -158,7 +158,7 @@ GATED_DELTA_RULE = Subject(
     others=(replace(TINY, key_dim=256),), tokens=(1, 1024, 16384), loops=True,
 )  # fmt: skip
 GATED_DELTA_STEP = Subject(
-    ops.gated_delta_step, _step_cases, _step_real, _step_flops, bytes=_step_bytes, needs="value_heads",
+    ops.gated_delta_step, _step_cases, _step_real, _step_flops, bytes=_step_bytes, needs="value_heads", writes=(1, 10),
     others=tuple(replace(TINY, key_dim=k, value_dim=v) for k, v in ((32, 32), (32, 64), (64, 64), (64, 128))),
     tokens=(1, 8, 64),
 )  # fmt: skip

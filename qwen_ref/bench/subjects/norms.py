@@ -41,12 +41,16 @@ def _rms_norm_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
 def _add_rms_norm_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     for name, (x, weight, eps) in _rms_norm_cases(s, draw):
         residual = draw.normal(*x.shape, scale=draw.large if name == "large" else 1.0)
-        yield Case(name, (x, torch.zeros_like(x) if name in ("as small as eps", "zeros") else residual, weight, eps))
+        args = (x, torch.zeros_like(x) if name in ("as small as eps", "zeros") else residual, weight, eps)
+        yield Case(name, args)
+        if name in ("hidden", "odd width", "transposed heads", "large"):
+            yield Case(f"{name}, centred", (*args, True))
 
 
 def _add_rms_norm_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     x, residual = draw.normal(1, tokens, s.hidden), draw.normal(1, tokens, s.hidden)
-    yield Case(f"(1, {tokens}, {s.hidden})", (x, residual, draw.normal(s.hidden, mean=1.0), s.eps))
+    weight = draw.normal(s.hidden, mean=1.0)
+    yield Case(f"(1, {tokens}, {s.hidden})", (x, residual, weight, s.eps, *([True] if s.value_heads else [])))  # of a hybrid
 
 
 def _zero_centred_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
@@ -93,6 +97,30 @@ def _swiglu_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     yield Case(f"{shape}", (draw.normal(*shape), draw.normal(*shape)))
 
 
+def _sigmoid_gate_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    heads, gates = draw.normal(2, 3, s.heads, s.head_dim), draw.normal(2, 3, s.heads, 2 * s.head_dim)[..., s.head_dim :]
+    yield Case("the output of attention, a gate out of the projection", (heads, gates))
+    yield Case("heads before tokens", (heads.transpose(1, 2).contiguous().transpose(1, 2), gates, heads))
+    one, x = draw.normal(5, 1, scale=3.0), draw.normal(5, s.hidden)
+    yield Case("one gate a row", (x, one))
+    yield Case("beside the chosen experts", (x, one, draw.normal(5, s.hidden)))
+    yield Case("one token", (x[:1], one[:1], x[1:2]))
+    yield Case("one row", (x[0], draw.normal(s.hidden), x[1]))
+    yield Case("odd width", (draw.normal(5, 1031), draw.normal(5, 1031), draw.normal(5, 1031)))
+    yield Case("width 1", (draw.normal(5, 1), one))
+    yield Case("no rows", (x[:0], one[:0], x[:0]))
+    yield Case("slices", (draw.normal(4, 66)[:, ::2], draw.normal(4, 66)[:, 33:], draw.normal(33, 4).t()))
+    yield Case("gates open and shut", (x, one * 60, x * 2))
+    yield Case("large", (x * draw.large, one, x))
+
+
+def _sigmoid_gate_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    heads, gates = draw.normal(1, tokens, s.heads, s.head_dim), draw.normal(1, tokens, s.heads, 2 * s.head_dim)
+    yield Case(f"(1, {tokens}, {s.heads}, {s.head_dim})", (heads, gates[..., s.head_dim :]))
+    x = draw.normal(tokens, s.hidden)
+    yield Case(f"({tokens}, {s.hidden}) beside experts", (x, draw.normal(tokens, 1), draw.normal(tokens, s.hidden)))
+
+
 _WIDE = tuple(replace(TINY, hidden=2**i, value_dim=2**i) for i in range(7, 15))  # of a hidden state, or of a value head
 RMS_NORM = Subject(ops.rms_norm, _rms_norm_cases, _rms_norm_real, lambda x, *_: 4 * x.numel(), others=_WIDE)
 ADD_RMS_NORM = Subject(ops.add_rms_norm, _add_rms_norm_cases, _add_rms_norm_real, lambda x, *_: 5 * x.numel(), others=_WIDE)
@@ -103,4 +131,7 @@ GATED_RMS_NORM = Subject(
     ops.gated_rms_norm, _gated_rms_norm_cases, _gated_rms_norm_real, lambda x, *_: 8 * x.numel(), needs="value_heads",
     others=_WIDE,
 )  # fmt: skip
+SIGMOID_GATE = Subject(
+    ops.sigmoid_gate, _sigmoid_gate_cases, _sigmoid_gate_real, lambda x, gate, residual=None: 5 * x.numel(), needs="value_heads"
+)
 SWIGLU = Subject(ops.swiglu, _swiglu_cases, _swiglu_real, lambda gate, _: 5 * gate.numel())

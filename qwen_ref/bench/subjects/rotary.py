@@ -52,21 +52,25 @@ def _write_case(
     norms: str = "qk",
     slots: Tensor | None = None,
     fused: bool = True,
+    gated: bool = False,  # as hybrids have it: a gate beside every query, partial rotation, centred norms
     scale: float = 1.0,
 ) -> Case:
     dim = dim or s.head_dim
     if fused:
-        q, k, v = draw.normal(tokens, s.heads + 2 * s.kv_heads, dim, scale=scale).split((s.heads, s.kv_heads, s.kv_heads), 1)
+        beside = 2 if gated else 1
+        heads = (beside * s.heads, s.kv_heads, s.kv_heads)
+        q, k, v = draw.normal(tokens, sum(heads), dim, scale=scale).split(heads, 1)
+        q = q[:, ::beside]
     else:
         q, k, v = (draw.normal(n, tokens, dim, scale=scale).transpose(0, 1) for n in (s.heads, s.kv_heads, s.kv_heads))
     q_weight, k_weight = (draw.normal(dim, scale=0.3, mean=1.0) if which in norms else None for which in "qk")
-    positions = torch.arange(tokens, device=draw.device)[None] + 1000
-    cos, sin = ops.rope_tables(positions, ops.rope_frequencies(dim, 1e6).to(draw.device), 1.0, draw.dtype)
+    positions, turned = torch.arange(tokens, device=draw.device)[None] + 1000, dim // 8 * 2 if gated else dim
+    cos, sin = ops.rope_tables(positions, ops.rope_frequencies(turned, 1e6).to(draw.device), 1.0, draw.dtype)
     rows, entries = cache
     k_cache, v_cache = (draw.normal(rows, entries, s.kv_heads, dim).transpose(1, 2) for _ in range(2))
     if slots is None:
         slots = draw.choices(1, rows * entries, tokens)[0]  # pages in no order
-    return Case(name, (q, k, v, q_weight, k_weight, s.eps, cos[0], sin[0], k_cache, v_cache, slots))
+    return Case(name, (q, k, v, q_weight, k_weight, s.eps, cos[0], sin[0], k_cache, v_cache, slots, *([True] if gated else [])))
 
 
 def _write_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
@@ -85,18 +89,21 @@ def _write_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     yield _write_case("a full cache", draw, s, 6, cache=(3, 2))
     yield _write_case("one entry a page", draw, s, 3, cache=(7, 1))
     yield _write_case("large", draw, s, 3, scale=draw.large)
+    yield _write_case("of a hybrid", draw, s, 7, gated=True)
+    yield _write_case("of a hybrid, heads of 40, large", draw, s, 3, dim=40, gated=True, scale=draw.large)
+    yield _write_case("of a hybrid, without norms", draw, s, 3, gated=True, norms="")
     name, args = _write_case("slices of wider caches", draw, s, 3, cache=(4, 16))
     k_cache, v_cache = (args[i][::2, :, 1:9] for i in (8, 9))
     yield Case(name, (*args[:8], k_cache, v_cache, draw.choices(1, 16, 3)[0]))
 
 
 def _write_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
-    slots = torch.arange(tokens, device=draw.device)
-    yield _write_case(f"{tokens} tokens, {s.heads} + 2 x {s.kv_heads} heads", draw, s, tokens, cache=(1, tokens), slots=slots)
+    slots, name = torch.arange(tokens, device=draw.device), f"{tokens} tokens, {s.heads} + 2 x {s.kv_heads} heads"
+    yield _write_case(name, draw, s, tokens, cache=(1, tokens), slots=slots, gated=s.value_heads > 0)
 
 
 def _write_bytes(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
-    q_weight, k_weight, _, cos, sin, _, _, slots = rest
+    q_weight, k_weight, _, cos, sin, _, _, slots = rest[:8]
     return 2 * bytes_of(q, k, v) + bytes_of(q_weight, k_weight, cos, sin, slots)
 
 
@@ -109,5 +116,5 @@ ROPE = Subject(
 )
 NORM_ROPE_WRITE = Subject(
     ops.norm_rope_write, _write_cases, _write_real, _write_flops, bytes=_write_bytes, writes=(8, 9),
-    others=tuple(replace(TINY, head_dim=dim) for dim in (512, 1024, 2048)),
+    others=tuple(replace(TINY, head_dim=dim, value_heads=0) for dim in (512, 1024, 2048)),
 )  # fmt: skip
