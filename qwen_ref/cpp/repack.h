@@ -1,15 +1,15 @@
 // Matrices of 4- and 8-bit codes as AWQ and GPTQ store them, transposed: at the speed of memory.
 //
 // Both keep several codes in a word of 32 bits and the inputs of a matrix one below the other; `packed.h` wants the inputs of
-// an output side by side. Sixteen lines of sixteen words are transposed at a time, so that whole cache lines are read and
-// written. What is written is not needed soon and goes past the caches.
+// an output side by side. Sixteen lines of sixteen words are transposed at a time, or several times as many, so that whole cache
+// lines are read and written. What is written is not needed soon and goes past the caches.
 #pragma once
 
 #include "numbers.h"
 
 namespace {
 
-constexpr int64_t LINE = 16;                                    // words of a cache line
+constexpr int64_t LINE = 16;  // words of a cache line
 constexpr int64_t OUTPUT_OF_NIBBLE[] = {0, 2, 4, 6, 1, 3, 5, 7};  // of an AWQ word
 
 struct Words {
@@ -44,15 +44,16 @@ void transpose_nibbles(__m256i* v) {
         }
 }
 
-// Sixteen registers of eight words, transposed: a line each for `rows` rows that lie `stride` bytes apart, or its first bytes.
-void put_lines(__m256i* words, uint8_t* out, int64_t stride, int64_t rows, int64_t bytes, bool whole) {
-    transpose_words(words), transpose_words(words + 8);
-    for (int64_t j = 0; j < std::min<int64_t>(rows, 8); j++) {
-        alignas(64) __m256i line[] = {words[j], words[8 + j]};
-        __m256i* to = reinterpret_cast<__m256i*>(out + j * stride);
-        if (whole) _mm256_stream_si256(to, line[0]), _mm256_stream_si256(to + 1, line[1]);
-        else std::memcpy(to, line, bytes);
-    }
+// `lines` times sixteen registers of eight words, transposed: so many lines each for `rows` rows that lie `stride` bytes apart,
+// or their first bytes. One row after the other: memory takes long runs faster than scattered lines.
+void put_rows(__m256i* words, int64_t lines, uint8_t* out, int64_t stride, int64_t rows, int64_t bytes, bool whole) {
+    for (int64_t part = 0; part < 2 * lines; part++) transpose_words(words + 8 * part);
+    for (int64_t j = 0; j < std::min<int64_t>(rows, 8); j++)
+        for (int64_t part = 0; part < 2 * lines; part++) {
+            uint8_t* to = out + j * stride + 32 * part;
+            if (whole) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), words[8 * part + j]);
+            else if (bytes > 32 * part) std::memcpy(to, words + 8 * part + j, std::min<int64_t>(bytes - 32 * part, 32));
+        }
 }
 
 // `columns` times PER rows of `width` bytes. get(g, column, v) makes their words g for eight columns: PER registers, of which
@@ -60,22 +61,23 @@ void put_lines(__m256i* words, uint8_t* out, int64_t stride, int64_t rows, int64
 template <int64_t PER, typename F>
 void transpose(int64_t columns, const int64_t* row_of, uint8_t* out, int64_t width, F get) {
     bool aligned = (reinterpret_cast<uintptr_t>(out) | uintptr_t(width)) % 64 == 0;
-    int64_t across = (columns + LINE - 1) / LINE, down = ((width + 3) / 4 + LINE - 1) / LINE;
+    constexpr int64_t RUN = PER;  // lines written to a row at a time: where each column is many rows, single lines are slow
+    int64_t across = (columns + LINE - 1) / LINE, down = (width + 64 * RUN - 1) / (64 * RUN);
     share(down * across, columns * PER * width, [&](int64_t tile, int64_t last) {
         for (; tile < last; tile++) {
-            int64_t first = tile / across * LINE, column = tile % across * LINE;
-            __m256i lines[2][PER][LINE];
-            for (int64_t g = 0; g < LINE; g++)
+            int64_t first = tile / across * LINE * RUN, column = tile % across * LINE;
+            int64_t bytes = std::min(width - 4 * first, 64 * RUN), lines = (bytes + 63) / 64;
+            __m256i words[2][PER][LINE * RUN];
+            for (int64_t g = 0; g < LINE * lines; g++)
                 for (int64_t half = 0; half < 2; half++) {
                     __m256i v[PER];
                     get(first + g, column + 8 * half, v);
-                    for (int64_t i = 0; i < PER; i++) lines[half][i][g] = v[i];
+                    for (int64_t i = 0; i < PER; i++) words[half][i][g] = v[i];
                 }
-            int64_t bytes = std::min<int64_t>(64, width - 4 * first);
             for (int64_t at = column, half = 0; half < 2 && at < columns; at += 8, half++)
                 for (int64_t i = 0; i < PER; i++)
-                    put_lines(lines[half][i], out + (at * PER + row_of[i]) * width + 4 * first, PER * width, columns - at, bytes,
-                              aligned);
+                    put_rows(words[half][i], lines, out + (at * PER + row_of[i]) * width + 4 * first, PER * width, columns - at,
+                             bytes, aligned);
         }
         _mm_sfence();  // what went past the caches is there before another thread looks
     });
