@@ -1,4 +1,4 @@
-"""How long an AWQ or GPTQ checkpoint takes to load, beside reading its bytes and copying them once, in one process in turn.
+"""How long a checkpoint of few bits takes to load, beside reading its bytes and copying them once, in one process in turn.
 
     python tools/bench_load.py                      # Qwen3-1.7B's shape, random weights, files in the page cache
     python tools/bench_load.py --layers 4 --rounds 3
@@ -31,11 +31,21 @@ QWEN3_17B: dict[str, Any] = {
     "torch_dtype": "float16", "vocab_size": 4096,
 }  # fmt: skip  (few words: the embedding is not packed, and not what is measured)
 GROUP = 128
+
+
+def compressed_tensors(bits: int) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups, "ignore": ["lm_head"]}
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True},
     "gptq-int4": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
     "gptq-int8": {"quant_method": "gptq", "bits": 8, "group_size": GROUP, "desc_act": False, "sym": True},
     "gptq-int4-act-order": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True, "sym": True},
+    "compressed-tensors-int4": compressed_tensors(bits=4),
+    "compressed-tensors-int8": compressed_tensors(bits=8),
 }
 
 
@@ -123,7 +133,12 @@ def write(folder: Path, kind: str, layers: int) -> None:
 
 
 def packed(kind: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
-    words, groups = 32 // KINDS[kind]["bits"], columns // GROUP
+    groups = columns // GROUP
+    if kind.startswith("compressed-tensors"):
+        bits = KINDS[kind]["config_groups"]["group_0"]["weights"]["num_bits"]
+        return {"weight_packed": random_words(rows, columns * bits // 32), "weight_shape": torch.tensor([rows, columns]),
+                "weight_scale": (torch.rand(rows, groups) * 0.01 + 0.001).half()}  # fmt: skip
+    words = 32 // KINDS[kind]["bits"]
     shape = (columns, rows // words) if kind == "awq" else (columns // words, rows)
     parts = {"qweight": random_words(*shape), "qzeros": random_words(groups, rows // words),
              "scales": (torch.rand(groups, rows) * 0.01 + 0.001).half()}  # fmt: skip
