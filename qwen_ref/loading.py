@@ -110,7 +110,8 @@ def load_model(
             expand(network, dtype)
         else:
             pack(network, dtype)
-        network.to(device)
+        if device != first:
+            network.to(device)
     network.load_report.notes += notes
     if _names_sparse_attention(raw):
         network.load_report.notes.append("the sparse attention of dual_chunk_attention_config approximates the model: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,5 +145,5 @@ def ordered(group_of: Tensor, group: int) -> tuple[Tensor | None, bool]:
 def check_scales(scale: Tensor, what: str) -> None:
     """Raises CheckpointError if a scale is NaN or infinite: whatever it scales would be too."""
     ordered = scale if scale.dtype in FLOATS else scale.float()
-    if scale.numel() and not all(bool(bound.isfinite()) for bound in ordered.aminmax()):  # in one pass; NaN is both bounds
+    if scale.numel() and not all(math.isfinite(bound) for bound in ordered.aminmax()):  # in one pass; NaN is both bounds
         raise CheckpointError(f"{what} holds NaN or infinity")
