@@ -81,6 +81,17 @@ def test_act_order_is_put_right_while_repacking(bits, rows, outputs, monkeypatch
 
 
 @needs_compiler
+def test_threads_share_what_is_large(monkeypatch):
+    """Of every way to repack, more than two tiles down and across."""
+    words, scales, order = random_words(600, 1040), torch.randn(600, 1040).half(), torch.randperm(600 * 8)
+    fast = [awq._transposed(words), gptq._transposed(words, 4), gptq._transposed(words, 4, order), repack.transposed(scales)]
+    monkeypatch.setattr(repack, "why_not", lambda: "no compiler")
+    plain = [awq._transposed(words), gptq._transposed(words, 4), gptq._transposed(words, 4, order), scales.T]
+    for i, (one, other) in enumerate(zip(fast, plain, strict=True)):
+        assert torch.equal(one, other), i
+
+
+@needs_compiler
 @pytest.mark.parametrize("operation, width", [("repack_awq", 65), ("repack_gptq", 68), ("repack_halves", 34)])
 def test_repacking_writes_nothing_beside_its_result(operation, width):
     words = random_words({"repack_awq": 130}.get(operation, 17), 9)

@@ -17,6 +17,7 @@ constexpr int64_t AHEAD = 2048;     // bytes of a matrix asked for before they a
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
 __m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
+void store(void* data, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(data), v); }
 __m128i load_half(const void* data) { return _mm_loadu_si128(static_cast<const __m128i*>(data)); }
 
 // To nearest, ties to even; a NaN stays one.

@@ -57,15 +57,18 @@ void put_rows(__m256i* words, int64_t lines, uint8_t* out, int64_t stride, int64
 }
 
 // `columns` times PER rows of `width` bytes. get(g, column, v) makes their words g for eight columns: PER registers, of which
-// the i-th is for row `row_of[i]` of each column.
+// the i-th is for row `row_of[i]` of each column. `strips`: LINE columns from top to bottom, then the next ones; each piece of
+// the work has a `get` of its own, in which it may keep them.
 template <int64_t PER, typename F>
-void transpose(int64_t columns, const int64_t* row_of, uint8_t* out, int64_t width, F get) {
+void transpose(int64_t columns, const int64_t* row_of, uint8_t* out, int64_t width, const F& shared, bool strips = false) {
     bool aligned = (reinterpret_cast<uintptr_t>(out) | uintptr_t(width)) % 64 == 0;
     constexpr int64_t RUN = PER;  // lines written to a row at a time: where each column is many rows, single lines are slow
     int64_t across = (columns + LINE - 1) / LINE, down = (width + 64 * RUN - 1) / (64 * RUN);
-    share(down * across, columns * PER * width, [&](int64_t tile, int64_t last) {
-        for (; tile < last; tile++) {
-            int64_t first = tile / across * LINE * RUN, column = tile % across * LINE;
+    // A byte that is moved takes an eighth of a number that is computed: of zeros and scales, a second thread is of no use.
+    share(down * across, columns * PER * width / 8, [&](int64_t tile, int64_t last) {
+        for (F get = shared; tile < last; tile++) {
+            int64_t first = (strips ? tile % down : tile / across) * LINE * RUN;
+            int64_t column = (strips ? tile / down : tile % across) * LINE;
             int64_t bytes = std::min(width - 4 * first, 64 * RUN), lines = (bytes + 63) / 64;
             __m256i words[2][PER][LINE * RUN];
             for (int64_t g = 0; g < LINE * lines; g++)
@@ -95,20 +98,35 @@ void repack_awq(const uint32_t* words, int64_t inputs, int64_t columns, uint8_t*
 // GPTQ: (inputs / PER, outputs) words -> (outputs, inputs / PER) words, PER = 32 / bits, the bits of `flipped` changed in each.
 // `order`: input k of the result is input order[k] of the matrix; null as stored. 1 if it names an input that there is not.
 int repack_gptq(const uint32_t* words, int64_t rows, int64_t columns, int64_t flipped, int bits, const int64_t* order, uint8_t* out) {
-    const int64_t per = 32 / bits, row = 0;
-    for (int64_t k = 0; order && k < rows * per; k++)
-        if (order[k] < 0 || order[k] >= rows * per) return 1;
-    Words from = {words, rows, columns};
+    const int64_t per = 32 / bits, inputs = rows * per, row = 0;
     const __m256i flip = _mm256_set1_epi32(int(flipped)), mask = _mm256_set1_epi32((1 << bits) - 1);
-    transpose<1>(columns, &row, out, 4 * rows, [&](int64_t group, int64_t column, __m256i* v) {
-        __m256i word = order || group >= rows ? _mm256_setzero_si256() : from.get8(group, column);
-        for (int64_t j = 0; order && group < rows && j < per; j++) {
-            int64_t k = order[group * per + j];
-            __m256i code = _mm256_srl_epi32(from.get8(k / per, column), _mm_cvtsi32_si128(int(bits * (k % per))));
-            word = _mm256_or_si256(word, _mm256_sll_epi32(_mm256_and_si256(code, mask), _mm_cvtsi32_si128(int(bits * j))));
+    Words from = {words, rows, columns};
+    if (!order) {
+        transpose<1>(columns, &row, out, 4 * rows, [&](int64_t group, int64_t column, __m256i* v) {
+            *v = _mm256_xor_si256(from.get8(group, column), flip);
+        });
+        return 0;
+    }
+    struct Place { int64_t word, shift; };  // of a code in a strip
+    std::vector<Place> places;
+    for (int64_t k = 0; k < inputs; k++) {
+        if (order[k] < 0 || order[k] >= inputs) return 1;
+        places.push_back({order[k] / per * LINE, bits * (order[k] % per)});
+    }
+    // Lines of rows far apart are slow to fetch and drive each other out of the caches: a strip of them is copied together first.
+    auto get = [&, strip = std::vector<uint32_t>(), held = int64_t(-1)](int64_t group, int64_t column, __m256i* v) mutable {
+        if (held != column / LINE) {
+            held = column / LINE, strip.resize(rows * LINE);
+            for (int64_t i = 0; i < rows * LINE; i += 8) store(&strip[i], from.get8(i / LINE, held * LINE + i % LINE));
         }
-        *v = _mm256_xor_si256(word, flip);
-    });
+        *v = flip;
+        for (int64_t j = 0; group < rows && j < per; j++) {
+            Place place = places[group * per + j];
+            __m256i code = _mm256_srl_epi32(load(&strip[place.word + column % LINE]), _mm_cvtsi64_si128(place.shift));
+            *v = _mm256_xor_si256(*v, _mm256_sll_epi32(_mm256_and_si256(code, mask), _mm_cvtsi64_si128(bits * j)));
+        }
+    };
+    transpose<1>(columns, &row, out, 4 * rows, get, true);
     return 0;
 }
 
