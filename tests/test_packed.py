@@ -110,6 +110,7 @@ def test_matrices_of_different_forms_are_joined_where_that_loses_nothing():
 def test_nibbles_are_packed_and_unpacked(n, k):
     codes = torch.randint(0, 16, (2, n, k), dtype=torch.uint8)
     assert torch.equal(unpack4(pack4(codes))[..., :k], codes)
+    assert torch.equal(unpack4(pack4(codes).transpose(0, 2)), unpack4(pack4(codes).transpose(0, 2).contiguous()))
     assert pack4(codes).shape == (2, n, -(-k // 2))
     assert pack4(torch.tensor([[3, 10]], dtype=torch.uint8)).tolist() == [[3 + 16 * 10]]
 
