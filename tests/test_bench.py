@@ -384,6 +384,14 @@ def test_an_entry_for_one_gpu_is_compiled_for_its_architecture_only():
     assert targets("NVIDIA A100-SXM4-80GB") == ["sm_80"] and targets("AMD Instinct MI300X") == ["gfx942"]
 
 
+def test_what_an_amd_gpu_spills_to_memory_is_told_from_what_moves_between_registers():
+    from qwen_ref.bench.compile import _amd_use
+
+    said = ".sgpr_spill_count: 80\n.vgpr_count: 205\n.vgpr_spill_count: {}\n.private_segment_fixed_size: {}\n"
+    assert _amd_use(said.format(0, 0)) == (205, 0) and _amd_use(said.format(8, 36)) == (205, 36)
+    assert _amd_use("") == (None, None)
+
+
 def test_bench_gives_a_kernel_without_its_device_no_time(monkeypatch):
     from qwen_ref.bench import measure
 

@@ -66,7 +66,7 @@ class Compiled:
     launch: str
     target: str
     registers: int | None = None  # per thread; None where the tool that knows is absent
-    spills: int | None = None  # bytes (NVIDIA) or registers (AMD) per thread that went to memory
+    spills: int | None = None  # bytes per thread that went to memory
     shared: int | None = None  # bytes per block
     tensor_cores: bool = False
     fault: str | None = None
@@ -257,8 +257,9 @@ def _nvidia_use(cubin: bytes) -> tuple[int | None, int | None]:
 
 
 def _amd_use(code: str) -> tuple[int | None, int | None]:
-    use = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s*(\d+)", code)}
-    return use.get("vgpr_count"), use.get("vgpr_spill_count", 0) + use.get("sgpr_spill_count", 0) if use else None
+    """Vector registers, and bytes of scratch memory per thread. What of scalar registers spills goes to vector registers."""
+    use = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", code)}
+    return use.get("vgpr_count"), use.get("private_segment_fixed_size")
 
 
 def _or(value: int | None) -> str:
