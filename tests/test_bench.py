@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -374,14 +375,28 @@ def test_bench_draws_its_roofline(monkeypatch, tmp_path, capsys):
 
 
 def test_an_entry_for_one_gpu_is_compiled_for_its_architecture_only():
-    from qwen_ref.bench.compile import ANY, TARGETS, runs_on
+    from qwen_ref.bench.compile import ANY, INSTINCT, TARGETS, runs_on
 
     def targets(device):
         return [target for target in TARGETS if runs_on(device, target)]
 
     assert targets(ANY) == ["sm_80", "sm_90", "gfx942"]
     assert targets("NVIDIA H200") == targets("NVIDIA H100 80GB HBM3") == ["sm_90"]
-    assert targets("NVIDIA A100-SXM4-80GB") == ["sm_80"] and targets("AMD Instinct MI300X") == ["gfx942"]
+    assert targets("NVIDIA A100-SXM4-80GB") == ["sm_80"] and targets("AMD Instinct MI300X") == targets(INSTINCT) == ["gfx942"]
+
+
+def test_a_family_launches_by_its_own_entries():
+    from qwen_ref.bench.compile import ANY, INSTINCT, Launch, made_on
+
+    kernel = types.SimpleNamespace(fn=types.SimpleNamespace(__name__="kernel"))
+    recorded = ((ANY, 16), (ANY, 4), ("NVIDIA H200", 8), ("NVIDIA H200", 4), (INSTINCT, 8), (INSTINCT, 4))
+    found = [Launch(kernel, (("x", "*bf16"),), (), (), (("num_warps", warps),), device) for device, warps in recorded]
+
+    def warps(target, found):
+        return [dict(launch.options)["num_warps"] for launch in made_on(target, found)]
+
+    assert warps("sm_80", found) == [16, 4] and warps("sm_90", found) == [16, 4, 8] and warps("gfx942", found) == [8, 4]
+    assert warps("gfx942", found[:4]) == [16, 4]  # without entries for the family, those for any device
 
 
 def test_what_an_amd_gpu_spills_to_memory_is_told_from_what_moves_between_registers():

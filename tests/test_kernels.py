@@ -40,8 +40,13 @@ DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_nor
 STREAMS = ("block_scores", "sparse_block_attention", "stream_mix", "stream_write")  # of Qwen4-Exp only
 DENSE, MIXTURE = ("Qwen/Qwen3-8B",), ("Qwen/Qwen3-30B-A3B",)
 MODELS = ("Qwen/Qwen3-0.6B", *DENSE, *MIXTURE)
+TRITON = importlib.util.find_spec("triton")
+HAS_AMD = TRITON is not None and (Path(str(TRITON.origin)).parent / "backends" / "amd").is_dir()
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install -e '.[triton]'): kernels not run"
+    TRITON is None, reason="Triton is not installed (pip install -e '.[triton]'): kernels not run"
+)
+needs_amd = pytest.mark.skipif(
+    not HAS_AMD, reason="no Triton with an AMD backend (PyPI's wheel of 3.7.1 has one): nothing compiled for gfx942"
 )
 
 
@@ -322,6 +327,24 @@ def test_a_kernel_without_a_mask_is_caught(tmp_path):
     assert "intermediate: writes outside its output" in faults and "width 1" not in faults
 
 
+@needs_triton
+def test_a_gpu_is_launched_by_its_own_entry_then_by_its_familys_then_by_the_one_for_any():
+    code = """
+import torch
+from qwen_kernels import launch
+from qwen_ref.bench import compile as _
+import sys
+bench = sys.modules["qwen_ref.bench.compile"]
+assert (bench.ANY, bench.INSTINCT) == (launch.ANY, launch.INSTINCT)
+table = {(launch.ANY, "a"): {"warps": 16}, (launch.ANY, "b"): {"warps": 4}, (launch.INSTINCT, "a"): {"warps": 8},
+         ("AMD Instinct MI325X", "a"): {"warps": 2}}
+for name in ("NVIDIA H200", "AMD Radeon RX 7900 XTX", "AMD Instinct MI300X", "AMD Instinct MI325X"):
+    launch._name = lambda *_: name
+    print(*(launch.tuned(table, torch.device("meta"), wanted)["warps"] for wanted in "ab"))
+"""
+    assert python(code, interpret=False).splitlines() == ["16 4", "16 4", "8 4", "2 4"]
+
+
 # The code, ahead of time
 
 COMPILE = """
@@ -366,16 +389,26 @@ RARE = (
     (("Qwen/Qwen2.5-0.5B",), TOKENS[4:], (torch.bfloat16, torch.float32), ("linear",)),
     (DENSE, TOKENS[4:], (torch.bfloat16,), PACKED_LINEAR[:-1]),
 )  # fmt: skip
+# On gfx942, a part that costs a minute of one core: the model that launches all operations, bf16 for its tiles, and the numbers
+# of tokens by which every kernel that multiplies tiles is among them.
+INSTINCT = tuple(
+    (("Qwen/Qwen4-Exp",), tokens, (torch.bfloat16,), kernels)
+    for tokens, kernels in (
+        ((1024,), tuple(kernel for kernel in PLAIN if kernel != "linear")), ((16,), ("linear", *PACKED_LINEAR)), ((1,), EXPERTS),
+    )
+)  # fmt: skip
 WORK = {
     "sm_80": ((*OFTEN, (MIXTURE, FEW, DTYPES, tuple(k for k in EXPERTS if k not in ONCE))), RARE),
     "sm_90": ((*OFTEN, (MIXTURE, FEW, DTYPES, EXPERTS)), ()),
+    "gfx942": ((), INSTINCT),
 }
 
 
 @pytest.fixture(scope="module")
 def compilations(tmp_path_factory):
-    """Two of operation -> rows, of both targets: what official models launch, and the rest of the tuned tables."""
-    codes = [COMPILE.format(target=target, work=work) for target, work in WORK.items()]
+    """Two of operation -> rows, of all targets: what official models launch, and the rest of the tuned tables."""
+    compilers = [target for target in WORK if HAS_AMD or target != "gfx942"]
+    codes = [COMPILE.format(target=target, work=WORK[target]) for target in compilers]
     outputs = pythons(codes, interpret=False, cache=tmp_path_factory.mktemp("triton"))
     found: tuple[dict[str, list[dict]], ...] = {}, {}
     for output in outputs:
@@ -410,6 +443,15 @@ def test_every_configuration_compiles_without_spills(compiled, kernel):
 def test_the_rest_of_the_tuned_tables_compiles_without_spills(compilations):
     rows = [row for found in compilations[1].values() for row in found]
     assert rows and not [row for row in rows if row["fault"] or row["spills"]]
+
+
+@needs_amd
+def test_every_operation_compiles_for_an_mi300(compilations):
+    """Without faults and spills, as the test before this one finds; on its matrix cores; launched as its family is."""
+    rows = {operation: [row for row in found if row["target"] == "gfx942"] for operation, found in compilations[1].items()}
+    assert {operation for operation, found in rows.items() if found} == set(KERNELS)
+    assert {row["kernel"] for found in rows.values() for row in found if row["tensor_cores"]} == MATRIX
+    assert ["num_warps=8" in row["launch"] for row in rows["gated_delta_step"]] == [True]
 
 
 @needs_triton

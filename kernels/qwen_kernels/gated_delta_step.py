@@ -27,7 +27,7 @@ from qwen_ref.errors import RequestError
 
 from .gated_delta_rule import step
 from .gated_rms_norm import gated_norm
-from .launch import ANY, on, require, supports, tuned
+from .launch import ANY, INSTINCT, on, require, supports, tuned
 
 __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
@@ -35,9 +35,11 @@ ORACLE = ops.gated_delta_step
 TOLERANCE = 4.0  # in fp32: an exponential of an exponential, and the exp of a GPU is not torch's to the bit
 MOST_NUMBERS = 128 * 128  # of a head's state, which stays in registers; the formula serves larger ones
 # (device, numbers of the state, each side rounded up to a power of two, at least 1024) -> warps. 128 x 128 on 16 warps are
-# 32 registers of a thread for the state, 128 with all else: one program to a multiprocessor, 64 KiB on their way.
+# 32 registers of a thread for the state, 128 with all else: one program to a multiprocessor, 64 KiB on their way. An Instinct's
+# 16 warps are twice the threads, with half the registers each, and spill; its 8 are as many threads again.
 TUNED: dict[tuple[str, Any], dict[str, int]] = {
-    (ANY, 2**i): {"num_warps": 2**i // 1024} for i in range(10, 15)
+    **{(ANY, 2**i): {"num_warps": 2**i // 1024} for i in range(10, 15)},
+    (INSTINCT, 2**14): {"num_warps": 8},
 }
 
 

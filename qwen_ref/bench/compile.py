@@ -28,7 +28,7 @@ from .subjects import Draw, subject
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes one block may use
-ANY = "any device"  # `qwen_kernels.launch.ANY`, which cannot be imported without Triton
+ANY, INSTINCT = "any device", "AMD Instinct"  # of `qwen_kernels.launch`, which cannot be imported without Triton
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A token, a batch of decoding, a chunk, a prompt: kernels choose tiles by it. Then the batches with tiles of their own.
 TOKENS = (1, 16, 1024, 4096, 2, 4, 32, 64)
@@ -36,7 +36,7 @@ ALL = (*MODELS, OTHERS)
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|v_mfma)")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
          torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
-GPUS = {"sm_80": ("A100", "A800"), "sm_90": ("H100", "H200", "H800", "H20"), "gfx942": ("MI300", "MI325")}  # named so
+GPUS = {"sm_80": ("A100", "A800"), "sm_90": ("H100", "H200", "H800", "H20"), "gfx942": (INSTINCT,)}  # named so
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]  # arguments that are multiples of 16
     options: tuple[tuple[str, int], ...]  # num_warps, num_stages
-    device: str  # whose entry of the tuned table it is; ANY for the entries that serve every device
+    device: str  # as on which it was recorded: one with entries of its own, a family, or ANY
 
     @property
     def text(self) -> str:
@@ -57,7 +57,7 @@ class Launch:
         return " ".join([self.signature[0][1].lstrip("*"), *shown])
 
 
-Found = dict[tuple[str, str], Launch]  # (kernel, text): the launch
+Found = dict[tuple[str, str, str], Launch]  # (kernel, text, device): the launch
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,13 @@ def compile(
     found = launches(operation, models, tokens, dtypes)
     if not found:
         raise RequestError(f"{operation} is not launched by {', '.join(models)}; try {DEFAULTS[subject(operation).needs]}")
-    wanted = [(launch, target) for target in targets for launch in found if runs_on(launch.device, target)]
-    return Compilation(operation, tuple(_compile(launch, target) for launch, target in wanted))
+    return Compilation(operation, tuple(_compile(launch, target) for target in targets for launch in made_on(target, found)))
 
 
 def launches(
     operation: str, models: Sequence[str] = ALL, tokens: Sequence[int] = TOKENS, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> list[Launch]:
-    """Every configuration that the models launch, from the launcher itself.
+    """Every configuration that the models launch, from the launcher itself, on each device of its tuned table.
 
     Of launches that differ only in which strides are 1 or multiples of 16, the first stands for all.
     """
@@ -132,6 +131,19 @@ def launches(
             with _recording(found, device), torch.no_grad():
                 module.run(*args)
     return list(found.values())
+
+
+def made_on(target: str, found: Sequence[Launch]) -> list[Launch]:
+    """Those that GPUs of the target's architecture make, each once: the first stands for all.
+
+    What was recorded as on a family includes the entries for any device that it uses; no GPU of it uses the others.
+    """
+    family = any(launch.device == INSTINCT for launch in found) and runs_on(INSTINCT, target)
+    made: dict[tuple[str, str], Launch] = {}
+    for launch in found:
+        if runs_on(launch.device, target) and not (family and launch.device == ANY):
+            made.setdefault((launch.kernel.fn.__name__, launch.text), launch)
+    return list(made.values())
 
 
 def runs_on(device: str, target: str) -> bool:
@@ -154,7 +166,7 @@ def kernel_module(operation: str) -> Any:
 
 
 def tuned_devices(module: Any) -> list[str]:
-    """The devices of a tuned table, the entries for any device first: what others share with them is compiled once."""
+    """The devices and families that a tuned table has entries for, any device first."""
     return sorted({device for device, _ in module.TUNED}, key=lambda device: device != ANY)
 
 
@@ -203,7 +215,7 @@ class _Recorder:
             self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(values.items())),
             self.device,
         )
-        self.found.setdefault((self.kernel.fn.__name__, launch.text), launch)
+        self.found.setdefault((self.kernel.fn.__name__, launch.text, self.device), launch)
 
 
 def _type_of(value: Any) -> str:

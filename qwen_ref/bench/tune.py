@@ -19,7 +19,7 @@ import torch
 from .. import backend
 from ..errors import RequestError
 from .check import examine, judge, tolerance
-from .compile import ANY, kernel_module
+from .compile import ANY, INSTINCT, kernel_module
 from .measure import copies_of, drawn, repeat
 from .shapes import DEFAULTS, sizes
 from .subjects import Subject, subject
@@ -83,7 +83,8 @@ def _search(
 ) -> Tuned:
     table, key = module.TUNED, (device, shape_class)
     before = table.get(key)
-    entry = dict(before or table[ANY, shape_class])
+    family = INSTINCT if device.startswith(INSTINCT) else ANY
+    entry = dict(before or table.get((family, shape_class)) or table[ANY, shape_class])
     tried, refused = 0, 0
     try:
         first = _time(what, module.run, calls, dtype, seconds)
