@@ -396,7 +396,7 @@ INSTINCT = tuple(
     for tokens, kernels in (
         ((1024,), tuple(kernel for kernel in PLAIN if kernel != "linear")), ((16,), ("linear", *PACKED_LINEAR)), ((1,), EXPERTS),
     )
-)  # fmt: skip
+) + ((MIXTURE, (4096,), DTYPES[2:], EXPERTS), (MIXTURE, (16,), (torch.bfloat16,), ("moe_code4",)))  # entries of its own
 WORK = {
     "sm_80": ((*OFTEN, (MIXTURE, FEW, DTYPES, tuple(k for k in EXPERTS if k not in ONCE))), RARE),
     "sm_90": ((*OFTEN, (MIXTURE, FEW, DTYPES, EXPERTS)), ()),
