@@ -166,6 +166,7 @@ class RecurrentCache:
         self.state: tuple[Tensor, ...] | None = None  # None before the first token
         self.rewind = rewind
         self._own: tuple[Tensor, ...] | None = None  # the state, if it is nowhere else
+        self._lent = False  # to a pass that writes over it: no longer that of `length`, until the pass has ended
         self._marks: dict[int, tuple[Tensor, ...] | None] = {}  # length -> the state there
         self._recent: dict[int, tuple[Tensor, ...] | None] = {}
 
@@ -179,22 +180,23 @@ class RecurrentCache:
         if self.rewind:
             self._recent[self.length] = self.state
         self.length += count
-        self.state = state
+        self.state, self._lent = state, False
         self.remember(self.rewind)
 
     def writable(self) -> tuple[Tensor, ...] | None:
         """The state in memory that is nowhere else, so that the one after the next tokens can be written over it, by whoever
-        says so by `extend`. None before the first token."""
-        if self.rewind:
-            self._recent[self.length] = self.state
-            self._own = None
+        says so by `extend`. Until then it is not to be come back to. None before the first token."""
+        if self.rewind and not self._lent:
+            self._recent[self.length], self._own = self.state, None
         if self.state is not None and self.state is not self._own:
             self.state = self._own = tuple(x.clone(memory_format=torch.contiguous_format) for x in self.state)
+        self._lent = self.state is not None
         return self.state
 
     def extend(self, count: int) -> None:
         """Count tokens whose state was written over what `writable` gave."""
         self.length += count
+        self._lent = False
         self.remember(self.rewind)
 
     def remember(self, count: int) -> None:
@@ -207,15 +209,15 @@ class RecurrentCache:
             del self._marks[min(self._marks)]
 
     def reachable(self, length: int) -> int:
-        return max((at for at in (0, self.length, *self._marks, *self._recent) if at <= length), default=0)
+        held = () if self._lent else (self.length,)
+        return max((at for at in (0, *held, *self._marks, *self._recent) if at <= length), default=0)
 
     def truncate(self, length: int) -> None:
-        if length != self.length:
+        if length != self.length or self._lent:
             known = {0: None, **self._recent, **self._marks}
-            self.state, self.length = known[length], length
-        self._marks, self._recent = (
-            {at: state for at, state in kept.items() if at <= length} for kept in (self._marks, self._recent)
-        )
+            self.state, self.length, self._lent = known[length], length, False
+        self._marks = {at: state for at, state in self._marks.items() if at <= length}
+        self._recent = {at: state for at, state in self._recent.items() if at < length}
 
     def select(self, rows: Tensor) -> None:
         def chosen(state: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:

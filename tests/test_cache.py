@@ -156,7 +156,7 @@ def test_a_snapshot_is_left_alone_by_everything_after_it(name):
     assert cache.length == 17
 
 
-@given(steps=st.lists(st.tuples(st.sampled_from(["read", "write", "mark", "copy", "cut"]), st.integers(0, 9)), max_size=12),
+@given(steps=st.lists(st.tuples(st.sampled_from(["read", "write", "mark", "copy", "cut", "break"]), st.integers(0, 9)), max_size=12),
        rewind=st.integers(0, 5))  # fmt: skip
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
@@ -177,7 +177,13 @@ def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
             history.append(len(history))
             memory.copy_(state(history))
             cache.extend(1)
-            assert cache.state[0] is memory and (rewind or cache.writable()[0] is memory)  # no new memory for every token
+            assert cache.state[0] is memory and (rewind or cache._own[0] is memory)  # no new memory for every token
+        elif step == "break" and cache.state is not None:  # a pass that has written, and does not come to its end
+            cache.writable()[0].fill_(-5)
+            length = cache.reachable(len(history))
+            assert length < len(history) or rewind or length in (0, *cache._marks)
+            cache.truncate(length)
+            history = history[:length]
         elif step == "copy":
             others.append((cache.copy(), list(history)))
             if n % 2:
