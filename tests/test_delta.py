@@ -140,6 +140,25 @@ def test_the_convolution_is_transformers_and_goes_on(dtype):
     torch.testing.assert_close(out[:, 5].double(), by_hand * by_hand.sigmoid(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_convolution_tap_by_tap(monkeypatch, dtype):
+    """As where a CPU has no 16-bit products, some tokens at a time: one rounding before silu and one after it, and any split."""
+    monkeypatch.setattr(torch_ops, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(torch_ops, "BLOCK_BYTES", 4 * 37 * 5)  # five tokens
+    for width, tokens in ((4, 23), (3, 1), (5, 2), (1, 7)):
+        x, weight = torch.randn(2, tokens, 37).to(dtype), torch.randn(37, width).to(dtype)
+        state = torch.randn(2, 37, width).to(dtype)
+        for before in (None, state):
+            out, after = torch_ops.causal_conv1d(x, weight, before)
+            exact, inputs = ops.causal_conv1d(x.double(), weight.double(), None if before is None else before.double())
+            assert torch.equal(after.double(), inputs) and after.is_contiguous() and out.dtype == dtype
+            assert ((out.double() - exact).abs() <= 3 * torch.finfo(dtype).eps * (exact.abs() + 0.3)).all()
+            first, held = torch_ops.causal_conv1d(x[:, :1], weight, before)
+            rest, held = torch_ops.causal_conv1d(x[:, 1:], weight, held)
+            assert torch.equal(torch.cat((first, rest), 1), out) and torch.equal(held, after)
+
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_norms_are_transformers_to_the_bit(dtype):
     generator = torch.Generator().manual_seed(4)
