@@ -121,7 +121,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     add("--device")
     add("--dtype")
     add("--quantize", metavar="KIND", help="int8, int4, nf4 or fp8: round the weights while they are read")
-    add("--fast", action="store_true", help="in fewer steps (Qwen2, Qwen3), compiled ones on a CPU; the same but for rounding")
+    add("--fast", action="store_true", help="in fewer steps (Qwen2 to 3.6), compiled ones on a CPU; the same but for rounding")
 
 
 def run_generate(args: argparse.Namespace) -> int:

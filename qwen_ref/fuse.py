@@ -14,7 +14,7 @@ calls of `cpp.library`, made again with the same memory. What Python and PyTorch
 product. Another choice in `backend`, a hook, or a cache that has grown: it is recorded anew, or runs as ever.
 
 The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
-joined one. So it is the one to save and to hook (in its own passes: a fused one skips most points); and once it was moved
+joined one. So it is the one to save and to hook (a fused pass does not pass by a hook in silence); and once it was moved
 or converted, it has to be fused again. A fused model only runs, without gradients.
 """
 
@@ -49,7 +49,7 @@ MIXTURES = qwen2.SparseMoE | qwen3_next.SparseMoE | qwen3_5.SparseMoE
 class Place(NamedTuple):
     """Where a pass of M = B T tokens stands in a layer of attention."""
 
-    rope: tuple[Tensor, Tensor]  # cos, sin: (M, D)
+    rope: tuple[Tensor, Tensor]  # cos, sin: (M, R)
     room: Tensor  # for keys and values: (2, B, K, capacity, D)
     slots: Tensor  # of each token in it, (M,)
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # q (M, N, D) and what is in the room -> (B, T, N, D) or (M, N, D)
@@ -131,15 +131,17 @@ class Attention(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """One token in one operation between the projections; of more, the convolution and the rule, as the model has them."""
+    """One token in one operation between the projections; more of them, or with a hook on what that replaces, as the model
+    has it."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
+        self._replaced = _hooks_of((net, net.conv1d, net.norm))
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # (B, T, H) -> (B, T, H)
         net = self.net
-        if state.own is None:
+        if state.own is None or any(self._replaced):
             return net(x, state.real, state.cache)
         if state.real is not None:
             x = x * state.real[..., None]
@@ -183,13 +185,17 @@ class Decoder(nn.Module):
         attention = next((block.self_attn for block in blocks if hasattr(block, "self_attn")), None)
         self.head_dim = 1 if attention is None else attention.head_dim
         self.kv_heads = 1 if attention is None else attention.k_proj.out_features // self.head_dim
-        self._hooks = [hooks for module in self.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._hooks, mine = _hooks_of(self.modules()), set(self.modules())
+        self._skipped = _hooks_of(module for module in decoder.modules() if module not in mine)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        if any(self._skipped):
+            raise RequestError("the model this one was made of has hooks on modules that a fused pass has not: run that model "
+                               "itself while they are there")
         x = self.embed_tokens(input_ids)  # (B, T, H)
         positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
-        cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in self.rotary_emb(positions, x.dtype))  # (M, D)
+        cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in self.rotary_emb(positions, x.dtype))  # (M, R)
         if cache is not None and x.shape[1] == 1 and set(self.windows) == {None} and masks[None] is None:
             y = self._recorded(x, cos, sin, cache)
             if y is not None:
@@ -315,6 +321,11 @@ def fuse(model: LanguageModel) -> Fused:
     with suppress(OSError, AttributeError, TypeError):  # glibc keeps what was freed between what is held, until it is asked
         ctypes.CDLL(None).malloc_trim(0)
     return fused
+
+
+def _hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """What is empty as long as nobody watches one of these."""
+    return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def _mixer(block: Any) -> nn.Module | None:

@@ -16,6 +16,7 @@ from test_parity import IDS, VARIANTS
 
 import qwen_ref as qr
 from qwen_ref import backend
+from qwen_ref.cache import RecurrentCache
 from qwen_ref.cpp import operations as cpp
 from qwen_ref.errors import QwenRefError
 from qwen_ref.fuse import Together, fuse
@@ -26,6 +27,8 @@ from qwen_ref.models import qwen1, qwen2
 KNOWN = [name for name in VARIANTS if name.split()[0] not in ("qwen1", "qwen4_exp")]
 HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe")  # whose norm after the delta rule scales up the rounding of what may be small
 COMPILED = cpp.supports_rounding(torch.device("cpu"), torch.bfloat16)
+compiled = pytest.mark.skipif(cpp.supports(torch.device("cpu"), torch.float32) is not None,
+                              reason=f"no compiled operations: {cpp.supports(torch.device('cpu'), torch.float32)}")  # fmt: skip
 
 
 def off(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -216,6 +219,64 @@ def test_hooks_of_the_model_still_work():
     assert torch.equal(before, after) and torch.equal(acts["q", 1], again["q", 1])
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
+def test_a_fused_pass_does_not_pass_by_a_hook_in_silence(name):
+    """Points on modules that it has not are refused, also on the way to the draft layer; those that it shares are reached."""
+    ours, seen = plain(name), []
+    fast = ours.fuse()
+    with ours.hooks([("blocks.2.hook_attn_out", lambda x, hook: seen.append(hook))]):
+        for run in (fast, fast.model):
+            with pytest.raises(QwenRefError, match="run that model itself"):
+                run(IDS)
+        ours(IDS)
+    assert len(seen) == 1
+    with ours.hooks([("hook_embed", lambda x, hook: seen.append(hook))]):
+        fast(IDS)
+    assert len(seen) == 2 and off(fast(IDS), ours(IDS)) < 1e-4
+
+
+@pytest.mark.parametrize("point", ["hook_attn_out", "attn.hook_state", "attn.hook_beta"])
+def test_points_inside_a_gated_delta_net_are_reached_by_every_token(point):
+    """Also where one operation has taken the place of what they are in; what is edited there, changes what follows."""
+    ours, seen = plain("qwen3_5", torch.float64), []
+    fast, pieces = ours.fuse(), IDS.split([9, *[1] * 14], dim=1)
+
+    def halve(x, hook):
+        seen.append(x.shape[1])
+        return x / 2
+
+    with ours.hooks([(f"blocks.1.{point}", halve)]):
+        edited, count = read(ours, pieces), len(seen)
+        assert count and off(read(fast, pieces), edited) < 1e-10 and len(seen) == 2 * count
+    assert off(edited, ours(IDS)) > 1e-6 and off(read(fast, pieces), ours(IDS)) < 1e-10
+
+
+@compiled
+def test_a_step_that_is_interrupted_is_not_come_back_to(monkeypatch):
+    """Ctrl-C when the states are written and not all layers have said so: a session goes on from where it knows them."""
+    model, tokenizer = qr.load("tiny-hybrid", dtype=torch.float32)
+    fast, asked = model.fuse(), {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    prompt, whole = "Tim and the dog saw a big red ball in the park. " * 6, RecurrentCache.extend
+    expected = [qr.generate(model, tokenizer, text, **asked)[0].token_ids for text in (prompt, prompt + "Then")]
+    with backend.use("cpp"):
+        for count in (1, 4, 7, 20):
+            session, calls = qr.Session(fast), []
+
+            def interrupt(self, tokens, calls=calls, count=count):
+                calls.append(1)
+                if len(calls) == count:
+                    raise KeyboardInterrupt
+                whole(self, tokens)
+
+            monkeypatch.setattr(RecurrentCache, "extend", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                qr.generate(fast, tokenizer, prompt, session=session, **asked)
+            monkeypatch.undo()
+            for text, said in zip((prompt, prompt + "Then"), expected, strict=True):
+                turn = qr.generate(fast, tokenizer, text, session=session, **asked)[0]
+                assert turn.token_ids == said and turn.usage.cached_tokens > 0, count
+
+
 def test_it_runs_without_gradients():
     fast = plain("qwen3").requires_grad_(True).fuse()
     cache = fast.make_cache()
@@ -238,10 +299,6 @@ def test_compiled_operations_round_where_the_formulas_do(name):
 
 
 # ---------------------------------------------------------------- recorded steps
-
-compiled = pytest.mark.skipif(cpp.supports(torch.device("cpu"), torch.float32) is not None,
-                              reason=f"no compiled operations: {cpp.supports(torch.device('cpu'), torch.float32)}")  # fmt: skip
-
 
 # cpp's attention takes heads of multiples of eight.
 RECORDABLE = {name: {**VARIANTS[name], **({"head_dim": 24} if "qwen3" in name else {})}

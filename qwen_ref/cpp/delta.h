@@ -8,11 +8,13 @@ namespace {
 // The convolution of one channel moves on by x, with silu: `ops.causal_conv1d` of one token. The sum is rounded before silu.
 template <int TYPE>
 float convolve(const void* x, int64_t at, const void* weight, void* window, int64_t first, int64_t taps, int64_t channel) {
-    auto held = static_cast<uint8_t*>(window) + first * size(TYPE);  // (taps,)
-    std::memmove(held, held + size(TYPE), (taps - 1) * size(TYPE));
-    std::memcpy(held + (taps - 1) * size(TYPE), static_cast<const uint8_t*>(x) + at * size(TYPE), size(TYPE));
+    using Cell = std::conditional_t<TYPE == FLOAT32, float, uint16_t>;
+    auto held = static_cast<Cell*>(window) + first;  // (taps,)
     float sum = 0;
-    for (int64_t tap = 0; tap < taps; tap++) sum += get(held, tap, TYPE) * get(weight, channel * taps + tap, TYPE);
+    for (int64_t tap = 0; tap < taps; tap++) {
+        held[tap] = tap + 1 < taps ? held[tap + 1] : static_cast<const Cell*>(x)[at];
+        sum += get(held, tap, TYPE) * get(weight, channel * taps + tap, TYPE);
+    }
     return sum;
 }
 
