@@ -198,7 +198,8 @@ def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
             history = history[:length]
         assert cache.length == len(history)
         for held, tokens in [*others, (cache, history)]:
-            assert (held.state[0].tolist() if held.state else state([]).tolist()) == state(tokens).tolist()
+            for at, kept in [(len(tokens), held.state), *held._marks.items(), *held._recent.items()]:
+                assert (kept[0].tolist() if kept else state([]).tolist()) == state(tokens[:at]).tolist()
         assert cache.reachable(len(history)) == len(history) and cache.reachable(0) == 0
         assert len(cache._marks) <= cache.MARKS and len(cache._recent) <= max(rewind, 0)
 

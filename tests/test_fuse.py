@@ -89,6 +89,10 @@ def test_left_padding_and_the_model_reads_on_in_the_same_cache(variant):
     together = read(fast, [IDS[:, :20], IDS[:, 20:21], IDS[:, 21:]], positions[:, :20])
     for row, pad in ((0, 0), (1, 9)):
         assert off(together[row, pad:], apart[row, pad:]) < 1e-10
+    cache, out = fast.make_cache(), []
+    for t in range(23):  # tokens of one row while the other has padding
+        out.append(fast(IDS[:, t : t + 1], positions[:, t : t + 1], cache))
+    assert off(torch.cat(out, dim=1)[1, 9:], apart[1, 9:]) < 1e-10
     cache = fast.make_cache()
     fast(IDS[:, :11], positions[:, :11], cache)
     ours(IDS[:, 11:15], None, cache)  # either may write into it
@@ -485,6 +489,23 @@ def test_what_cpp_has_not_is_never_recorded(in_cpp):
     cache = fast.make_cache()
     fast(IDS[:, :1], None, cache)
     assert cache.step is None
+
+
+@compiled
+def test_what_is_remembered_after_every_token_is_not_recorded(in_cpp):
+    """A state that each step leaves behind would be recorded anew each time."""
+    ours = recordable("qwen3_5")
+    fast = ours.fuse()
+    cache, out = fast.make_cache(rewind=2), []
+    for t in range(9):
+        out.append(fast(IDS[:, t : t + 1], None, cache))
+    assert cache.step is None
+    cache.truncate(7)
+    out[7:] = [fast(IDS[:, t : t + 1], None, cache) for t in (7, 8)]
+    assert off(torch.cat(out, dim=1), ours(IDS[:, :9])) < 1e-4
+    cache.remember(0)
+    fast(IDS[:, 9:10], None, cache)
+    assert is_recorded(cache)
 
 
 @compiled
