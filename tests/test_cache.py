@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import TINY, make_pair
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qwen_ref import backend
@@ -158,6 +158,8 @@ def test_a_snapshot_is_left_alone_by_everything_after_it(name):
 
 @given(steps=st.lists(st.tuples(st.sampled_from(["read", "write", "mark", "copy", "cut", "break"]), st.integers(0, 9)), max_size=12),
        rewind=st.integers(0, 5))  # fmt: skip
+@example(steps=[("read", 3), ("write", 0), ("mark", 0), ("write", 0)], rewind=0)
+@example(steps=[("read", 3), ("write", 0), ("copy", 0), ("write", 0), ("copy", 1), ("write", 0)], rewind=0)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
     """Against the plainest model of it: the state is the number of every token read so far. What is written over a state
