@@ -345,14 +345,15 @@ plt.show()
 assert diffs["Attention", "qwen3_next -> qwen3_5"][:2] == (0, 0)  # the same text
 
 # %% [markdown]
-# The step from Qwen3-Next to Qwen3.5 leaves attention as it was. In the delta net two projections became four, and a method
-# that sorted their rows is gone:
+# The step from Qwen3-Next to Qwen3.5 leaves attention as it was. In the delta net two projections became four, whose rows need
+# no sorting; what follows them is the same text:
 
 # %%
-before, after = (inspect.getsource(file.GatedDeltaNet.__init__).splitlines() for file in (qwen3_next, qwen3_5))
-for line in difflib.unified_diff(before, after, "qwen3_next", "qwen3_5", n=0, lineterm=""):
-    print(line)
-assert hasattr(qwen3_next.GatedDeltaNet, "project") and not hasattr(qwen3_5.GatedDeltaNet, "project")
+for method in ("__init__", "project", "forward"):
+    before, after = (inspect.getsource(getattr(file.GatedDeltaNet, method)).splitlines() for file in (qwen3_next, qwen3_5))
+    for line in difflib.unified_diff(before, after, f"qwen3_next {method}", f"qwen3_5 {method}", n=0, lineterm=""):
+        print(line)
+assert before == after  # forward
 
 # %% [markdown]
 # ## Layer by layer, at official size

@@ -26,9 +26,9 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.norm_rope_write
 TOLERANCE = 2.0
-# (device, D / 2 rounded up to a power of two, at least 32) -> heads per program and warps. 8 heads of 128 are the k or v of
-# one token of most models, and two 16-byte loads for each of 64 threads.
-TUNED = {(ANY, half): {"HEADS": max(1, 512 // half), "num_warps": max(2, half // 128)} for half in (2**i for i in range(5, 11))}
+# (device, half of a head as its tiles hold it, a power of two, at least 32) -> heads per program and warps. 8 heads of 128 are
+# the k or v of one token of most models, and two 16-byte loads for each of 64 threads.
+TUNED = {(ANY, half): {"HEADS": max(1, 512 // half), "num_warps": max(2, half // 64)} for half in (2**i for i in range(5, 11))}
 
 
 def run(
@@ -71,7 +71,9 @@ def run(
     out = q.new_empty(q.shape)
     if tokens == 0:
         return out
-    launch = tuned(TUNED, q.device, max(32, triton.next_power_of_2((dim + 1) // 2)))
+    half = max(16, triton.next_power_of_2(turned // 2))
+    rest = max(16, triton.next_power_of_2(dim - turned)) if turned < dim else 0
+    launch = tuned(TUNED, q.device, min(max(32, triton.next_power_of_2(half + rest // 2)), 1024))
     q_blocks, kv_blocks = (triton.cdiv(count, launch["HEADS"]) for count in (heads, kv_heads))
     none = q.new_empty(0)  # in the place of an absent weight: never read
     with on(q.device):
@@ -82,8 +84,7 @@ def run(
             *k_cache.stride(), *v_cache.stride(), slots.stride(0), *out.stride(),
             0 if q_weight is None else q_weight.stride(0), 0 if k_weight is None else k_weight.stride(0),
             Q_NORM=q_weight is not None, K_NORM=k_weight is not None, CENTRED=centred,
-            HALF=max(16, triton.next_power_of_2(turned // 2)),
-            REST=max(16, triton.next_power_of_2(dim - turned)) if turned < dim else 0, **launch,
+            HALF=half, REST=rest, **launch,
         )  # fmt: skip
     return out
 
