@@ -116,5 +116,5 @@ ROPE = Subject(
 )
 NORM_ROPE_WRITE = Subject(
     ops.norm_rope_write, _write_cases, _write_real, _write_flops, bytes=_write_bytes, writes=(8, 9),
-    others=tuple(replace(TINY, head_dim=dim, value_heads=0) for dim in (512, 1024, 2048)),
+    others=tuple(replace(TINY, head_dim=dim, value_heads=0) for dim in (256, 512, 1024, 2048)),
 )  # fmt: skip
