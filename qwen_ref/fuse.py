@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ from .quant.format import Matrix
 from .quant.layers import PackedLinear, joined
 from .quant.packed import Packed, rows
 
-ATTENTIONS = qwen2.Attention | qwen3.Attention | qwen3_next.Attention | qwen3_5.Attention
-DELTA_NETS = qwen3_next.GatedDeltaNet | qwen3_5.GatedDeltaNet
-MIXTURES = qwen2.SparseMoE | qwen3_next.SparseMoE | qwen3_5.SparseMoE
+ATTENTIONS = (qwen2.Attention, qwen3.Attention, qwen3_next.Attention, qwen3_5.Attention)
+DELTA_NETS = (qwen3_next.GatedDeltaNet, qwen3_5.GatedDeltaNet)
+MIXTURES = (qwen2.SparseMoE, qwen3_next.SparseMoE, qwen3_5.SparseMoE)
 
 
 class Place(NamedTuple):
@@ -314,7 +314,7 @@ def fuse(model: LanguageModel) -> Fused:
 
     RequestError for the other generations, and for dual chunk attention.
     """
-    if not all(type(_mixer(block)) in (*get_args(ATTENTIONS), *get_args(DELTA_NETS)) for block in model.model.layers):
+    if not all(type(_mixer(block)) in ATTENTIONS + DELTA_NETS for block in model.model.layers):
         raise RequestError(f"{type(model).__module__.rpartition('.')[2]} cannot be fused: only models whose every layer has "
                            "the attention of Qwen2 to Qwen3.6, or their Gated DeltaNet, can")
     fused = Fused(model).eval()

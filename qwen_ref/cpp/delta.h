@@ -5,7 +5,7 @@
 
 namespace {
 
-// The convolution of one channel moves on by x, with silu: `ops.causal_conv1d` of one token. The sum is rounded before silu.
+// The window of one channel moves on by x, and the sum of its taps: `ops.causal_conv1d` of one token, not yet rounded, before silu.
 template <int TYPE>
 float convolve(const void* x, int64_t at, const void* weight, void* window, int64_t first, int64_t taps, int64_t channel) {
     using Cell = std::conditional_t<TYPE == FLOAT32, float, uint16_t>;
