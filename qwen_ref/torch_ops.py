@@ -21,9 +21,13 @@ MANY = 16  # tokens from which that pays
 @cache
 def native(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies this type as fast as fp32 or faster."""
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # PyTorch 2.9 has none
-    bf16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    bf16 = any(has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype.itemsize >= 4 or (dtype is torch.bfloat16 and bf16)
+
+
+def has(capability: str) -> bool:
+    """Whether the CPU has it, by PyTorch's names; PyTorch 2.9 knows of none."""
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get(capability))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ ALLOWED = {
     "quant.packed": {"ops", "quant.gguf_blocks"},
     "quant.blocked": {"quant", "quant.packed", "torch_ops"},
     "cpp": set(),
-    "cpp.library": set(),
+    "cpp.library": {"torch_ops"},
     "cpp.repack": {"memory", "cpp.library"},
     "cpp.operations": {"memory", "ops", "torch_ops", "quant", "quant.blocked", "quant.gguf_blocks", "quant.packed", "cpp.library"},
     "quant.format": {"config", "errors", "quant.packed"},

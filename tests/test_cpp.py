@@ -394,7 +394,7 @@ def test_whatever_learns_goes_through_autograd(which):
 
 HEADS = [  # batch, heads, kv heads, queries, keys, dim
     (1, 16, 8, 1, 77, 128), (2, 6, 2, 5, 9, 24), (1, 4, 4, 33, 33, 64), (1, 14, 2, 40, 90, 40), (2, 3, 1, 7, 7, 8),
-    (1, 40, 2, 3, 64, 16),
+    (1, 40, 2, 3, 64, 16), (2, 6, 3, 50, 300, 64), (1, 14, 2, 40, 401, 128), (1, 32, 1, 20, 20, 32), (2, 4, 2, 130, 131, 256),
 ]  # fmt: skip
 
 
@@ -415,8 +415,12 @@ def test_attention_is_closer_than_the_formula(shape, dtype):
     y = cpp.attention(q, k, v)
     assert y.dtype == dtype and y.shape == exact.shape
     off = (y.double() - exact).abs()
-    # Rounded once to its type; before that fp32's sums of a few hundred terms, in the scores (up to 100) as in the result.
-    assert (off <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-5).all()
+    # Rounded once to its type; before that fp32's sums of a few hundred terms, in the scores (up to 100) as in the result. What
+    # a matrix unit multiplies with the values is softmax in bfloat16.
+    half = torch.finfo(dtype).eps / 2
+    tiled = dtype == torch.bfloat16 and q.shape[2] >= cpp.TILED and library.call("tiles")
+    weights = half * ops.attention(q.double(), k.double(), v.double().abs()) if tiled else 0
+    assert (off <= half * exact.abs() + weights + 2e-5).all()
     if dtype != torch.float32:
         assert off.norm() < (ops.attention(q, k, v).double() - exact).norm()
 
@@ -549,6 +553,9 @@ def stored(layout, rows, columns, seed=0):
         for at in HALVES[detail]:  # fp16 numbers around one
             blocks[..., at + 1] = blocks[..., at + 1] % 4 + 0x3A
         return Gguf(blocks.flatten(1), detail)
+    if kind in ("int4", "int8"):
+        group, zero = int(detail.split()[0]), detail.endswith("zeros")
+        return random_int(int(kind[-1]), rows, columns, group, zero, seed=seed)[0]
     if kind == "fp8":
         high, wide = map(int, detail.split("x"))
         codes = torch.where(bits(rows, columns) % 128 == 127, 0, bits(rows, columns) & 0x7E).to(torch.uint8)  # no NaN
@@ -562,7 +569,7 @@ def stored(layout, rows, columns, seed=0):
 HALVES = {"Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
           "Q6_K": (208,), "IQ4_XS": (0,)}  # fmt: skip
 STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "fp8 1x40", "code4 float32", "code4 bfloat16",
-          "code4 float8_e4m3fn", "code4 float8_e8m0fnu"]  # fmt: skip
+          "code4 float8_e4m3fn", "code4 float8_e8m0fnu", "int4 32", "int4 17 zeros", "int4 128 zeros", "int8 512", "int8 100 zeros"]  # fmt: skip
 
 
 @needs_compiler
@@ -600,10 +607,84 @@ def test_products_of_other_layouts(layout, tokens):
             bound = x.double().abs() @ values.abs().T + 1
             assert y.dtype == dtype
             half = torch.finfo(dtype).eps / 2
-            weights = half if tokens > 16 and torch_ops.native(dtype) and dtype.itemsize < 4 else 0  # then rounded in blocks
+            many = tokens > 16 or (tokens >= cpp.TILED and dtype is torch.bfloat16)
+            weights = half if many and torch_ops.native(dtype) and dtype.itemsize < 4 else 0  # then rounded in blocks
             assert ((y.double() - exact).abs() <= half * exact.abs() + (weights + 1e-6) * bound).all()
     with pytest.raises(RuntimeError):
         cpp.linear_stored(torch.randn(tokens, columns + 32), weight)
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", STORED)
+@pytest.mark.parametrize("threaded", [1, 3])
+def test_a_matrix_unit_multiplies_what_the_formula_multiplies(threads, layout, threaded):
+    """Weights and x are the formula's bfloat16 numbers, so that only the order of sums is another."""
+    if not library.call("tiles"):
+        pytest.skip("this CPU has no matrix unit (AMX), or it is not granted")
+    threads(threaded)
+    shapes = [(8, 37, 512), (17, 32, 256), (520, 70, 512)] + ([(33, 11, 83)] if "gguf" not in layout else [])
+    for tokens, rows, columns in shapes:
+        weight, x, bias = stored(layout, rows, columns), torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
+        values = weight.dequantize(torch.bfloat16, columns).double()
+        for b in (None, bias):
+            y = cpp.linear_stored(x.view(1, tokens, columns), weight, b)
+            assert y.shape == (1, tokens, rows) and y.dtype == torch.bfloat16
+            exact = torch.nn.functional.linear(x.double(), values, None if b is None else b.double())
+            sums = x.double().abs() @ values.abs().T
+            assert ((y[0].double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * sums).all()
+
+
+@needs_compiler
+def test_a_matrix_unit_keeps_what_is_not_finite_in_its_row_and_token():
+    weight = stored("int4 32", 40, 64)
+    weight.scale[3, 1] = float("nan")
+    x = torch.randn(20, 64).bfloat16()
+    x[5, 7], x[18, 0] = float("inf"), float("nan")
+    y = cpp.linear_stored(x, weight)
+    bad = torch.zeros(20, 40, dtype=torch.bool)
+    bad[:, 3] = bad[5] = bad[18] = True
+    assert torch.equal(~y.isfinite(), bad)
+
+
+@pytest.fixture
+def plain_library(monkeypatch):
+    """library.cpp as a CPU with AVX2 and no more has it."""
+    monkeypatch.setattr(library, "BEYOND", {})
+    for cached in (library.library, library._number):
+        cached.cache_clear()
+    yield
+    for cached in (library.library, library._number):
+        cached.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wider_registers_give_the_same_bits(request, bits):
+    """Codes are summed as integers, and what follows in one order."""
+    if not any(library.has(name) for name in library.BEYOND):
+        pytest.skip("this CPU has AVX2 and no more: it is what every other test ran on")
+
+    def products():
+        found = []
+        for seed, (tokens, rows, columns, group) in enumerate(SHAPES):
+            for zero, dtype in ((False, torch.float16), (True, torch.float32)):
+                weight, _ = random_int(bits, rows, columns, group, zero, seed=seed)
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+                found.append((cpp.linear_int4 if bits == 4 else cpp.linear_int8)(x, weight))
+        return found
+
+    wide = products()
+    request.getfixturevalue("plain_library")
+    assert not library.call("tiles")
+    for a, b in zip(wide, products(), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_a_compiler_older_than_the_cpu_makes_it_without_what_it_does_not_know(monkeypatch, tmp_path, plain_library):
+    monkeypatch.setattr(library, "BEYOND", {"avx2": ("-mfound-next-year",)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not isinstance(library.library(), str)
 
 
 @needs_compiler
@@ -695,10 +776,10 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, script, message)
 def test_the_library_is_kept_and_a_folder_others_write_to_is_not_trusted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = library._compiler()
-    path = library._compile(compiler)
+    path = library._compile(compiler, library.FLAGS)
     made = path.stat()
     assert path.parent == tmp_path / "qwen-ref" and not path.parent.stat().st_mode & 0o077
-    assert library._compile(compiler).stat().st_mtime_ns == made.st_mtime_ns
+    assert library._compile(compiler, library.FLAGS).stat().st_mtime_ns == made.st_mtime_ns
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     path.parent.chmod(0o777)
     assert library._folder() != path.parent

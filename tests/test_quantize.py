@@ -461,7 +461,8 @@ def test_transformers_opens_compressed_tensors(name, kind, source, tmp_path):
 def test_transformers_opens_bitsandbytes_and_fp8(kind, source, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="transformers reads bitsandbytes and FP8 only where accelerate is installed")
     monkeypatch.setattr("bitsandbytes.matmul_4bit", lambda x, codes, quant_state, bias: torch.nn.functional.linear(
-        x, dequantize_4bit(codes, quant_state).to(x.dtype), bias))  # its own product has the fault of `dequantize_4bit`
+        x, dequantize_4bit(codes, quant_state).to(x.dtype), bias))  # its own product has the fault of `dequantize_4bit`, ...
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # ... and its layout refuses rows of 96
     qr.quantize(source["qwen3"], tmp_path / "out", kind, progress=False)
     wanted = load_model(tmp_path / "out", dtype="float32")(IDS)
     extra = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if kind == "fp8" else {}

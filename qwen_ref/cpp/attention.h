@@ -85,13 +85,34 @@ struct Reading {
     }
 };
 
+// A row of scores, of which the first `seen` count, to softmax's weights of what has the largest score, `most`; both grow with
+// every call. What was summed before is to be multiplied by what is returned (Milakov and Gimelshein 2018, arXiv 1805.02867).
+float soften(float* row, int64_t seen, int64_t count, float& most, float& mass) {
+    std::fill(row + seen, row + count, -INFINITY);
+    float before = most;
+    for (int64_t s = 0; s < seen; s++) most = row[s] > most ? row[s] : most;
+    if (most == -INFINITY) {  // nothing seen yet, or only scores of minus infinity
+        std::fill(row, row + count, 0.f);
+        return 1;
+    }
+    __m256 top = _mm256_set1_ps(most), part = _mm256_setzero_ps();
+    for (int64_t s = 0; s < count; s += 8) {
+        __m256 value = _mm256_loadu_ps(row + s), p = exp8(_mm256_sub_ps(value, top));
+        p = _mm256_andnot_ps(_mm256_cmp_ps(value, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ), p);
+        _mm256_storeu_ps(row + s, p);
+        part = _mm256_add_ps(part, p);
+    }
+    float kept = before == most ? 1 : std::exp(before - most);
+    mass = mass * kept + total(part);
+    return kept;
+}
+
 int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }  // as the products above take them
 
 // Numbers that `attend` needs beside what it has read.
 int64_t beside(int64_t rows, int64_t dim) { return even(rows) * (dim + KEYS) + KEYS * dim; }
 
-// Queries t .. t + tokens of the heads that share one kv head, over all keys they see, KEYS at a time with a running maximum
-// (Milakov and Gimelshein 2018, arXiv 1805.02867).
+// Queries t .. t + tokens of the heads that share one kv head, over all keys they see, KEYS at a time.
 template <int TYPE>
 void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t kv, int64_t shared, int64_t t, int64_t tokens,
             int64_t past, float* memory, const Reading& reading) {
@@ -118,24 +139,8 @@ void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t k
         widen_block(k, first);
         scores_of(query, block, even, dim, scores);
         for (int64_t r = 0; r < even; r++) {
-            float* row = scores + r * KEYS;
             int64_t seen = std::max<int64_t>(std::min(past + t + std::min(r / shared, tokens - 1) + 1 - first, KEYS), 0);
-            std::fill(row + seen, row + KEYS, -INFINITY);
-            float before = most[r];
-            for (int64_t s = 0; s < seen; s++) most[r] = row[s] > most[r] ? row[s] : most[r];
-            if (most[r] == -INFINITY) {  // nothing seen yet, or only scores of minus infinity
-                std::fill(row, row + KEYS, 0.f);
-                continue;
-            }
-            __m256 top = _mm256_set1_ps(most[r]), part = _mm256_setzero_ps();
-            for (int64_t s = 0; s < KEYS; s += 8) {
-                __m256 value = _mm256_loadu_ps(row + s), p = exp8(_mm256_sub_ps(value, top));
-                p = _mm256_andnot_ps(_mm256_cmp_ps(value, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ), p);
-                _mm256_storeu_ps(row + s, p);
-                part = _mm256_add_ps(part, p);
-            }
-            float kept = before == most[r] ? 1 : std::exp(before - most[r]);
-            mass[r] = mass[r] * kept + total(part);
+            float kept = soften(scores + r * KEYS, seen, KEYS, most[r], mass[r]);
             for (int64_t d = 0; kept != 1 && d < dim; d += 8)
                 _mm256_storeu_ps(sum + r * dim + d, _mm256_mul_ps(_mm256_loadu_ps(sum + r * dim + d), _mm256_set1_ps(kept)));
         }

@@ -8,6 +8,8 @@
 #include "repack.h"
 #include "rows.h"
 #include "stored.h"
+#include "tiled_attention.h"
+#include "tiles.h"
 
 namespace {
 
@@ -45,7 +47,10 @@ const struct {
     OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts),  OPERATION(moe_packed),
     OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),   OPERATION(repack_gptq),
     OPERATION(repack_halves), OPERATION(sigmoid_gate),   OPERATION(gated_delta_step),
-    OPERATION(zero_centred_rms_norm),
+    OPERATION(zero_centred_rms_norm), OPERATION(tiles),
+#ifdef __AMX_BF16__
+    OPERATION(linear_tiles),  OPERATION(attention_tiles),
+#endif
 };
 
 }  // namespace

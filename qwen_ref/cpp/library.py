@@ -23,8 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..torch_ops import has
+
 SOURCE = Path(__file__).with_name("library.cpp")
 FLAGS = ("-O3", "-ffp-contract=off", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
+BEYOND = {  # what a CPU may have besides, by PyTorch's names, and what lets a compiler use it
+    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
+    "avx_vnni": ("-mavxvnni",),
+    "amx_bf16": ("-mamx-tile", "-mamx-bf16"),
+}
 COMPILE_SECONDS = 120
 
 Argument = Tensor | int | float | None
@@ -143,12 +150,16 @@ def library() -> ctypes.CDLL | str:
     compiler = _compiler()
     if not compiler:
         return "needs a C++ compiler: install g++ or clang++, or name one in the environment variable CXX"
-    try:
-        found = ctypes.CDLL(str(_compile(compiler)))
-    except subprocess.CalledProcessError as error:
-        return f"{compiler[0]} failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"compiling failed: {error}"
+    for flags in (_beyond(), ()):  # a compiler may be older than the CPU
+        try:
+            found = ctypes.CDLL(str(_compile(compiler, (*FLAGS, *flags))))
+            break
+        except subprocess.CalledProcessError as error:
+            reason = f"{compiler[0]} failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"compiling failed: {error}"
+    else:
+        return reason
     found.find.argtypes, found.find.restype = (ctypes.c_char_p,), ctypes.c_int64
     found.run.argtypes, found.run.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int
     return found
@@ -160,15 +171,19 @@ def _compiler() -> list[str]:
     return named or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
 
 
-def _compile(compiler: list[str]) -> Path:
+def _beyond() -> tuple[str, ...]:
+    return tuple(flag for name, flags in BEYOND.items() if has(name) for flag in flags)
+
+
+def _compile(compiler: list[str], flags: tuple[str, ...]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=COMPILE_SECONDS).stdout
     sources = [path.read_bytes() for path in sorted((*SOURCE.parent.glob("*.h"), SOURCE))]
-    key = hashlib.sha256(b"\0".join((*sources, " ".join((*compiler, *FLAGS)).encode(), version))).hexdigest()
+    key = hashlib.sha256(b"\0".join((*sources, " ".join((*compiler, *flags)).encode(), version))).hexdigest()
     path = _folder() / f"cpu-{key[:24]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # complete before it has its name
             made = Path(folder) / path.name
-            command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
             made.replace(path)
     return path

@@ -10,6 +10,10 @@
 
 #include "threads.h"
 
+#if defined __AVX512VNNI__ && defined __AVX512BW__ && defined __AVX512VL__
+#define WIDE  // registers of 64 bytes, and one instruction that multiplies 16 bits and adds
+#endif
+
 namespace {
 
 constexpr int64_t AHEAD = 2048;     // bytes of a matrix asked for before they are read
@@ -77,6 +81,17 @@ float get(const void* data, int64_t i, int type) {
     if (type == FLOAT32) return static_cast<const float*>(data)[i];
     uint32_t half = static_cast<const uint16_t*>(data)[i];
     return type == FLOAT16 ? _cvtsh_ss(uint16_t(half)) : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(int(half << 16))));
+}
+
+// sum + a b, sixteen products of 16 bits added in pairs.
+__m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#if defined WIDE
+    return _mm256_dpwssd_epi32(sum, a, b);
+#elif defined __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
 }
 
 float total(__m256 v) {

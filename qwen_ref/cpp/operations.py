@@ -24,8 +24,11 @@ from .library import call, why_not
 COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what plain.h calls so
+TILED = 8  # tokens from which tiles of 16 pay
+TILE_COLUMNS, TILE_ROWS = 32, 32  # what tiles.h calls DEEP and PANEL_ROWS
 FEW_ROUTED = 4  # tokens that rarely share an expert, so that each reads its own
 MOST_DIM = 1024  # of a head, what rows.h calls MOST
+LAYOUTS = (Fp8, Code4, Int4, Int8)  # and, behind them, ggml's blocks:
 KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # in the order of stored.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
@@ -71,18 +74,21 @@ def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_stored(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """`packed.linear_fp8`, `linear_code4` and `linear_gguf`: of up to FEW tokens with every row made fp32 where it is
-    multiplied, of more with a few MB at a time. The weights are not rounded to x's dtype."""
+    """The product with any layout of `packed`. Of up to FEW tokens every row is made fp32 where it is multiplied. Of more, in
+    bfloat16, on a CPU with a matrix unit, so many rows are made bfloat16 in its cache; on others `linear_blocked` multiplies
+    a few MB at a time, which are rounded to x's dtype only where the CPU multiplies that."""
     (*lead, columns), rows, count = x.shape, weight[0].shape[0], x.shape[:-1].numel()
-    known = x.dtype in TYPES and not _learns(x) and (bias is None or _adds(bias, rows, (x.dtype,)))
-    cells = _stored(weight, columns) if known else ()
+    cells = _stored(weight, columns) if x.dtype in TYPES and not _learns(x) else ()
     if not cells:
         return linear_blocked(x, weight, bias)
-    if not 0 < count <= FEW:
+    tiled = _tiled(x.dtype, count)
+    if not count or not (tiled or count <= FEW) or (bias is not None and not _adds(bias, rows, (x.dtype,))):
         return linear_blocked(x, weight, bias, partial(_rows_of, cells))
-    out = _new(x, *lead, rows)
-    call("linear_stored", *cells, rows, columns, x.contiguous(), TYPES[x.dtype], count,
-         None if bias is None else bias.contiguous(), out)  # fmt: skip
+    out, bias = _new(x, *lead, rows), None if bias is None else bias.contiguous()
+    if tiled:
+        call("linear_tiles", *cells, rows, columns, x.contiguous(), count, bias, out)
+    else:
+        call("linear_stored", *cells, rows, columns, x.contiguous(), TYPES[x.dtype], count, bias, out)
     return out
 
 
@@ -129,8 +135,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
         return torch_ops.attention(q, k, v, mask)
     out = _new(q, *q.shape)
-    call("attention", q, k, v, TYPES[q.dtype], batch, heads, kv_heads, queries, keys, dim, *q.stride()[:3], *k.stride()[:3],
-         *v.stride()[:3], out)  # fmt: skip
+    numbers = (batch, heads, kv_heads, queries, keys, dim, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    if dim % TILE_COLUMNS == 0 and heads // kv_heads <= TILE_ROWS and _tiled(q.dtype, queries):
+        call("attention_tiles", q, k, v, *numbers, out)
+    else:
+        call("attention", q, k, v, TYPES[q.dtype], *numbers, out)
     return out
 
 
@@ -336,13 +345,24 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     (*lead, columns), rows = x.shape, weight.codes.shape[0]
     fits = _reads(weight, columns) and weight.codes.dim() == 2 and not _learns(x)
     fits = fits and (bias is None or _adds(bias, rows, tuple(TYPES)))
-    if not fits or (x.shape[:-1].numel() > COMPILED_ROWS and torch_ops.native(torch.bfloat16)):
-        return linear_blocked(x, weight, bias)
+    count = x.shape[:-1].numel()
+    if not fits or _tiled(x.dtype, count) or (count > COMPILED_ROWS and torch_ops.native(x.dtype)):
+        return linear_stored(x, weight, bias)
     out = _new(x, *lead, rows)
     bias_type, bias = (0, None) if bias is None else (TYPES[bias.dtype], bias.contiguous())
     call("linear_packed", *_cells(weight, columns), rows, columns, x.contiguous(), TYPES[x.dtype], x.shape[:-1].numel(), bias,
          bias_type, out)  # fmt: skip
     return out
+
+
+def _tiled(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a matrix unit multiplies so many tokens."""
+    return dtype == torch.bfloat16 and tokens >= TILED and _has_tiles()
+
+
+@cache
+def _has_tiles() -> bool:
+    return bool(call("tiles"))
 
 
 def _reads(weight: Packed, columns: int) -> bool:
@@ -374,26 +394,28 @@ def _stored(weight: Packed, columns: int) -> tuple[Any, ...]:
         elements, size = BLOCK[weight.kind]
         if weight.kind not in KINDS or columns % elements or weight.blocks.shape[1] != columns // elements * size:
             return ()
-        return len(("fp8", "code4")) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, 0, None, 1, 1
-    if isinstance(weight, Fp8):
-        (high, wide), width, table = weight.block, columns, _fp8_values()
-    elif isinstance(weight, Code4):
-        (high, wide), width, table = (1, weight.group), -(-columns // 2), weight.table.float().contiguous()
+        return len(LAYOUTS) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, 0, None, 1, 1
+    high, wide = weight.block if isinstance(weight, Fp8) else (1, weight.group)
+    rows, width = weight.codes.shape
+    groups = (-(-rows // high), -(-columns // wide))
+    if width != (-(-columns // 2) if isinstance(weight, Int4 | Code4) else columns) or weight.scale.shape != groups:
+        return ()
+    if isinstance(weight, Int4 | Int8):
+        aside = weight.zero
+        if aside is not None and aside.shape != groups:
+            return ()
     else:
-        return ()
-    rows = weight.codes.shape[0]
-    if weight.codes.shape[1] != width or weight.scale.shape != (-(-rows // high), -(-columns // wide)):
-        return ()
+        aside = _fp8_values() if isinstance(weight, Fp8) else weight.table.float()
     if weight.scale.dtype not in SCALES:
         return ()
-    codes, scale = weight.codes.contiguous(), weight.scale.contiguous()
-    return int(isinstance(weight, Code4)), codes, scale, SCALES[scale.dtype], table, high, wide
+    return (LAYOUTS.index(type(weight)), weight.codes.contiguous(), weight.scale.contiguous(), SCALES[weight.scale.dtype],
+            None if aside is None else aside.contiguous(), high, wide)  # fmt: skip
 
 
 def _rows_of(cells: tuple[Any, ...], weight: Packed, first: int, last: int, columns: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(last - first, columns)
-    call("rows_of_stored", *cells, weight[0].shape[0], columns, first, last, out)
-    return out.to(dtype)
+    out = torch.empty(last - first, columns, dtype=dtype)
+    call("rows_of_stored", *cells, weight[0].shape[0], columns, first, last, TYPES[dtype], out)
+    return out
 
 
 @cache

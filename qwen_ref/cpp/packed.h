@@ -14,7 +14,11 @@ namespace {
 constexpr int64_t BLOCK = 256;  // columns under one scale of x; their largest sum, 256 * 255 * 32767, fits 32 bits
 constexpr int64_t STEP = 32;    // the smallest group; others are whole multiples of it
 constexpr int64_t PANEL = 16;   // rows that one thread takes at a time
-constexpr int64_t TILE = 6;     // tokens multiplied with them at once: 2 * 6 sums in registers
+#ifdef WIDE
+constexpr int64_t TILE = 16;    // tokens multiplied with them at once: so many sums in registers
+#else
+constexpr int64_t TILE = 6;     // 2 * 6 sums in registers
+#endif
 constexpr int64_t CHUNK = 512;  // tokens rounded together
 
 struct Matrix {
@@ -99,7 +103,7 @@ Token round_token(const Matrix& w, const void* x, int type) {
         token.group[2 * s] = w.group_at(s * span), token.group[2 * s + 1] = w.group_at(s * span + READ<BITS> / 2);
         __m256i sum = _mm256_setzero_si256();
         for (int64_t k = s * span; k < (s + 1) * span; k += 16)
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(load(&token.codes[k]), by));
+            sum = add_products(sum, load(&token.codes[k]), by);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(&token.shift[s * 8]), sum);
     }
     return token;
@@ -120,7 +124,7 @@ float multiply_row(const Matrix& w, int64_t row, const Token& token) {
             __m128i zero = _mm_set1_epi32(w.zero[low]), other = HALVES ? _mm_set1_epi32(w.zero[high]) : zero;
             part = _mm256_mullo_epi32(part, _mm256_set_m128i(other, zero));
         }
-        auto add = [](__m256i& to, __m256i a, const int16_t* b) { to = _mm256_add_epi32(to, _mm256_madd_epi16(a, load(b))); };
+        auto add = [](__m256i& to, __m256i a, const int16_t* b) { to = add_products(to, a, load(b)); };
 #pragma GCC unroll 8
         for (int i = 0; i < STEPS; i++) {
             const uint8_t* from = codes + 32 * i;
@@ -201,31 +205,49 @@ void widen_panel(const Matrix& w, int64_t row, int64_t first, int64_t count, int
         }
 }
 
+// One number of 32 bits, or a pair of 16, for every row of a panel.
+struct Panel {
+#ifdef WIDE
+    __m512i all = _mm512_setzero_si512();
+
+    static Panel at(const int16_t* w) { return {_mm512_load_si512(w)}; }
+    void add_products(Panel w, int32_t pair) { all = _mm512_dpwssd_epi32(all, w.all, _mm512_set1_epi32(pair)); }
+    void add_scaled(float* to, const float* scale, float by) const {
+        __m512 both = _mm512_mul_ps(_mm512_load_ps(scale), _mm512_set1_ps(by));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), both, _mm512_loadu_ps(to)));
+    }
+#else
+    __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+
+    static Panel at(const int16_t* w) { return {{load(w), load(w + 16)}}; }
+    void add_products(Panel w, int32_t pair) {
+        __m256i token = _mm256_set1_epi32(pair);
+        half[0] = ::add_products(half[0], w.half[0], token);
+        half[1] = ::add_products(half[1], w.half[1], token);
+        asm("" : "+x"(half[0]), "+x"(half[1]));  // one token after the other, or a compiler makes all products first
+    }
+    void add_scaled(float* to, const float* scale, float by) const {
+        for (int i = 0; i < 2; i++, to += 8, scale += 8) {
+            __m256 both = _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(by));
+            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(half[i]), both, _mm256_loadu_ps(to)));
+        }
+    }
+#endif
+};
+
 // sum (tokens, PANEL) += the tokens of x (tokens, BLOCK) times a widened PANEL, `count` columns, whose scales are
 // (spans, PANEL). T = 0, 1, ... are the tokens: written out, so that all sums are in registers.
 template <size_t... T>
 void multiply(std::index_sequence<T...>, const int16_t* w, int64_t count, int64_t span, const float* scale, const int16_t* x,
               const float* x_scale, float* sum) {
     for (int64_t first = 0; first < count; first += span, scale += PANEL) {
-        __m256i low[] = {(void(T), _mm256_setzero_si256())...}, high[] = {(void(T), _mm256_setzero_si256())...};
+        Panel parts[] = {(void(T), Panel())...};
         for (int64_t k = first; k < std::min(first + span, count); k += 2) {
-            __m256i upper = load(w + k * PANEL), lower = load(w + k * PANEL + 16);
-            auto add = [&](int64_t t, __m256i& a, __m256i& b) {
-                int32_t pair;
-                std::memcpy(&pair, x + t * BLOCK + k, 4);
-                __m256i token = _mm256_set1_epi32(pair);
-                a = _mm256_add_epi32(a, _mm256_madd_epi16(upper, token));
-                b = _mm256_add_epi32(b, _mm256_madd_epi16(lower, token));
-                asm("" : "+x"(a), "+x"(b));  // one token after the other, or a compiler makes all products first
-            };
-            (add(T, low[T], high[T]), ...);
+            Panel pairs = Panel::at(w + k * PANEL);
+            auto pair = [&](int64_t t) { int32_t both; return std::memcpy(&both, x + t * BLOCK + k, 4), both; };
+            (parts[T].add_products(pairs, pair(T)), ...);
         }
-        auto scaled = [&](float* to, __m256i part, const float* by, float token) {
-            __m256 both = _mm256_mul_ps(_mm256_load_ps(by), _mm256_set1_ps(token));
-            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), both, _mm256_loadu_ps(to)));
-        };
-        (scaled(sum + T * PANEL, low[T], scale, x_scale[T]), ...);
-        (scaled(sum + T * PANEL + 8, high[T], scale + 8, x_scale[T]), ...);
+        (parts[T].add_scaled(sum + T * PANEL, scale, x_scale[T]), ...);
         asm("" ::: "memory");  // or `sum` takes the registers
     }
 }
@@ -252,8 +274,8 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
             }
         });
         share((w.rows + PANEL - 1) / PANEL, count * w.rows * w.columns, [&](int64_t i, int64_t last) {
-            alignas(32) int16_t panel[PANEL * BLOCK];
-            alignas(32) float scale[BLOCK / STEP * PANEL], offset[PANEL];
+            alignas(64) int16_t panel[PANEL * BLOCK];
+            alignas(64) float scale[BLOCK / STEP * PANEL], offset[PANEL];
             std::vector<float> sums(count * PANEL);  // (token, PANEL)
             for (; i < last; i++) {
                 int64_t row = i * PANEL, high = std::min(PANEL, w.rows - row);

@@ -1,5 +1,5 @@
-// y = x W^T + bias with a matrix of any layout that is no multiple of whole numbers: FP8, codes of a table, ggml blocks. A row
-// is made fp32 in the first-level cache, by its definition in `quant/packed.py` and `quant/gguf_blocks.py`, and multiplied.
+// y = x W^T + bias with a matrix of any layout. A row is made fp32 in the first-level cache, by its definition in
+// `quant/packed.py` and `quant/gguf_blocks.py`, and multiplied; or some rows are made what the caller multiplies.
 #pragma once
 
 #include "numbers.h"
@@ -107,16 +107,16 @@ const struct {
 
 // ------------------------------------------------------------------------------------------------ rows
 
-enum Layout { FP8, CODE4, GGML };  // GGML and above: BLOCKS
+enum Layout { FP8, CODE4, INT4, INT8, GGML };  // GGML and above: BLOCKS
 
 enum ScaleType { E4M3 = 3, E8M0 = 4 };  // beside those of numbers.h
 
 struct Stored {
     int64_t layout;
     const uint8_t* codes;
-    const void* scale;  // (rows / high, columns / wide), both rounded up; of FP8 and CODE4
+    const void* scale;  // (rows / high, columns / wide), both rounded up; not of ggml blocks
     int scale_type;
-    const float* table;  // of the codes: 256 or 16
+    const void* aside;  // fp32 numbers of the codes, 256 or 16; of whole numbers their zeros, as the scales, or null
     int64_t high, wide, rows, columns;
 };
 
@@ -131,65 +131,93 @@ float scale_at(const Stored& w, int64_t i) {
     return code & 128 ? -magnitude : magnitude;
 }
 
-// Eight codes from column k on, of which `count` are there.
-__m256 values(const Stored& w, const uint8_t* codes, int64_t k, int64_t count) {
-    if (w.layout == FP8) {
+// Of whole numbers: what is subtracted before they are scaled.
+float zero_at(const Stored& w, int64_t i) {
+    if (w.layout == INT8) return w.aside ? static_cast<const int8_t*>(w.aside)[i] : 0;
+    if (w.layout == INT4) return w.aside ? static_cast<const uint8_t*>(w.aside)[i] : 8;
+    return 0;
+}
+
+using Eight = std::integral_constant<int64_t, 8>;
+
+// What eight codes stand for from column k on, of which `count` are there: an Eight, or fewer.
+template <typename Count>
+__m256 values(const Stored& w, const uint8_t* codes, int64_t k, Count count) {
+    const float* table = static_cast<const float*>(w.aside);
+    if (w.layout == FP8 || w.layout == INT8) {
         uint64_t some = 0;
         std::memcpy(&some, codes + k, count);
-        return _mm256_i32gather_ps(w.table, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(some))), 4);
+        __m128i eight = _mm_cvtsi64_si128(int64_t(some));
+        if (w.layout == INT8) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+        return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(eight), 4);
     }
     uint32_t some = 0;
     std::memcpy(&some, codes + k / 2, (count + 1) / 2);
     __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(int(some)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    __m256 lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.table), code);  // the lowest three bits count
-    __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.table + 8), code);
+    if (w.layout == INT4) return _mm256_cvtepi32_ps(_mm256_and_si256(code, _mm256_set1_epi32(15)));
+    __m256 lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);  // the lowest three bits count
+    __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
     return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));  // the fourth as a sign
 }
 
 // Row `row` in fp32; `out` has `room` for it.
-void read_row(const Stored& w, int64_t row, float* out) {
-    if (w.layout >= GGML) {
-        auto block = BLOCKS[w.layout - GGML];
-        const uint8_t* b = w.codes + row * (w.columns / block.elements) * block.bytes;
-        for (int64_t k = 0; k < w.columns; k += block.elements, b += block.bytes) block.unpack(b, out + k);
-        return;
-    }
+template <int LAYOUT>
+void read_row(Stored w, int64_t row, float* out) {
+    w.layout = LAYOUT;
     int64_t groups = (w.columns + w.wide - 1) / w.wide, scales = row / w.high * groups;
-    const uint8_t* codes = w.codes + row * (w.layout == FP8 ? w.columns : (w.columns + 1) / 2);
+    const uint8_t* codes = w.codes + row * (w.layout == FP8 || w.layout == INT8 ? w.columns : (w.columns + 1) / 2);
+    auto scaled = [&](int64_t k, auto count, __m256 scale, __m256 zero) {
+        _mm256_storeu_ps(out + k, _mm256_mul_ps(_mm256_sub_ps(values(w, codes, k, count), zero), scale));
+    };
     bool whole = w.wide % 8 == 0 || groups == 1;  // eights have one scale
     for (int64_t g = 0; whole && g < groups; g++) {
-        __m256 scale = _mm256_set1_ps(scale_at(w, scales + g));
-        int64_t last = std::min((g + 1) * w.wide, w.columns);
-        for (int64_t k = g * w.wide; k + 8 <= last; k += 8) _mm256_storeu_ps(out + k, _mm256_mul_ps(values(w, codes, k, 8), scale));
-        if (int64_t rest = last % 8; rest && last == w.columns)
-            _mm256_storeu_ps(out + last - rest, _mm256_mul_ps(values(w, codes, last - rest, rest), scale));
+        __m256 scale = _mm256_set1_ps(scale_at(w, scales + g)), zero = _mm256_set1_ps(zero_at(w, scales + g));
+        int64_t k = g * w.wide, last = std::min(k + w.wide, w.columns);
+        for (; k + 8 <= last; k += 8) scaled(k, Eight(), scale, zero);
+        if (k < last) scaled(k, last - k, scale, zero);
     }
     for (int64_t k = 0; !whole && k < w.columns; k += 8) {
-        _mm256_storeu_ps(out + k, values(w, codes, k, std::min<int64_t>(8, w.columns - k)));
-        for (int64_t i = k; i < std::min(k + 8, w.columns); i++) out[i] *= scale_at(w, scales + i / w.wide);
+        alignas(32) float scale[8] = {}, zero[8] = {};
+        int64_t count = std::min<int64_t>(8, w.columns - k);
+        for (int64_t i = 0; i < count; i++) {
+            scale[i] = scale_at(w, scales + (k + i) / w.wide);
+            zero[i] = zero_at(w, scales + (k + i) / w.wide);
+        }
+        scaled(k, count, _mm256_load_ps(scale), _mm256_load_ps(zero));
     }
+}
+
+void read_row(const Stored& w, int64_t row, float* out) {
+    if (w.layout == FP8) return read_row<FP8>(w, row, out);
+    if (w.layout == CODE4) return read_row<CODE4>(w, row, out);
+    if (w.layout == INT4) return read_row<INT4>(w, row, out);
+    if (w.layout == INT8) return read_row<INT8>(w, row, out);
+    auto block = BLOCKS[w.layout - GGML];
+    const uint8_t* b = w.codes + row * (w.columns / block.elements) * block.bytes;
+    for (int64_t k = 0; k < w.columns; k += block.elements, b += block.bytes) block.unpack(b, out + k);
 }
 
 int64_t room(int64_t columns) { return (columns + 255) / 256 * 256; }
 
-// Rows first to last of a matrix in fp32.
-void rows_of_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const float* table, int64_t high,
-                    int64_t wide, int64_t rows, int64_t columns, int64_t first, int64_t last, float* out) {
-    Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
+// Rows first to last of a matrix, rounded to a type.
+void rows_of_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const void* aside, int64_t high,
+                    int64_t wide, int64_t rows, int64_t columns, int64_t first, int64_t last, int type, void* out) {
+    Stored w = {layout, codes, scale, scale_type, aside, high, wide, rows, columns};
     share(last - first, (last - first) * columns, [&](int64_t i, int64_t end) {
         std::vector<float> row(room(columns));
         for (; i < end; i++) {
             read_row(w, first + i, row.data());
-            std::memcpy(out + i * columns, row.data(), columns * sizeof(float));
+            for (int64_t k = 0; k < columns; k += 8)
+                put8(out, i * columns + k, type, _mm256_loadu_ps(&row[k]), columns - k);
         }
     });
 }
 
 // The product with up to FEW tokens (tokens, columns), summed in fp32.
-void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const float* table, int64_t high,
+void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const void* aside, int64_t high,
                    int64_t wide, int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias,
                    void* out) {
-    Stored w = {layout, codes, scale, scale_type, table, high, wide, rows, columns};
+    Stored w = {layout, codes, scale, scale_type, aside, high, wide, rows, columns};
     int64_t padded = (columns + 7) / 8 * 8;
     std::vector<float> wide_x = widened(x, 0, type, tokens, columns);
     share((rows + ROWS - 1) / ROWS, rows * columns, [&](int64_t block, int64_t last) {

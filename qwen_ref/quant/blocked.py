@@ -39,10 +39,10 @@ def linear_blocked(
     wide = x.to(dtype)
     blocks = []
     for first in range(0, rows, step):
-        block = dequantize(weight, first, min(first + step, rows), columns, dtype)  # (n, K)
-        blocks.append(F.linear(wide, block).to(x.dtype if bias is None else dtype))
-    y = torch.cat(blocks, dim=-1)  # (..., N)
-    return y if bias is None else (y + bias).to(x.dtype)
+        some = slice(first, min(first + step, rows))
+        block = dequantize(weight, some.start, some.stop, columns, dtype)  # (n, K)
+        blocks.append(F.linear(wide, block, None if bias is None else bias[some].to(dtype)).to(x.dtype))
+    return torch.cat(blocks, dim=-1)  # (..., N)
 
 
 def moe_blocked(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:
