@@ -89,8 +89,11 @@ struct Reading {
 // every call. What was summed before is to be multiplied by what is returned (Milakov and Gimelshein 2018, arXiv 1805.02867).
 float soften(float* row, int64_t seen, int64_t count, float& most, float& mass) {
     std::fill(row + seen, row + count, -INFINITY);
-    float before = most;
-    for (int64_t s = 0; s < seen; s++) most = row[s] > most ? row[s] : most;
+    float before = most, lanes[8];
+    __m256 largest = _mm256_set1_ps(most);
+    for (int64_t s = 0; s < count; s += 8) largest = _mm256_max_ps(_mm256_loadu_ps(row + s), largest);  // which a NaN leaves
+    _mm256_storeu_ps(lanes, largest);
+    most = *std::max_element(lanes, lanes + 8);
     if (most == -INFINITY) {  // nothing seen yet, or only scores of minus infinity
         std::fill(row, row + count, 0.f);
         return 1;

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import ops, torch_ops
-from ..memory import empty
+from ..memory import scratch
 from ..quant import packed
 from ..quant.blocked import linear_blocked
 from ..quant.gguf_blocks import BLOCK
 from ..quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
 from .library import call, why_not
 
-COMPILED_ROWS = 64  # above that, a CPU that multiplies bf16 natively is faster with `linear_blocked`
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what plain.h calls so
 TILED = 8  # tokens from which tiles of 16 pay
@@ -286,7 +285,7 @@ def gated_delta_step(
 
 def _new(x: Tensor, *shape: int) -> Tensor:
     """Memory for a result of x's type. The C library's heap, which PyTorch takes from, keeps holes of what many tokens need."""
-    return empty(shape, x.dtype, x.device)
+    return scratch(shape, x.dtype, x.device)
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -345,8 +344,7 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
     (*lead, columns), rows = x.shape, weight.codes.shape[0]
     fits = _reads(weight, columns) and weight.codes.dim() == 2 and not _learns(x)
     fits = fits and (bias is None or _adds(bias, rows, tuple(TYPES)))
-    count = x.shape[:-1].numel()
-    if not fits or _tiled(x.dtype, count) or (count > COMPILED_ROWS and torch_ops.native(x.dtype)):
+    if not fits or _tiled(x.dtype, x.shape[:-1].numel()):
         return linear_stored(x, weight, bias)
     out = _new(x, *lead, rows)
     bias_type, bias = (0, None) if bias is None else (TYPES[bias.dtype], bias.contiguous())

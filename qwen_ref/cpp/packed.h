@@ -211,7 +211,10 @@ struct Panel {
     __m512i all = _mm512_setzero_si512();
 
     static Panel at(const int16_t* w) { return {_mm512_load_si512(w)}; }
-    void add_products(Panel w, int32_t pair) { all = _mm512_dpwssd_epi32(all, w.all, _mm512_set1_epi32(pair)); }
+    void add_products(Panel w, int32_t pair) {
+        all = _mm512_dpwssd_epi32(all, w.all, _mm512_set1_epi32(pair));
+        asm("" : "+v"(all));  // where it is, or a compiler moves every sum to another register and back
+    }
     void add_scaled(float* to, const float* scale, float by) const {
         __m512 both = _mm512_mul_ps(_mm512_load_ps(scale), _mm512_set1_ps(by));
         _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), both, _mm512_loadu_ps(to)));

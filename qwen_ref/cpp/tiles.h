@@ -21,9 +21,10 @@ namespace {
 
 constexpr int64_t SIDE = 16;        // rows of weights, or tokens, of a tile
 constexpr int64_t DEEP = 32;        // columns of a tile
-constexpr int64_t DEPTH = 16;       // tiles of a panel's half that stay in the first-level cache, with the other half's
+constexpr int64_t DEPTH = 8;        // tiles of a panel's half that stay in the first-level cache, with the other half's
 constexpr int64_t HALVES = 2;       // of a panel, and of a pair of token tiles: four tiles of sums, and two of each factor
-constexpr int64_t PANEL_ROWS = HALVES * SIDE;
+constexpr int64_t PANEL_ROWS = HALVES * SIDE, TOKENS_AT_ONCE = HALVES * SIDE;
+constexpr int64_t HELD = 1 << 14;   // lines of panels in the second-level cache: 1 MB
 
 struct alignas(64) Line {
     uint16_t numbers[DEEP];
@@ -153,35 +154,43 @@ void linear_tiles(int64_t layout, const uint8_t* codes, const void* scale, int s
                   int64_t wide, int64_t rows, int64_t columns, const uint16_t* x, int64_t tokens, const void* bias,
                   uint16_t* out) {
     Stored w = {layout, codes, scale, scale_type, aside, high, wide, rows, columns};
-    int64_t deep = (columns + DEEP - 1) / DEEP, most = std::min(tokens, CHUNK);
-    int64_t sides = (most + HALVES * SIDE - 1) / (HALVES * SIDE) * HALVES;
-    Lines paired = lines(deep * sides * SIDE);  // (block of DEEP columns, SIDE tokens)
+    int64_t deep = (columns + DEEP - 1) / DEEP, pairs = (std::min(tokens, CHUNK) + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+    Lines paired = lines(pairs * deep * HALVES * SIDE);  // (TOKENS_AT_ONCE, block of DEEP columns, half)
+    // Panels that are multiplied while tokens are in the first-level cache: what the second holds, and leaves for other threads.
+    int64_t fit = std::min(HELD / (deep * PANEL_ROWS), rows / (PANEL_ROWS * PARTS * omp_get_max_threads()));
+    int64_t panels = std::max<int64_t>(std::min<int64_t>(fit, 4), 1), high_rows = panels * PANEL_ROWS;
     for (int64_t start = 0; start < tokens; start += CHUNK) {
         int64_t count = std::min(tokens - start, CHUNK);
-        share(deep * sides, count * columns, [&](int64_t i, int64_t last) {
+        share(pairs * deep * HALVES, count * columns, [&](int64_t i, int64_t last) {
             for (; i < last; i++)
-                pair_tokens(x + start * columns, columns, i % sides * SIDE, count, i / sides * DEEP, columns, &paired[i * SIDE]);
+                pair_tokens(x + start * columns, columns, (i / HALVES / deep * HALVES + i % HALVES) * SIDE, count,
+                            i / HALVES % deep * DEEP, columns, &paired[i * SIDE]);
         });
-        share((rows + PANEL_ROWS - 1) / PANEL_ROWS, count * rows * columns, [&](int64_t panel, int64_t last) {
-            std::vector<float> values(room(columns)), offset(PANEL_ROWS);
-            Lines read = lines(deep * PANEL_ROWS), sums = lines(sides * PANEL_ROWS);  // of fp32: SIDE to a line
+        share((rows + high_rows - 1) / high_rows, count * rows * columns, [&](int64_t part, int64_t last) {
+            std::vector<float> values(room(columns)), offset(high_rows);
+            Lines read = lines(panels * deep * PANEL_ROWS), sums = lines(panels * HALVES * HALVES * SIDE);
+            auto of = [&](int64_t p) { return reinterpret_cast<float*>(&sums[p * HALVES * HALVES * SIDE]); };  // SIDE to a line
             configure_tiles();
-            for (; panel < last; panel++) {
-                int64_t row = panel * PANEL_ROWS;
-                read_panel(w, row, values.data(), read.get());
-                std::memset(static_cast<void*>(sums.get()), 0, sides * PANEL_ROWS * sizeof(Line));
-                auto of = [&](int64_t side) { return reinterpret_cast<float*>(&sums[side * PANEL_ROWS]); };
-                for (int64_t d = 0; d < deep; d += DEPTH)
-                    for (int64_t side = 0; side * SIDE < count; side += HALVES)
-                        multiply_tiles(&read[d * PANEL_ROWS], &paired[(d * sides + side) * SIDE], sides * SIDE,
-                                       std::min(DEPTH, deep - d), of(side));
-                for (int64_t r = 0; r < PANEL_ROWS; r++) offset[r] = bias && row + r < rows ? get(bias, row + r, BFLOAT16) : 0;
-                for (int64_t t = 0; t < count; t += 8)
-                    for (int64_t r = 0; r < std::min(PANEL_ROWS, rows - row); r += 8) {
-                        const float* from = of(t / (HALVES * SIDE) * HALVES) + (r / SIDE * HALVES + t / SIDE % HALVES) * SIDE * SIDE;
-                        write_sums(from + r % SIDE * SIDE + t % SIDE, std::min<int64_t>(8, count - t), rows - row - r,
-                                   _mm256_loadu_ps(&offset[r]), rows, out + (start + t) * rows + row + r);
-                    }
+            for (; part < last; part++) {
+                int64_t row = part * high_rows, left = rows - row, used = std::min((left + PANEL_ROWS - 1) / PANEL_ROWS, panels);
+                for (int64_t p = 0; p < used; p++)
+                    read_panel(w, row + p * PANEL_ROWS, values.data(), &read[p * deep * PANEL_ROWS]);
+                for (int64_t r = 0; r < high_rows; r++) offset[r] = bias && r < left ? get(bias, row + r, BFLOAT16) : 0;
+                for (int64_t t = 0; t < count; t += TOKENS_AT_ONCE) {
+                    std::memset(static_cast<void*>(sums.get()), 0, used * HALVES * HALVES * SIDE * sizeof(Line));
+                    for (int64_t d = 0; d < deep; d += DEPTH)
+                        for (int64_t p = 0; p < used; p++)
+                            multiply_tiles(&read[(p * deep + d) * PANEL_ROWS],
+                                           &paired[(t / TOKENS_AT_ONCE * deep + d) * HALVES * SIDE], HALVES * SIDE,
+                                           std::min(DEPTH, deep - d), of(p));
+                    for (int64_t s = t; s < std::min(t + TOKENS_AT_ONCE, count); s += 8)
+                        for (int64_t r = 0; r < std::min(used * PANEL_ROWS, left); r += 8) {
+                            int64_t tile = r % PANEL_ROWS / SIDE * HALVES + (s - t) / SIDE;
+                            write_sums(of(r / PANEL_ROWS) + (tile * SIDE + r % SIDE) * SIDE + s % SIDE,
+                                       std::min<int64_t>(8, count - s), left - r, _mm256_loadu_ps(&offset[r]), rows,
+                                       out + (start + s) * rows + row + r);
+                        }
+                }
             }
             _tile_release();
         }, MANY_PARTS);
