@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import RequestError
+from .memory import empty
 
 
 class KVCache:
@@ -50,7 +51,7 @@ class KVCache:
     def _grow(self, like: Tensor, needed: int) -> None:
         batch, heads, _, dim = like.shape
         capacity = max(needed, 2 * self.length, 64)
-        buffer = like.new_empty(2, batch, heads, capacity, dim)
+        buffer = empty((2, batch, heads, capacity, dim), like.dtype, like.device)
         if self._buffer is not None:
             buffer[:, :, :, : self.length] = self._buffer[:, :, :, : self.length]
         self._buffer = buffer

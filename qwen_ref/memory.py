@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 _LARGE = 1 << 18  # bytes from which it pays
-_SPARE = 1 << 26  # bytes kept of what was given back
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -29,29 +28,39 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same for what is needed for a moment: memory that was given back lately, if there is some of this size. To touch new
-    memory takes a prompt longer than to compute what is written there, and every layer writes results of the same sizes."""
+    """The same for what is needed for a moment: memory that was given back lately, if it is large enough and not twice that. To
+    touch new memory takes a prompt longer than to compute what is written there, and all layers write results of some sizes.
+    No more is kept than is lent, so that nothing stays when a pass is over."""
     size = math.prod(shape) * dtype.itemsize
-    try:
-        memory: mmap.mmap | None = _spare[size].pop()
-    except (KeyError, IndexError):
-        memory = _mapped(size, device)
+    memory = _taken(size) or _mapped(size, device)
     if memory is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    lent = (ctypes.c_char * size).from_buffer(memory)  # lives as long as the tensor and its views
-    weakref.finalize(lent, _give_back, memory).atexit = False
-    return torch.frombuffer(lent, dtype=dtype).view(shape)
+    _lent[id(memory)] = len(memory)
+    bytes_of = (ctypes.c_char * size).from_buffer(memory)  # lives as long as the tensor and its views
+    weakref.finalize(bytes_of, _give_back, memory).atexit = False
+    return torch.frombuffer(bytes_of, dtype=dtype).view(shape)
 
 
-_spare: dict[int, list[mmap.mmap]] = {}  # what was given back, by its size; every step is one that threads cannot divide
+# Threads take turns between any two steps of what follows, each of which is one of a list or a dict.
+_spare: list[mmap.mmap] = []  # what was given back, the latest last
+_lent: dict[int, int] = {}  # its bytes
+
+
+def _taken(size: int) -> mmap.mmap | None:
+    for memory in sorted(_spare, key=len):
+        if size <= len(memory) < 2 * size:
+            with suppress(ValueError):  # another thread took it
+                _spare.remove(memory)
+                return memory
+    return None
 
 
 def _give_back(memory: mmap.mmap) -> None:
-    if len(memory) > _SPARE:
-        return
-    if sum(size * len(of_size) for size, of_size in [*_spare.items()]) + len(memory) > _SPARE:
-        _spare.clear()
-    _spare.setdefault(len(memory), []).append(memory)
+    del _lent[id(memory)]
+    _spare.append(memory)
+    while sum(map(len, [*_spare])) > sum([*_lent.values()]):
+        with suppress(IndexError):
+            _spare.pop(0)
 
 
 def _mapped(size: int, device: torch.device) -> mmap.mmap | None:

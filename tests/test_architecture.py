@@ -23,7 +23,7 @@ ALLOWED = {
     "ops": {f"ops.{name}" for name in FORMULAS},
     "ops.dtypes": set(),
     **{f"ops.{name}": {"ops.dtypes", "ops.norms", "ops.attention"} for name in FORMULAS if name != "dtypes"},
-    "cache": {"errors"},
+    "cache": {"errors", "memory"},
     "torch_ops": {"ops"},
     "quant": set(),
     "quant.gguf_blocks": set(),

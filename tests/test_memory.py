@@ -13,6 +13,10 @@ from qwen_ref import memory
 CPU = torch.device("cpu")
 
 
+def kept():
+    return sum(map(len, memory._spare))
+
+
 @pytest.fixture(autouse=True)
 def nothing_kept():
     gc.collect()
@@ -21,30 +25,27 @@ def nothing_kept():
     memory._spare.clear()
 
 
-def kept():
-    return sum(size * len(of_size) for size, of_size in memory._spare.items())
-
-
 def test_what_was_given_back_is_lent_again_and_only_that():
+    other = memory.scratch((1 << 22,), torch.uint8, CPU)  # as long as this is lent, as much is kept
     first = memory.scratch((300, 1024), torch.bfloat16, CPU)
     view, place = first[7:9], first.data_ptr()
     del first
-    other = memory.scratch((300, 1024), torch.bfloat16, CPU)
-    assert other.data_ptr() != place  # a view holds it
+    second = memory.scratch((300, 1024), torch.bfloat16, CPU)
+    assert second.data_ptr() != place  # a view holds it
     del view
-    assert memory.scratch((300, 512), torch.float32, CPU).data_ptr() == place  # the same bytes in another shape
-    assert memory.scratch((301, 512), torch.float32, CPU).data_ptr() != place
+    assert memory.scratch((601, 512), torch.float32, CPU).data_ptr() != place  # too small
+    assert memory.scratch((100, 512), torch.float32, CPU).data_ptr() != place  # a waste
+    assert memory.scratch((299, 512), torch.float32, CPU).data_ptr() == place  # other numbers, another shape
     assert memory.scratch((2, 3), torch.float32, CPU).shape == (2, 3)  # what is small is the heap's
+    del other
 
 
-def test_no_more_is_kept_than_said(monkeypatch):
-    monkeypatch.setattr(memory, "_SPARE", 3 << 20)
+def test_no_more_is_kept_than_is_lent():
     tensors = [memory.scratch((1 << 20,), torch.uint8, CPU) for _ in range(8)]
-    del tensors
-    assert 0 < kept() <= 3 << 20
-    large = memory.scratch((5 << 20,), torch.uint8, CPU)
-    del large
-    assert kept() <= 3 << 20
+    for left in range(7, -1, -1):
+        tensors.pop()
+        assert kept() == min(8 - left, left) << 20
+    assert not memory._lent
 
 
 def test_threads_never_share_what_is_lent():

@@ -157,7 +157,7 @@ void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t k
 }
 
 // `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
-// dim a multiple of eight. Everything is fp32 until the result is rounded.
+// dim a multiple of eight. Everything is fp32 until the result is rounded: (batch, queries, heads, dim), as `o_proj` reads it.
 void attention(const void* q, const void* k, const void* v, int type, int64_t batch, int64_t heads,
                           int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2,
                           int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
@@ -173,7 +173,7 @@ void attention(const void* q, const void* k, const void* v, int type, int64_t ba
                 Reading reading = Reading::at(read.data(), even(shared * count), dim);
                 attend<decltype(known)::value>(qh, kh, vh, b, kv, shared, t, count, keys - queries, memory.data(), reading);
                 for (int64_t r = 0; r < shared * count; r++)
-                    reading.put(r, out, ((b * heads + kv * shared + r % shared) * queries + t + r / shared) * dim, type);
+                    reading.put(r, out, ((b * queries + t + r / shared) * heads + kv * shared + r % shared) * dim, type);
             }
         }, MANY_PARTS);
     });

@@ -24,7 +24,8 @@ from .library import call, why_not
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what plain.h calls so
 TILED = 8  # tokens from which tiles of 16 pay
-TILE_COLUMNS, TILE_ROWS = 32, 32  # what tiles.h calls DEEP and PANEL_ROWS
+TILE_COLUMNS, TILE_ROWS, CHUNK = 32, 32, 512  # what tiles.h calls DEEP and PANEL_ROWS, and packed.h CHUNK
+TILE_KEYS = 128  # what tiled_attention.h calls AT_ONCE
 FEW_ROUTED = 4  # tokens that rarely share an expert, so that each reads its own
 MOST_DIM = 1024  # of a head, what rows.h calls MOST
 LAYOUTS = (Fp8, Code4, Int4, Int8)  # and, behind them, ggml's blocks:
@@ -85,7 +86,8 @@ def linear_stored(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tens
         return linear_blocked(x, weight, bias, partial(_rows_of, cells))
     out, bias = _new(x, *lead, rows), None if bias is None else bias.contiguous()
     if tiled:
-        call("linear_tiles", *cells, rows, columns, x.contiguous(), count, bias, out)
+        paired = _new(x, _whole(min(count, CHUNK), TILE_ROWS), _whole(columns, TILE_COLUMNS))
+        call("linear_tiles", *cells, rows, columns, x.contiguous(), count, bias, paired, out)
     else:
         call("linear_stored", *cells, rows, columns, x.contiguous(), TYPES[x.dtype], count, bias, out)
     return out
@@ -133,13 +135,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     kv_heads, keys = k.shape[1:3]
     if mask is not None or dim % 8 or not _alike(q, k, v) or not q.numel() or keys < queries or heads % kv_heads:
         return torch_ops.attention(q, k, v, mask)
-    out = _new(q, *q.shape)
+    out = _new(q, batch, queries, heads, dim)  # as the projection behind it reads it
     numbers = (batch, heads, kv_heads, queries, keys, dim, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     if dim % TILE_COLUMNS == 0 and heads // kv_heads <= TILE_ROWS and _tiled(q.dtype, queries):
-        call("attention_tiles", q, k, v, *numbers, out)
+        paired = _new(q, 2, batch, kv_heads, _whole(keys, TILE_KEYS), dim)
+        call("attention_tiles", q, k, v, *numbers, paired, out)
     else:
         call("attention", q, k, v, TYPES[q.dtype], *numbers, out)
-    return out
+    return out.transpose(1, 2)
 
 
 def attention_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None = None) -> Tensor:
@@ -361,6 +364,10 @@ def _tiled(dtype: torch.dtype, tokens: int) -> bool:
 @cache
 def _has_tiles() -> bool:
     return bool(call("tiles"))
+
+
+def _whole(count: int, of: int) -> int:
+    return -(-count // of) * of
 
 
 def _reads(weight: Packed, columns: int) -> bool:

@@ -35,9 +35,9 @@ struct Queries {
     float most[PANEL_ROWS], mass[PANEL_ROWS];
 
     Queries(int64_t shared, int64_t dim, int64_t past)
-        : shared(shared), dim(dim), past(past), t(0), tokens(0), query(lines(dim / DEEP * PANEL_ROWS)),
-          weights(lines(AT_ONCE / DEEP * PANEL_ROWS)), scores(lines(AT_ONCE / SIDE * PANEL_ROWS)),
-          sum(lines(dim / SIDE * PANEL_ROWS)) {}
+        : shared(shared), dim(dim), past(past), t(0), tokens(0), query(dim / DEEP * PANEL_ROWS),
+          weights(AT_ONCE / DEEP * PANEL_ROWS), scores(AT_ONCE / SIDE * PANEL_ROWS),
+          sum(dim / SIDE * PANEL_ROWS) {}
 
     // Of what multiply_tiles sums: SIDE columns of a row, the first of which is `column`.
     static float* cell(const Lines& of, int64_t row, int64_t column) {
@@ -80,19 +80,19 @@ struct Queries {
 
     void write(int64_t b, int64_t kv, int64_t heads, int64_t queries, uint16_t* out) const {
         for (int64_t r = 0; r < shared * tokens; r++) {
-            int64_t to = ((b * heads + kv * shared + r % shared) * queries + t + r / shared) * dim;
+            int64_t to = ((b * queries + t + r / shared) * heads + kv * shared + r % shared) * dim;
             for (int64_t d = 0; d < dim; d += SIDE)
                 store(out + to + d, bfloat16_of(_mm512_div_ps(_mm512_load_ps(cell(sum, r, d)), _mm512_set1_ps(mass[r]))));
         }
     }
 };
 
-// `attention` of bfloat16, at most PANEL_ROWS heads to a kv head, dim a multiple of DEEP.
+// `attention` of bfloat16, at most PANEL_ROWS heads to a kv head, dim a multiple of DEEP. `paired` has room for twice (batch,
+// kv_heads, keys, dim), with keys whole AT_ONCE.
 void attention_tiles(const void* q, const uint16_t* k, const uint16_t* v, int64_t batch, int64_t heads, int64_t kv_heads,
                      int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2, int64_t k0, int64_t k1,
-                     int64_t k2, int64_t v0, int64_t v1, int64_t v2, uint16_t* out) {
+                     int64_t k2, int64_t v0, int64_t v1, int64_t v2, Line* paired, uint16_t* out) {
     int64_t whole = (keys + AT_ONCE - 1) / AT_ONCE * AT_ONCE, each = whole * dim / DEEP;  // numbers, and lines
-    Lines paired = lines(2 * batch * kv_heads * each);
     auto at = [&](int64_t pair, bool values) { return &paired[(2 * pair + values) * each]; };
     share(2 * batch * kv_heads * each / SIDE, 2 * batch * kv_heads * keys * dim, [&](int64_t i, int64_t last) {
         for (; i < last; i++) {

@@ -48,9 +48,18 @@ void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-// Memory for tiles, as it is.
-using Lines = std::unique_ptr<Line[]>;
-Lines lines(int64_t count) { return Lines(new Line[count]); }
+// Memory for so many lines, as it is. Aligned by hand: where the C library does it, it leaves holes in its heap.
+class Lines {
+    std::unique_ptr<uint8_t[]> memory;
+    Line* first;
+
+   public:
+    explicit Lines(int64_t count) : memory(new uint8_t[(count + 1) * sizeof(Line)]) {
+        first = reinterpret_cast<Line*>((reinterpret_cast<uintptr_t>(memory.get()) + sizeof(Line) - 1) / sizeof(Line) * sizeof(Line));
+    }
+    Line* get() const { return first; }
+    Line& operator[](int64_t i) const { return first[i]; }
+};
 
 // A tile of SIDE tokens from `token` on, DEEP columns from `k` on, of x (tokens, columns), `stride` numbers from one token to the
 // next: as (pair of columns, token, 2), zeros where there are none.
@@ -150,12 +159,12 @@ void write_sums(const float* sums, int64_t tokens, int64_t rows, __m256 offset, 
         put8(out, t * all, BFLOAT16, _mm256_add_ps(_mm256_castsi256_ps(v[t]), offset), rows);
 }
 
+// `paired` has room for CHUNK tokens, or all if they are fewer: as (TOKENS_AT_ONCE, block of DEEP columns, half), whole ones.
 void linear_tiles(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const void* aside, int64_t high,
                   int64_t wide, int64_t rows, int64_t columns, const uint16_t* x, int64_t tokens, const void* bias,
-                  uint16_t* out) {
+                  Line* paired, uint16_t* out) {
     Stored w = {layout, codes, scale, scale_type, aside, high, wide, rows, columns};
     int64_t deep = (columns + DEEP - 1) / DEEP, pairs = (std::min(tokens, CHUNK) + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-    Lines paired = lines(pairs * deep * HALVES * SIDE);  // (TOKENS_AT_ONCE, block of DEEP columns, half)
     // Panels that are multiplied while tokens are in the first-level cache: what the second holds, and leaves for other threads.
     int64_t fit = std::min(HELD / (deep * PANEL_ROWS), rows / (PANEL_ROWS * PARTS * omp_get_max_threads()));
     int64_t panels = std::max<int64_t>(std::min<int64_t>(fit, 4), 1), high_rows = panels * PANEL_ROWS;
@@ -168,7 +177,7 @@ void linear_tiles(int64_t layout, const uint8_t* codes, const void* scale, int s
         });
         share((rows + high_rows - 1) / high_rows, count * rows * columns, [&](int64_t part, int64_t last) {
             std::vector<float> values(room(columns)), offset(high_rows);
-            Lines read = lines(panels * deep * PANEL_ROWS), sums = lines(panels * HALVES * HALVES * SIDE);
+            Lines read(panels * deep * PANEL_ROWS), sums(panels * HALVES * HALVES * SIDE);
             auto of = [&](int64_t p) { return reinterpret_cast<float*>(&sums[p * HALVES * HALVES * SIDE]); };  // SIDE to a line
             configure_tiles();
             for (; part < last; part++) {
