@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 2048;     // bytes of a matrix asked for before they are read
+constexpr int64_t AHEAD = 8192;     // bytes of a matrix that the second-level cache asks for before they are read
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 

@@ -129,7 +129,7 @@ float multiply_row(const Matrix& w, int64_t row, const Token& token) {
         for (int i = 0; i < STEPS; i++) {
             const uint8_t* from = codes + 32 * i;
             const int16_t* by = x + READ<BITS> * i;
-            if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T0);
+            if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
             if constexpr (BITS == 4) {
                 __m256i four = load(from);
                 add(part, _mm256_and_si256(four, _mm256_set1_epi16(0x000f)), by);

@@ -21,7 +21,7 @@ void dot_row(const void* w, int64_t first, int64_t columns, const float* x, int6
     };
     int64_t k = 0;
     for (; k + 8 * N <= columns; k += 8 * N) {
-        _mm_prefetch(static_cast<const char*>(w) + (first + k) * size(TYPE) + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(static_cast<const char*>(w) + (first + k) * size(TYPE) + AHEAD, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int64_t lane = 0; lane < N; lane++) add(get8(w, first + k + 8 * lane, TYPE), k + 8 * lane, lane);
     }
