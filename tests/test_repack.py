@@ -53,6 +53,28 @@ def test_gptq_is_repacked_as_the_definition_says(bits, rows, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("groups", [1, 2, 15, 16, 33])
+def test_zeros_are_repacked_as_the_definition_says(groups, monkeypatch):
+    for count in WORDS:
+        words = random_words(groups, count)
+        for bits, more in ((4, 0), (4, 1), (8, 0), (8, 1)):
+            zeros = (naive(words, bits, range(32 // bits)).flatten(1).T + more) % (1 << bits)
+            scheme = gptq.GPTQ(bits, 32, more)
+            assert torch.equal(scheme._zeros(words).long(), zeros)
+            middle = words.clone()
+            word = sum(((1 << bits - 1) - more) << bits * i for i in range(32 // bits))
+            middle.fill_(word - (1 << 32) if word >= 1 << 31 else word)
+            assert scheme._zeros(middle) is None
+            middle[-1, -1] ^= 1 << 28  # of the last zero of all
+            assert scheme._zeros(middle) is not None
+        fast = awq._zeros(words)
+        assert torch.equal(fast.long(), naive(words, 4, (0, 4, 1, 5, 2, 6, 3, 7)).flatten(1).T)
+        monkeypatch.setattr(repack, "supports", lambda words: False)
+        assert torch.equal(fast, awq._zeros(words)) and fast.dtype == awq._zeros(words).dtype
+        monkeypatch.undo()
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 31, 32, 33, 64, 100])
 def test_scales_are_transposed(rows):
     for columns in (1, 2, 15, 16, 30, 32, 34, 80):

@@ -46,7 +46,7 @@ const struct {
     OPERATION(rms_norm),      OPERATION(add_rms_norm),   OPERATION(rope),         OPERATION(norm_rope_write),
     OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts),  OPERATION(moe_packed),
     OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),   OPERATION(repack_gptq),
-    OPERATION(repack_halves), OPERATION(sigmoid_gate),   OPERATION(gated_delta_step),
+    OPERATION(repack_halves), OPERATION(repack_zeros), OPERATION(sigmoid_gate),   OPERATION(gated_delta_step),
     OPERATION(zero_centred_rms_norm), OPERATION(tiles),
 #ifdef __AMX_BF16__
     OPERATION(linear_tiles),  OPERATION(attention_tiles),

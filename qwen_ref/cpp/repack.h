@@ -62,7 +62,7 @@ void put_rows(__m256i* words, int64_t lines, uint8_t* out, int64_t stride, int64
 template <int64_t PER, typename F>
 void transpose(int64_t columns, const int64_t* row_of, uint8_t* out, int64_t width, const F& shared, bool strips = false) {
     bool aligned = (reinterpret_cast<uintptr_t>(out) | uintptr_t(width)) % 64 == 0;
-    constexpr int64_t RUN = PER;  // lines written to a row at a time: where each column is many rows, single lines are slow
+    constexpr int64_t RUN = 4;  // lines written to a row at a time: single ones are slow, more than the first-level cache holds too
     int64_t across = (columns + LINE - 1) / LINE, down = (width + 64 * RUN - 1) / (64 * RUN);
     // A byte that is moved takes an eighth of a number that is computed: of zeros and scales, a second thread is of no use.
     share(down * across, columns * PER * width / 8, [&](int64_t tile, int64_t last) {
@@ -128,6 +128,25 @@ int repack_gptq(const uint32_t* words, int64_t rows, int64_t columns, int64_t fl
     };
     transpose<1>(columns, &row, out, 4 * rows, get, true);
     return 0;
+}
+
+// Zeros of AWQ and GPTQ: (groups, columns) words -> (outputs, groups) bytes, `more` added to each. 1 if all are in the middle.
+int repack_zeros(const uint32_t* words, int64_t groups, int64_t columns, int bits, int awq, int64_t more, uint8_t* out) {
+    const int64_t per = 32 / bits;
+    const uint32_t mask = (1u << bits) - 1, middle = 1u << (bits - 1);
+    uint32_t differ = 0;
+    std::vector<uint32_t> of_column(groups);
+    for (int64_t column = 0; column < columns; column++) {
+        for (int64_t g = 0; g < groups; g++) of_column[g] = words[g * columns + column];
+        for (int64_t i = 0; i < per; i++) {
+            uint8_t* row = out + (column * per + (awq ? OUTPUT_OF_NIBBLE[i] : i)) * groups;
+            for (int64_t g = 0; g < groups; g++) {
+                uint32_t zero = ((of_column[g] >> bits * i) + uint32_t(more)) & mask;
+                row[g] = uint8_t(zero), differ |= zero ^ middle;
+            }
+        }
+    }
+    return !differ;
 }
 
 // Numbers of 16 bits, (rows, 2 columns) -> (2 columns, rows), with two neighbours of a row taken as a word.

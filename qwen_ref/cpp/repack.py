@@ -39,6 +39,14 @@ def gptq(words: Tensor, bits: int = 4, flipped: int = 0, order: Tensor | None = 
     return out
 
 
+def zeros(words: Tensor, bits: int = 4, more: int = 0, awq: bool = False) -> tuple[Tensor, bool]:
+    """(G, N * bits / 32) words of GPTQ, or of AWQ, -> (N, G) uint8, `more` added to each modulo 2^bits; and whether all of them
+    are in the middle of the codes."""
+    groups, columns = words.shape
+    out = words.new_empty(columns * (32 // bits), groups, dtype=torch.uint8)
+    return out, bool(call("repack_zeros", words, groups, columns, bits, awq, more, out))
+
+
 def transposed(matrix: Tensor) -> Tensor:
     """`matrix.T.contiguous()`, faster for numbers of 16 bits."""
     rows, columns = matrix.shape

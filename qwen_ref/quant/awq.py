@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import Fields
 from ..cpp import repack
 from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, patterns
-from .packed import Int4, unpack4
+from .packed import Int4
 
 NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -43,15 +43,21 @@ class AWQ(Scheme):
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         check_scales(tensors["scales"], "AWQ's scales")
-        zeros = unpack4(_transposed(tensors["qzeros"]))[:, : tensors["qzeros"].shape[0]].contiguous()  # (N, G)
         scale = repack.transposed(tensors["scales"])
-        return Matrix(Int4(_transposed(tensors["qweight"]), scale, zeros, self.group or columns))
+        return Matrix(Int4(_transposed(tensors["qweight"]), scale, _zeros(tensors["qzeros"]), self.group or columns))
 
 
 def unpack(words: Tensor) -> Tensor:
     """(R, N / 8) int32 -> (R, N) int32 below 16."""
     shifts = 4 * torch.tensor(NIBBLE_OF_OUTPUT, dtype=torch.int32)
     return (words[..., None] >> shifts & 15).flatten(-2)
+
+
+def _zeros(words: Tensor) -> Tensor:
+    """(G, N / 8) int32 -> (N, G) uint8."""
+    if repack.supports(words):
+        return repack.zeros(words, awq=True)[0]
+    return unpack(words).T.to(torch.uint8).contiguous()
 
 
 def _transposed(words: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,8 +53,10 @@ class GPTQ(Scheme):
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         check_scales(tensors["scales"], "GPTQ's scales")
-        group, group_of = self.group or columns, self._group_of(tensors, columns)
-        order, regular = ordered(group_of, group)
+        group, order, regular = self.group or columns, None, True
+        if "g_idx" in tensors and not torch.equal(tensors["g_idx"], _as_they_stand(columns, group)):
+            group_of = self._group_of(tensors, columns)
+            order, regular = ordered(group_of, group)
         zeros = self._zeros(tensors["qzeros"])
         scale = repack.transposed(tensors["scales"])
         if not regular:  # no order makes groups of one size: every input has its own
@@ -65,6 +68,9 @@ class GPTQ(Scheme):
 
     def _zeros(self, words: Tensor) -> Tensor | None:
         """(N, G) uint8; None if all are the middle of the codes."""
+        if repack.supports(words):
+            zeros, in_the_middle = repack.zeros(words, self.bits, self.zero_offset)
+            return None if in_the_middle else zeros
         middle = 1 << self.bits - 1
         stored = words.contiguous().view(torch.uint8)
         plain = middle - self.zero_offset
@@ -81,6 +87,12 @@ class GPTQ(Scheme):
         if group_of.numel() and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
             raise CheckpointError(f"g_idx names a group outside the {count} there are")
         return group_of
+
+
+@lru_cache(maxsize=16)
+def _as_they_stand(columns: int, group: int) -> Tensor:
+    """`g_idx` where groups follow each other: of most matrices of a file."""
+    return torch.arange(columns, dtype=torch.int32) // group
 
 
 def _transposed(words: Tensor, bits: int, order: Tensor | None = None) -> Tensor:
