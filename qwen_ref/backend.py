@@ -282,5 +282,5 @@ OPERATIONS: dict[str, Operation] = {
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
 for _operation_in_cpp in (cpp.linear, cpp.rms_norm, cpp.add_rms_norm, cpp.rope, cpp.norm_rope_write, cpp.swiglu, cpp.attention,
                           cpp.attention_decode, cpp.router_topk, cpp.moe_experts, cpp.zero_centred_rms_norm, cpp.sigmoid_gate,
-                          cpp.gated_delta_step):  # fmt: skip
+                          cpp.gated_delta_step, cpp.causal_conv1d, cpp.gated_delta_rule, cpp.gated_rms_norm):  # fmt: skip
     register(_operation_in_cpp.__name__, "cpp", supports=cpp.supports)(_operation_in_cpp)

@@ -262,6 +262,73 @@ def test_forty_tokens_of_a_gated_delta_net(threads, threaded, batch, groups, hea
 
 
 @needs_compiler
+@pytest.mark.parametrize("threaded", [1, 3])
+@pytest.mark.parametrize("batch, groups, heads, keys, width, tokens", [(1, 4, 8, 128, 128, 130), (2, 3, 9, 14, 10, 40), (3, 1, 2, 33, 72, 7)])
+def test_a_prompt_of_a_gated_delta_net(threads, threaded, batch, groups, heads, keys, width, tokens):
+    """Views of one projection, with a state and without: as near fp64 as the formula, and any split gives the same bits."""
+    threads(threaded)
+    rows = torch.randn(batch, tokens, 2 * groups * keys + heads * width + 5)
+    q, k, v, _ = rows.split([groups * keys, groups * keys, heads * width, 5], dim=-1)
+    g, beta = ops.delta_gates(torch.randn(batch, tokens, heads), torch.randn(batch, tokens, heads), torch.rand(heads), torch.randn(heads))
+    for state in (None, torch.randn(batch, heads, keys, width)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            args = [x.to(dtype).unflatten(-1, (-1, d)) for x, d in ((q, keys), (k, keys), (v, width))] + [g, beta.to(dtype)]
+            before = None if state is None else state.clone()
+            ours, usual = cpp.gated_delta_rule(*args, state), ops.gated_delta_rule(*args, state)
+            exact = ops.gated_delta_rule(*(x.double() for x in args), None if state is None else state.double())
+            assert ours[0].dtype == dtype and ours[1].dtype == torch.float32 and (state is None or torch.equal(state, before))
+            for a, b, e in zip(ours, usual, exact, strict=True):
+                assert (a.double() - e).norm() <= 1.05 * (b.double() - e).norm() + 2e-7 * e.norm()
+            first, middle = [], state
+            for some in (slice(0, 1), slice(1, tokens // 2), slice(tokens // 2, tokens)):
+                out, middle = cpp.gated_delta_rule(*(x[:, some] for x in args), middle)
+                first.append(out)
+            assert torch.equal(torch.cat(first, dim=1), ours[0]) and torch.equal(middle, ours[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 50, 64, 4), (2, 3, 37, 4), (2, 9, 8, 1), (1, 1, 11, 3)], ids=str)
+def test_convolution_and_norm_of_a_prompt_round_where_the_formulas_do(shape, dtype):
+    batch, tokens, channels, taps = shape
+    x, weight = torch.randn(batch, tokens, channels + 3)[..., :channels].to(dtype), torch.randn(channels, taps).to(dtype)
+    eps = torch.finfo(dtype).eps
+
+    def alike(a, b):
+        torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps)
+        assert dtype == torch.float32 or (a == b).float().mean() > 0.97
+
+    for state in (None, torch.randn(batch, channels, taps).to(dtype)):
+        (y, after), (wanted, kept) = cpp.causal_conv1d(x, weight, state), ops.causal_conv1d(x, weight, state)
+        alike(y, wanted)
+        assert torch.equal(after, kept) and y.dtype == after.dtype == dtype
+        parts, middle = [], state
+        for t in range(tokens):
+            out, middle = cpp.causal_conv1d(x[:, t : t + 1], weight, middle)
+            parts.append(out)
+        assert torch.equal(torch.cat(parts, dim=1), y) and torch.equal(middle, after)
+    heads, gates = torch.randn(batch, tokens, 3, channels).to(dtype), torch.randn(batch, tokens, 7, channels).to(dtype)[:, :, 1::2]
+    for activation in ("silu", "sigmoid"):
+        alike(cpp.gated_rms_norm(heads, gates, weight[:, 0], 1e-6, activation), ops.gated_rms_norm(heads, gates, weight[:, 0], 1e-6, activation))
+
+
+@needs_compiler
+def test_what_cpp_has_not_of_a_gated_delta_net_goes_another_way():
+    q, k, v = torch.randn(3, 2, 5, 4, 6).unbind()
+    g, beta, x = -torch.rand(2, 5, 4), torch.rand(2, 5, 4), torch.randn(2, 5, 6)
+    wide = [t.double() for t in (q, k, v, g, beta)]
+    for a, b in zip(cpp.gated_delta_rule(*wide), ops.gated_delta_rule(*wide), strict=True):
+        torch.testing.assert_close(a, b)
+    assert cpp.gated_delta_rule(q[:, :0], k[:, :0], v[:, :0], g[:, :0], beta[:, :0])[0].shape == (2, 0, 4, 6)
+    assert cpp.causal_conv1d(x[:, :0], torch.randn(6, 3))[0].shape == (2, 0, 6)
+    v.requires_grad_(), x.requires_grad_()
+    (cpp.gated_delta_rule(q, k, v, g, beta)[0].sum() + cpp.causal_conv1d(x, torch.randn(6, 3))[0].sum()).backward()
+    assert v.grad is not None and x.grad is not None
+    mixed = cpp.gated_rms_norm(x.half(), x.half(), torch.ones(6), 1e-6)
+    assert torch.equal(mixed, ops.gated_rms_norm(x.half(), x.half(), torch.ones(6), 1e-6))
+
+
+@needs_compiler
 def test_a_step_that_cpp_has_not_goes_to_the_formula():
     """An fp64 state, channels of another dtype, a window with gaps: written to all the same."""
     def arguments(dtype=torch.float32, state=torch.float32):

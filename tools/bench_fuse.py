@@ -3,6 +3,8 @@
     python tools/bench_fuse.py --width int4         # Qwen3-0.6B's shape, random packed weights, backend.use("cpp")
     python tools/bench_fuse.py --shape qwen3.5      # Qwen3.5-0.8B's: 18 of 24 layers are Gated DeltaNets
 
+Then a prompt: the model as it is, as PyTorch's default runs it, beside the fused one with cpp.
+
 The gate: the fused model's logits are as near to those in fp32 as the model's own. Then the median time of each, and of the
 ratio of neighbours, with its quartiles; above 1: fused is faster.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 from bench_quantized import QWEN3_06B, QWEN35_08B, RIVAL, random_model, step
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3")
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -47,6 +51,7 @@ def main() -> None:
                     y = step(side, ids[:, i : i + 1], cache)
                     taken.append(time.perf_counter() - start)
                     said.append(y.flatten().float())
+        prompts = prompt_times(model, torch.tensor([[i * 7919 % 150000 for i in range(args.prompt)]]))
         model.float()
         exact = model.lm_head(model.model(ids)[0, 16:])  # (tokens, V)
     apart_error, fused_error = (float((torch.stack(said) - exact).norm() / exact.norm()) for said in logits)
@@ -58,6 +63,24 @@ def main() -> None:
     print(f"{args.shape} {args.width}: apart {apart_ms:.1f} ms, fused {fused_ms:.1f} ms a token, "
           f"ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}); "
           f"logits off by {fused_error / apart_error:.2f} of the model's own error in bf16")
+    plain, fused = (statistics.median(args.prompt / taken for taken in side) for side in prompts)
+    ratios = sorted(a / b for a, b in zip(*prompts, strict=True))
+    print(f"prompt of {args.prompt}: apart, without cpp {plain:.0f} tokens/s, fused {fused:.0f}, "
+          f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def prompt_times(model: Any, ids: torch.Tensor, rounds: int = 4) -> tuple[list[float], list[float]]:
+    """Seconds that the model takes without cpp, and fused with it, in turn; the first round is not counted."""
+    times: tuple[list[float], list[float]] = ([], [])
+    fused = model.fuse()
+    for turn in range(rounds):
+        for taken, side, choice in ((times[0], model, "torch"), (times[1], fused, "cpp")):
+            with backend.use(choice):
+                start = time.perf_counter()
+                step(side, ids, side.make_cache())
+                if turn:
+                    taken.append(time.perf_counter() - start)
+    return times
 
 
 if __name__ == "__main__":

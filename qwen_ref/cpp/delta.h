@@ -1,4 +1,6 @@
-// One token of a Gated DeltaNet, between its projections: the state is read once from memory, and written once.
+// What a Gated DeltaNet has between its projections: of one token all of it, the state read once from memory and written once;
+// of a prompt its convolution, its rule and its norm. The rule goes token by token there too, a few columns of the state in the
+// first-level cache: it has fewer products than the chunks that a GPU takes.
 #pragma once
 
 #include "rows.h"
@@ -20,9 +22,12 @@ float convolve(const void* x, int64_t at, const void* weight, void* window, int6
 
 // x to length one, as `ops.l2_norm`, times `scale`.
 void to_unit(const float* x, int64_t count, float scale, float* out) {
-    double squares = 1e-6;
-    for (int64_t i = 0; i < count; i++) squares += double(x[i]) * x[i];
-    float by = float(1 / std::sqrt(squares));
+    __m256 squares = _mm256_setzero_ps();
+    for (int64_t i = 0; i < count; i += 8) {
+        __m256 v = get8(x, i, FLOAT32, count - i);
+        squares = _mm256_fmadd_ps(v, v, squares);
+    }
+    float by = float(1 / std::sqrt(double(total(squares)) + 1e-6));
     for (int64_t i = 0; i < count; i++) out[i] = x[i] * by * scale;
 }
 
@@ -53,6 +58,19 @@ void delta_columns(float* state, int64_t keys, int64_t width, int64_t count, con
         }
 }
 
+// `ops.gated_rms_norm` of x[from ...], behind the rule.
+template <int TYPE>
+void gated_norm_row(const void* x, int64_t from, const void* gate, int64_t at, const void* weight, float eps, bool sigmoid,
+                    int64_t width, void* out, int64_t to) {
+    uint8_t normed[MOST * 4];
+    norm_row<TYPE>(x, from, weight, eps, width, normed, 0);
+    for (int64_t c = 0; c < width; c += 8) {
+        __m256 g = get8(gate, at + c, TYPE, width - c);
+        g = sigmoid ? sigmoid8(g) : silu8(g);
+        put8(out, to + c, TYPE, _mm256_mul_ps(get8(normed, c, TYPE, width - c), g), width - c);
+    }
+}
+
 // `ops.gated_delta_step`: mixed (batch, channels), q|k|v of G, G and `heads` heads; window (batch, channels, taps) and state
 // (batch, heads, keys, width) fp32, both contiguous and written to; a, b (batch, heads); z (batch, heads, width).
 void gated_delta_step(const void* mixed, void* window, const void* conv_weight, const void* a, const void* b, const void* a_log,
@@ -76,7 +94,7 @@ void gated_delta_step(const void* mixed, void* window, const void* conv_weight, 
         });
         share(batch * heads, batch * heads * keys * width, [&](int64_t i, int64_t last) {
             float q[MOST], k[MOST], read[MOST];
-            uint8_t result[MOST * 4], normed[MOST * 4];
+            uint8_t result[MOST * 4];
             for (; i < last; i++) {
                 int64_t sequence = i / heads, head = i % heads, group = head / (heads / groups);
                 const float* conved = &memory[sequence * all * 8];
@@ -98,14 +116,142 @@ void gated_delta_step(const void* mixed, void* window, const void* conv_weight, 
                     columns(std::integral_constant<int64_t, BESIDE>(), c, 8 * BESIDE);
                 for (; c < width; c += 8) columns(std::integral_constant<int64_t, 1>(), c, std::min<int64_t>(width - c, 8));
                 for (c = 0; c < width; c += 8) put8(result, c, TYPE, get8(read, c, FLOAT32, width - c), width - c);
-                norm_row<TYPE>(result, 0, norm_weight, eps, width, normed, 0);
-                for (c = 0; c < width; c += 8) {
-                    __m256 gate = get8(z, sequence * z0 + head * z1 + c, TYPE, width - c);
-                    gate = sigmoid ? sigmoid8(gate) : silu8(gate);
-                    put8(out, i * width + c, TYPE, _mm256_mul_ps(get8(normed, c, TYPE, width - c), gate), width - c);
-                }
+                gated_norm_row<TYPE>(result, 0, z, sequence * z0 + head * z1, norm_weight, eps, sigmoid, width, out, i * width);
             }
         }, MANY_PARTS);
+    });
+}
+
+// `ops.causal_conv1d` of x (batch, tokens, channels), its last axis contiguous, weight (channels, taps) and a window (batch,
+// channels, taps) or null, summed and rounded as `convolve` does it: the result, contiguous, and the window after it.
+void causal_conv1d(const void* x, const void* weight, const void* window, int type, int64_t batch, int64_t tokens,
+                   int64_t channels, int64_t taps, int64_t x0, int64_t x1, void* after, void* out) {
+    int64_t padded = (channels + 7) / 8 * 8;
+    std::vector<float> weights(taps * padded), before(batch * taps * padded);  // (tap, channel), (batch, tap, channel)
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t tap = 0; tap < taps; tap++) {
+            weights[tap * padded + c] = get(weight, c * taps + tap, type);
+            for (int64_t b = 0; window && b < batch; b++)
+                before[(b * taps + tap) * padded + c] = get(window, (b * channels + c) * taps + tap, type);
+        }
+    with_type(type, [&](auto known) {
+        constexpr int TYPE = decltype(known)::value;
+        auto input = [&](int64_t b, int64_t t, int64_t c) {
+            if (t < 0) return _mm256_loadu_ps(&before[(b * taps + taps + t) * padded + c]);
+            return get8(x, b * x0 + t * x1 + c, TYPE, channels - c);
+        };
+        share(batch * tokens, batch * tokens * channels * taps, [&](int64_t i, int64_t last) {
+            for (; i < last; i++)
+                for (int64_t c = 0; c < channels; c += 8) {
+                    __m256 sum = _mm256_setzero_ps();
+                    for (int64_t tap = 0; tap < taps; tap++) {
+                        __m256 v = input(i / tokens, i % tokens - taps + 1 + tap, c);
+                        sum = _mm256_add_ps(sum, _mm256_mul_ps(v, _mm256_loadu_ps(&weights[tap * padded + c])));
+                    }
+                    put8(out, i * channels + c, TYPE, silu8(rounded(sum, TYPE)), channels - c);
+                }
+        });
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t c = 0; c < channels; c++)
+                for (int64_t tap = 0; tap < taps; tap++) {
+                    alignas(32) float eight[8];
+                    _mm256_store_ps(eight, input(b, tokens - taps + tap, c / 8 * 8));
+                    put8(after, (b * channels + c) * taps + tap, TYPE, _mm256_set1_ps(eight[c % 8]), 1);
+                }
+    });
+}
+
+// A token's q or k for the rule: where its unit vector of `keys` numbers lies.
+struct Units {
+    const float* data;
+    int64_t keys, groups;
+
+    const float* at(int64_t token, int64_t group) const { return data + (token * groups + group) * keys; }
+};
+
+// 8 N columns of a state S (keys, width), or `count`, through all tokens: what S holds under the next token's key is summed while
+// this one's is written. v and out are read and written at `at` numbers, and so many further for the next token.
+template <int64_t N, int TYPE>
+void delta_tokens(float* state, int64_t keys, int64_t width, int64_t count, int64_t tokens, int64_t group, const Units& q,
+                  const Units& k, const void* v, int64_t v_at, int64_t v_step, const float* g, const float* beta,
+                  int64_t heads, void* out, int64_t out_at, int64_t out_step) {
+    std::vector<float> memory(keys * 8 * N);
+    __m256 held[N];
+    for (int64_t n = 0; n < N; n++) held[n] = _mm256_setzero_ps();
+    for (int64_t d = 0; d < keys; d++)
+        for (int64_t n = 0; n < N; n++) {
+            __m256 s = get8(state, d * width + 8 * n, FLOAT32, std::max<int64_t>(count - 8 * n, 0));
+            _mm256_storeu_ps(&memory[(d * N + n) * 8], s);
+            held[n] = _mm256_fmadd_ps(s, _mm256_set1_ps(k.at(0, group)[d]), held[n]);
+        }
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *now = k.at(t, group), *next = k.at(std::min(t + 1, tokens - 1), group), *query = q.at(t, group);
+        const __m256 decay = _mm256_set1_ps(std::exp(g[t * heads])), part = _mm256_set1_ps(beta[t * heads]);
+        __m256 error[N], read[N];
+        for (int64_t n = 0; n < N; n++) {
+            __m256 value = get8(v, v_at + t * v_step + 8 * n, TYPE, std::max<int64_t>(count - 8 * n, 0));
+            error[n] = _mm256_mul_ps(part, _mm256_fnmadd_ps(decay, held[n], value));
+            read[n] = held[n] = _mm256_setzero_ps();
+        }
+        for (int64_t d = 0; d < keys; d++)
+            for (int64_t n = 0; n < N; n++) {
+                float* at = &memory[(d * N + n) * 8];
+                __m256 s = _mm256_mul_ps(decay, _mm256_loadu_ps(at));
+                s = _mm256_fmadd_ps(_mm256_set1_ps(now[d]), error[n], s);
+                read[n] = _mm256_fmadd_ps(s, _mm256_set1_ps(query[d]), read[n]);
+                held[n] = _mm256_fmadd_ps(s, _mm256_set1_ps(next[d]), held[n]);
+                _mm256_storeu_ps(at, s);
+            }
+        for (int64_t n = 0; n < N && 8 * n < count; n++) put8(out, out_at + t * out_step + 8 * n, TYPE, read[n], count - 8 * n);
+    }
+    for (int64_t d = 0; d < keys; d++)
+        for (int64_t n = 0; n < N && 8 * n < count; n++)
+            put8(state, d * width + 8 * n, FLOAT32, _mm256_loadu_ps(&memory[(d * N + n) * 8]), count - 8 * n);
+}
+
+// `ops.gated_delta_rule` of q and k (batch, tokens, groups, keys) and v (batch, tokens, heads, width), last axes contiguous; g and
+// beta (batch, tokens, heads) and the state (batch, heads, keys, width), which is written to, contiguous and fp32.
+void gated_delta_rule(const void* q, const void* k, const void* v, int type, const float* g, const float* beta, float* state,
+                      int64_t batch, int64_t tokens, int64_t groups, int64_t heads, int64_t keys, int64_t width, int64_t q0,
+                      int64_t q1, int64_t q2, int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
+    constexpr int64_t BESIDE = 2;  // registers of columns: with their sums and errors they are half of AVX2's
+    int64_t rows = batch * tokens * groups, blocks = (width + 8 * BESIDE - 1) / (8 * BESIDE);
+    std::vector<float> units(2 * rows * keys);
+    share(2 * rows, 2 * rows * keys, [&](int64_t i, int64_t last) {
+        for (; i < last; i++) {
+            int64_t row = i % rows, b = row / groups / tokens, t = row / groups % tokens, group = row % groups;
+            float wide[MOST];
+            int64_t from = i < rows ? b * q0 + t * q1 + group * q2 : b * k0 + t * k1 + group * k2;
+            for (int64_t d = 0; d < keys; d += 8)
+                put8(wide, d, FLOAT32, get8(i < rows ? q : k, from + d, type, keys - d), keys - d);
+            to_unit(wide, keys, i < rows ? float(1 / std::sqrt(double(keys))) : 1, &units[i * keys]);
+        }
+    });
+    with_type(type, [&](auto known) {
+        share(batch * heads * blocks, batch * heads * tokens * keys * width, [&](int64_t i, int64_t last) {
+            for (; i < last; i++) {
+                int64_t b = i / blocks / heads, head = i / blocks % heads, c = i % blocks * 8 * BESIDE;
+                Units queries = {&units[b * tokens * groups * keys], keys, groups};
+                Units keyed = {&units[(rows + b * tokens * groups) * keys], keys, groups};
+                int64_t gates = b * tokens * heads + head;
+                delta_tokens<BESIDE, decltype(known)::value>(
+                    state + i / blocks * keys * width + c, keys, width, width - c, tokens, head / (heads / groups), queries, keyed,
+                    v, b * v0 + head * v2 + c, v1, g + gates, beta + gates, heads, out, (b * tokens * heads + head) * width + c,
+                    heads * width);
+            }
+        }, MANY_PARTS);
+    });
+}
+
+// `ops.gated_rms_norm` of x (rows, heads, width), contiguous, and a gate with strides, its last axis contiguous.
+void gated_rms_norm(const void* x, const void* gate, const void* weight, int type, float eps, int64_t rows, int64_t heads,
+                    int64_t width, int64_t gate0, int64_t gate1, bool sigmoid, void* out) {
+    with_type(type, [&](auto known) {
+        share(rows * heads, rows * heads * width, [&](int64_t i, int64_t last) {
+            for (; i < last; i++)
+                gated_norm_row<decltype(known)::value>(x, i * width, gate, i / heads * gate0 + i % heads * gate1, weight, eps,
+                                                       sigmoid, width, out, i * width);
+        });
     });
 }
 

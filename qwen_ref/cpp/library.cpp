@@ -42,12 +42,13 @@ const struct {
     const char* name;
     int (*call)(const int64_t*, int64_t);
 } OPERATIONS[] = {
-    OPERATION(linear),        OPERATION(linear_packed),  OPERATION(attention),    OPERATION(attention_decode),
-    OPERATION(rms_norm),      OPERATION(add_rms_norm),   OPERATION(rope),         OPERATION(norm_rope_write),
-    OPERATION(swiglu),        OPERATION(router_topk),    OPERATION(moe_experts),  OPERATION(moe_packed),
-    OPERATION(linear_stored), OPERATION(rows_of_stored), OPERATION(repack_awq),   OPERATION(repack_gptq),
-    OPERATION(repack_halves), OPERATION(repack_zeros), OPERATION(sigmoid_gate),   OPERATION(gated_delta_step),
-    OPERATION(zero_centred_rms_norm), OPERATION(tiles),
+    OPERATION(linear),        OPERATION(linear_packed),  OPERATION(linear_stored),    OPERATION(rows_of_stored),
+    OPERATION(attention),     OPERATION(attention_decode), OPERATION(rms_norm),       OPERATION(add_rms_norm),
+    OPERATION(rope),          OPERATION(norm_rope_write), OPERATION(swiglu),          OPERATION(sigmoid_gate),
+    OPERATION(router_topk),   OPERATION(moe_experts),    OPERATION(moe_packed),       OPERATION(zero_centred_rms_norm),
+    OPERATION(causal_conv1d), OPERATION(gated_delta_rule), OPERATION(gated_delta_step), OPERATION(gated_rms_norm),
+    OPERATION(repack_awq),    OPERATION(repack_gptq),    OPERATION(repack_halves),    OPERATION(repack_zeros),
+    OPERATION(tiles),
 #ifdef __AMX_BF16__
     OPERATION(linear_tiles),  OPERATION(attention_tiles),
 #endif

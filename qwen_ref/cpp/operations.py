@@ -286,6 +286,58 @@ def gated_delta_step(
     return out
 
 
+def causal_conv1d(x: Tensor, weight: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`ops.causal_conv1d` in one call, summed in fp32."""
+    (batch, tokens, channels), taps = x.shape, weight.shape[-1]
+    given = [t for t in (x, weight, state) if t is not None]
+    fits = (
+        x.numel() and x.stride(2) == 1 and weight.shape == (channels, taps) and taps > 0
+        and (state is None or state.shape == (batch, channels, taps))
+        and not any(t.dtype != x.dtype or _learns(t) for t in given)
+    )  # fmt: skip
+    if not fits:
+        return torch_ops.causal_conv1d(x, weight, state)
+    out, after = _new(x, *x.shape), x.new_empty(batch, channels, taps)
+    call("causal_conv1d", x, weight.contiguous(), None if state is None else state.contiguous(), TYPES[x.dtype], batch, tokens,
+         channels, taps, *x.stride()[:2], after, out)  # fmt: skip
+    return out, after
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ops.gated_delta_rule` as it is defined, token by token, in fp32."""
+    (batch, tokens, groups, keys), (heads, width) = q.shape, v.shape[2:]
+    fits = (
+        v.numel() and q.shape == k.shape and v.shape[:2] == (batch, tokens) and 0 < keys <= MOST_DIM and heads % groups == 0
+        and g.shape == beta.shape == (batch, tokens, heads) and q.dtype == k.dtype == v.dtype and g.dtype == torch.float32
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1 and beta.dtype in TYPES
+        and (state is None or (state.dtype == torch.float32 and state.shape == (batch, heads, keys, width)))
+        and not any(_learns(t) for t in (q, k, v, g, beta, *(() if state is None else (state,))))
+    )  # fmt: skip
+    if not fits:
+        return torch_ops.gated_delta_rule(q, k, v, g, beta, state)
+    shape = (batch, heads, keys, width)
+    out, after = _new(v, *v.shape), g.new_zeros(shape) if state is None else g.new_empty(shape).copy_(state)
+    call("gated_delta_rule", q, k, v, TYPES[v.dtype], g.contiguous(), beta.float().contiguous(), after, batch, tokens, groups,
+         heads, keys, width, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], out)  # fmt: skip
+    return out, after
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str = "silu") -> Tensor:
+    """`ops.gated_rms_norm` in one call."""
+    width = x.shape[-1]
+    alike = x.shape == gate.shape and x.dtype == gate.dtype == weight.dtype and weight.shape == (width,)
+    known = activation in ("silu", "sigmoid") and 0 < width <= MOST_DIM and x.numel()
+    if not (alike and known) or _learns(x) or _learns(gate) or _learns(weight):
+        return ops.gated_rms_norm(x, gate, weight, eps, activation)
+    gate = gate.reshape(-1, x.shape[-2] if x.dim() > 2 else 1, width)
+    gate, out = gate if gate.stride(2) == 1 else gate.contiguous(), _new(x, *x.shape)
+    call("gated_rms_norm", x.contiguous(), gate, weight.contiguous(), TYPES[x.dtype], float(eps), *gate.shape,
+         *gate.stride()[:2], activation == "sigmoid", out)  # fmt: skip
+    return out
+
+
 def _new(x: Tensor, *shape: int) -> Tensor:
     """Memory for a result of x's type. The C library's heap, which PyTorch takes from, keeps holes of what many tokens need."""
     return scratch(shape, x.dtype, x.device)
