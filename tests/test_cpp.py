@@ -485,7 +485,7 @@ def test_attention_is_closer_than_the_formula(shape, dtype):
     # Rounded once to its type; before that fp32's sums of a few hundred terms, in the scores (up to 100) as in the result. What
     # a matrix unit multiplies with the values is softmax in bfloat16.
     half = torch.finfo(dtype).eps / 2
-    tiled = dtype == torch.bfloat16 and q.shape[2] >= cpp.TILED and library.call("tiles")
+    tiled = dtype == torch.bfloat16 and q.shape[2] >= cpp.TILED and library.has_tiles()
     weights = half * ops.attention(q.double(), k.double(), v.double().abs()) if tiled else 0
     assert (off <= half * exact.abs() + weights + 2e-5).all()
     if dtype != torch.float32:
@@ -686,7 +686,7 @@ def test_products_of_other_layouts(layout, tokens):
 @pytest.mark.parametrize("threaded", [1, 3])
 def test_a_matrix_unit_multiplies_what_the_formula_multiplies(threads, layout, threaded):
     """Weights and x are the formula's bfloat16 numbers, so that only the order of sums is another."""
-    if not library.call("tiles"):
+    if not library.has_tiles():
         pytest.skip("this CPU has no matrix unit (AMX), or it is not granted")
     threads(threaded)
     shapes = [(8, 37, 512), (17, 32, 256), (520, 70, 512)] + ([(33, 11, 83)] if "gguf" not in layout else [])
@@ -717,10 +717,10 @@ def test_a_matrix_unit_keeps_what_is_not_finite_in_its_row_and_token():
 def plain_library(monkeypatch):
     """library.cpp as a CPU with AVX2 and no more has it."""
     monkeypatch.setattr(library, "BEYOND", {})
-    for cached in (library.library, library._number):
+    for cached in (library.library, library._number, library.has_tiles):
         cached.cache_clear()
     yield
-    for cached in (library.library, library._number):
+    for cached in (library.library, library._number, library.has_tiles):
         cached.cache_clear()
 
 
@@ -742,7 +742,7 @@ def test_wider_registers_give_the_same_bits(request, bits):
 
     wide = products()
     request.getfixturevalue("plain_library")
-    assert not library.call("tiles")
+    assert not library.has_tiles()
     for a, b in zip(wide, products(), strict=True):
         assert torch.equal(a, b)
 

@@ -17,11 +17,12 @@ from test_parity import IDS, VARIANTS
 import qwen_ref as qr
 from qwen_ref import backend
 from qwen_ref.cache import RecurrentCache
+from qwen_ref.cpp import library
 from qwen_ref.cpp import operations as cpp
 from qwen_ref.errors import QwenRefError
 from qwen_ref.fuse import Together, fuse
 from qwen_ref.layers import Linear
-from qwen_ref.loading import load_model
+from qwen_ref.loading import load_model, locate
 from qwen_ref.models import qwen1, qwen2
 
 KNOWN = [name for name in VARIANTS if name.split()[0] not in ("qwen1", "qwen4_exp")]
@@ -353,6 +354,21 @@ def test_a_replay_is_the_same_to_the_last_bit(in_cpp, name, dtype):
     with backend.intercept("add_rms_norm", lambda run, *args: (watched.append(1), run(*args))[1]):
         assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * calls
     assert torch.equal(read(fast, pieces), replayed) and len(watched) == 4 + 4 * calls
+
+
+@compiled
+def test_many_sequences_are_recorded_from_their_first_token_on(in_cpp):
+    """Nine rows go through a matrix unit where there is one, and whether there is one is not part of what is recorded."""
+    fast = load_model(locate("tiny"), dtype="bfloat16", quantize="int4", device="cpu", progress=False).fuse()
+    library.has_tiles.cache_clear()
+    ids, cache = torch.randint(0, 500, (9, 4), generator=torch.Generator().manual_seed(5)), fast.make_cache()
+    replayed = [fast(ids[:, t : t + 1], None, cache) for t in range(4)]
+    assert is_recorded(cache)
+    fast.model.norm.register_forward_hook(lambda *_: None)
+    cache = fast.make_cache()
+    for t, y in enumerate(replayed):
+        assert torch.equal(fast(ids[:, t : t + 1], None, cache), y) and not y.isnan().any()
+    assert not is_recorded(cache)
 
 
 ACTIONS = st.lists(

@@ -48,7 +48,6 @@ const struct {
     OPERATION(router_topk),   OPERATION(moe_experts),    OPERATION(moe_packed),       OPERATION(zero_centred_rms_norm),
     OPERATION(causal_conv1d), OPERATION(gated_delta_rule), OPERATION(gated_delta_step), OPERATION(gated_rms_norm),
     OPERATION(repack_awq),    OPERATION(repack_gptq),    OPERATION(repack_halves),    OPERATION(repack_zeros),
-    OPERATION(tiles),
 #ifdef __AMX_BF16__
     OPERATION(linear_tiles),  OPERATION(attention_tiles),
 #endif
@@ -62,6 +61,9 @@ extern "C" int64_t find(const char* name) {
         if (!std::strcmp(OPERATIONS[i].name, name)) return i;
     return -1;
 }
+
+// Whether there is a matrix unit, and so `linear_tiles` and `attention_tiles`.
+extern "C" int has_tiles() { return tiles_granted(); }
 
 // Calls, one after the other: an operation's number, how many arguments follow, and these. Returns 0, or what the first call
 // that failed returned, and makes none after it.

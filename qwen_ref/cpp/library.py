@@ -55,6 +55,13 @@ def call(operation: str, *arguments: Argument) -> int:
     return _run(cells)
 
 
+@cache
+def has_tiles() -> bool:
+    """Whether the CPU has a matrix unit that this process may use. Asked for here, and by no call: tapes hold those."""
+    found = library()
+    return not isinstance(found, str) and bool(found.has_tiles())
+
+
 def _address(x: Tensor) -> int:
     if not x.is_cpu:
         raise RuntimeError(f"expected all tensors to be on the CPU, but one is on {x.device}")

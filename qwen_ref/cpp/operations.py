@@ -19,7 +19,7 @@ from ..quant import packed
 from ..quant.blocked import linear_blocked
 from ..quant.gguf_blocks import BLOCK
 from ..quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
-from .library import call, why_not
+from .library import call, has_tiles, why_not
 
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what plain.h calls so
@@ -410,12 +410,7 @@ def _linear(x: Tensor, weight: Int4 | Int8, bias: Tensor | None) -> Tensor:
 
 def _tiled(dtype: torch.dtype, tokens: int) -> bool:
     """Whether a matrix unit multiplies so many tokens."""
-    return dtype == torch.bfloat16 and tokens >= TILED and _has_tiles()
-
-
-@cache
-def _has_tiles() -> bool:
-    return bool(call("tiles"))
+    return dtype == torch.bfloat16 and tokens >= TILED and has_tiles()
 
 
 def _whole(count: int, of: int) -> int:

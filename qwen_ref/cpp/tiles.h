@@ -31,7 +31,7 @@ struct alignas(64) Line {
 };
 
 // Whether this process may use the unit: Linux keeps its registers only for those that have asked.
-int tiles() {
+bool tiles_granted() {
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
     return granted;
@@ -208,7 +208,7 @@ void linear_tiles(int64_t layout, const uint8_t* codes, const void* scale, int s
 
 #else
 
-int tiles() { return 0; }
+bool tiles_granted() { return false; }
 
 #endif
 
