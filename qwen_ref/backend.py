@@ -252,6 +252,7 @@ stream_mix = _operation_of(ops.stream_mix)
 stream_write = _operation_of(ops.stream_write)
 swiglu = _operation_of(ops.swiglu)
 sigmoid_gate = _operation_of(ops.sigmoid_gate)
+take_columns = _operation_of(ops.take_columns)
 router_topk = _operation_of(ops.router_topk)
 moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
 sample = _operation_of(ops.sample)
@@ -274,7 +275,7 @@ OPERATIONS: dict[str, Operation] = {
         linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
         attention, attention_prefill, attention_decode, attention_paged, dual_chunk_attention, causal_conv1d, gated_delta_rule,
         gated_delta_step, block_scores, sparse_block_attention, stream_mix, stream_write,
-        swiglu, sigmoid_gate, router_topk, moe_experts, sample, cross_entropy,
+        swiglu, sigmoid_gate, take_columns, router_topk, moe_experts, sample, cross_entropy,
         linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
         moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
     )
@@ -282,5 +283,6 @@ OPERATIONS: dict[str, Operation] = {
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
 for _operation_in_cpp in (cpp.linear, cpp.rms_norm, cpp.add_rms_norm, cpp.rope, cpp.norm_rope_write, cpp.swiglu, cpp.attention,
                           cpp.attention_decode, cpp.router_topk, cpp.moe_experts, cpp.zero_centred_rms_norm, cpp.sigmoid_gate,
-                          cpp.gated_delta_step, cpp.causal_conv1d, cpp.gated_delta_rule, cpp.gated_rms_norm):  # fmt: skip
+                          cpp.gated_delta_step, cpp.causal_conv1d, cpp.gated_delta_rule, cpp.gated_rms_norm,
+                          cpp.take_columns):  # fmt: skip
     register(_operation_in_cpp.__name__, "cpp", supports=cpp.supports)(_operation_in_cpp)

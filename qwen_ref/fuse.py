@@ -137,6 +137,7 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
+        self._orders: list[Tensor] = _orders(net) if isinstance(net, qwen3_next.GatedDeltaNet) else []  # of columns
         self._replaced = _hooks_of((net, net.conv1d, net.norm))
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # (B, T, H) -> (B, T, H)
@@ -145,13 +146,31 @@ class GatedDeltaNet(nn.Module):
             return net(x, state.real, state.cache)
         if state.real is not None:
             x = x * state.real[..., None]
-        mixed, z, b, a = (part[:, 0] for part in net.project(x))  # (B, C), (B, P, Dv), (B, P) twice
+        mixed, z, b, a = self._project(x[:, 0])
         window, memory = state.own
         out = backend.gated_delta_step(mixed, window, net.conv1d.weight[:, 0], a, b, net.A_log, net.dt_bias, z, net.norm.weight,
                                        net.norm.eps, memory, net.norm.activation)  # (B, P Dv)  # fmt: skip
         if state.cache is not None:
             state.cache.extend(1)
         return net.out_proj(out)[:, None]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, H) -> (B, C), (B, P, Dv), (B, P) twice
+        """`net.project` of one token; where it puts columns in order, in one operation for each projection."""
+        net = self.net
+        if not self._orders:
+            return tuple(part[:, 0] for part in net.project(x[:, None]))
+        of_rows, of_gates = self._orders
+        mixed, z = backend.take_columns(net.in_proj_qkvz(x), of_rows).split([sum(net.parts), net.parts[2]], dim=-1)
+        b, a = backend.take_columns(net.in_proj_ba(x), of_gates).chunk(2, dim=-1)
+        return mixed, z.unflatten(-1, (-1, net.value_dim)), b, a
+
+
+def _orders(net: qwen3_next.GatedDeltaNet) -> list[Tensor]:
+    """Where the columns of q|k|v|z and of b|a stand in what the two projections give."""
+    device = net.A_log.device
+    qkvz, ba = (torch.arange(part.out_features, device=device) for part in (net.in_proj_qkvz, net.in_proj_ba))
+    mixed, z, b, a = net.arrange(qkvz[None, None], ba[None, None])
+    return [torch.cat((mixed.flatten(), z.flatten())), torch.cat((b.flatten(), a.flatten()))]
 
 
 class Block(nn.Module):

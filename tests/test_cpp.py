@@ -348,6 +348,13 @@ def test_a_step_that_cpp_has_not_goes_to_the_formula():
 
 
 @needs_compiler
+def test_a_column_that_is_not_there_is_an_error():
+    for bad in (-1, 5):
+        with pytest.raises(IndexError, match="there are 5"):
+            cpp.take_columns(torch.randn(3, 5), torch.tensor([0, bad]))
+
+
+@needs_compiler
 def test_a_slot_outside_the_caches_is_an_error_and_nothing_is_written():
     q, k, v = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8)
     caches = torch.zeros(2, 2, 1, 3, 8)

@@ -244,6 +244,16 @@ def norm_rope_write(
     return out
 
 
+def take_columns(x: Tensor, order: Tensor) -> Tensor:
+    """`ops.take_columns` in one call."""
+    if not x.numel() or order.dim() != 1 or order.dtype != torch.int64 or not order.is_contiguous() or _learns(x):
+        return ops.take_columns(x, order)
+    out = _new(x, *x.shape[:-1], order.numel())
+    if call("take_columns", x.contiguous(), TYPES[x.dtype], x.shape[:-1].numel(), x.shape[-1], order, order.numel(), out):
+        raise IndexError(f"a column is named that does not exist; there are {x.shape[-1]}")
+    return out
+
+
 def sigmoid_gate(x: Tensor, gate: Tensor, residual: Tensor | None = None) -> Tensor:
     """`ops.sigmoid_gate` in one call."""
     shapes = gate.shape in (x.shape, (*x.shape[:-1], 1)) and (residual is None or residual.shape == x.shape) and x.numel()

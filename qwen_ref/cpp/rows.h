@@ -158,6 +158,24 @@ void swiglu(const void* gate, const void* up, int type, int64_t rows, int64_t co
     });
 }
 
+// `ops.take_columns` of x (rows, columns), contiguous. 1 if a column is named that there is not: nothing is done then.
+int take_columns(const void* x, int type, int64_t rows, int64_t columns, const int64_t* order, int64_t count, void* out) {
+    for (int64_t i = 0; i < count; i++)
+        if (order[i] < 0 || order[i] >= columns) return 1;
+    auto take = [&](auto number) {
+        using Number = decltype(number);
+        auto from = static_cast<const Number*>(x);
+        auto to = static_cast<Number*>(out);
+        share(rows, rows * count, [&](int64_t row, int64_t last) {
+            for (; row < last; row++)
+                for (int64_t i = 0; i < count; i++) to[row * count + i] = from[row * columns + order[i]];
+        });
+    };
+    if (type == FLOAT32) take(uint32_t());
+    else take(uint16_t());
+    return 0;
+}
+
 // `ops.sigmoid_gate` of x and perhaps a residual (rows, heads, dim), contiguous, and a gate with strides, the last 1 or 0. The
 // sigmoid, the product and the sum are each rounded.
 void sigmoid_gate(const void* x, const void* gate, const void* residual, int type, int64_t rows, int64_t heads, int64_t dim,

@@ -213,10 +213,14 @@ class GatedDeltaNet(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q|k|v (B, T, C), z (B, T, P, Dv), and b and a (B, T, P), out of the rows that each key head has together."""
-        q, k, v, z = self.in_proj_qkvz(x).unflatten(-1, (self.groups, -1)).split(
+        return self.arrange(self.in_proj_qkvz(x), self.in_proj_ba(x))
+
+    def arrange(self, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of what the two projections give, which is put in order and nothing else."""
+        q, k, v, z = qkvz.unflatten(-1, (self.groups, -1)).split(
             [self.key_dim, self.key_dim, self.parts[2] // self.groups, self.parts[2] // self.groups], dim=-1
         )  # (B, T, G, Dk) twice, (B, T, G, r Dv) twice
-        b, a = self.in_proj_ba(x).unflatten(-1, (self.groups, -1)).chunk(2, dim=-1)  # (B, T, G, r) each
+        b, a = ba.unflatten(-1, (self.groups, -1)).chunk(2, dim=-1)  # (B, T, G, r) each
         mixed = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), dim=-1)
         return mixed, z.flatten(2).unflatten(-1, (-1, self.value_dim)), b.flatten(2), a.flatten(2)
 

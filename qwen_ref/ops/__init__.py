@@ -42,7 +42,7 @@ from .delta import (
 )
 from .dtypes import at_least_fp32
 from .dual_chunk import dual_chunk_attention, dual_chunk_blocked, dual_chunk_positions, dual_chunk_scores, length_scale
-from .feed_forward import linear, moe_experts, router_topk, sigmoid_gate, swiglu
+from .feed_forward import linear, moe_experts, router_topk, sigmoid_gate, swiglu, take_columns
 from .ngram import (
     dilated_conv1d,
     is_prime,

@@ -17,6 +17,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def take_columns(x: Tensor, order: Tensor) -> Tensor:
+    """x[..., order]: the columns of a projection whose rows do not lie as what reads them wants them.
+
+    Args: x (..., K); order (M,) int64, each 0 <= i < K. Returns (..., M).
+    """
+    return x.index_select(-1, order)
+
+
 def sigmoid_gate(x: Tensor, gate: Tensor, residual: Tensor | None = None) -> Tensor:
     """x * sigmoid(gate), + residual if there is one: the output gate of attention (Qiu et al. 2025, arXiv 2505.06708), and
     the gate of an expert that every token passes, beside what the chosen ones give.

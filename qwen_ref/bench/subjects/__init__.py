@@ -19,6 +19,7 @@ SUBJECTS = {
         norms.ADD_RMS_NORM,
         norms.SWIGLU,
         norms.SIGMOID_GATE,
+        norms.TAKE_COLUMNS,
         norms.ZERO_CENTRED_RMS_NORM,
         norms.GATED_RMS_NORM,
         rotary.ROPE,

@@ -121,6 +121,24 @@ def _sigmoid_gate_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     yield Case(f"({tokens}, {s.hidden}) beside experts", (x, draw.normal(tokens, 1), draw.normal(tokens, s.hidden)))
 
 
+def _take_columns_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
+    x = draw.normal(2, 3, 4 * s.hidden)
+    yield Case("all in another order", (x, draw.choices(1, 4 * s.hidden, 4 * s.hidden)[0]))
+    yield Case("one token", (x[:1, :1], draw.choices(1, 4 * s.hidden, 4 * s.hidden)[0]))
+    yield Case("one row", (x[0, 0], draw.choices(1, 4 * s.hidden, 7)[0]))
+    yield Case("some, and some twice", (x, draw.integers(0, 4 * s.hidden, 33, dtype=torch.int64)))
+    yield Case("width 1", (draw.normal(5, 1), draw.integers(0, 1, 3, dtype=torch.int64)))
+    yield Case("none", (x, draw.integers(0, 1, 0, dtype=torch.int64)))
+    yield Case("no rows", (x[:0], draw.choices(1, 4 * s.hidden, 9)[0]))
+    yield Case("slices", (draw.normal(4, 66)[:, ::2], draw.choices(1, 33, 33)[0]))
+    yield Case("large", (x * draw.large, draw.choices(1, 4 * s.hidden, 20)[0]))
+
+
+def _take_columns_real(s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    width = 2 * s.key_heads * s.key_dim + 2 * s.value_heads * s.value_dim
+    yield Case(f"(1, {tokens}, {width})", (draw.normal(1, tokens, width), draw.choices(1, width, width)[0]))
+
+
 _WIDE = tuple(replace(TINY, hidden=2**i, value_dim=2**i) for i in range(7, 15))  # of a hidden state, or of a value head
 RMS_NORM = Subject(ops.rms_norm, _rms_norm_cases, _rms_norm_real, lambda x, *_: 4 * x.numel(), others=_WIDE)
 ADD_RMS_NORM = Subject(ops.add_rms_norm, _add_rms_norm_cases, _add_rms_norm_real, lambda x, *_: 5 * x.numel(), others=_WIDE)
@@ -134,4 +152,5 @@ GATED_RMS_NORM = Subject(
 SIGMOID_GATE = Subject(
     ops.sigmoid_gate, _sigmoid_gate_cases, _sigmoid_gate_real, lambda x, gate, residual=None: 5 * x.numel(), needs="value_heads"
 )
+TAKE_COLUMNS = Subject(ops.take_columns, _take_columns_cases, _take_columns_real, lambda *_: 0, needs="value_heads")
 SWIGLU = Subject(ops.swiglu, _swiglu_cases, _swiglu_real, lambda gate, _: 5 * gate.numel())
