@@ -150,55 +150,77 @@ void multiply_tiles(const Line* w, const Line* x, int64_t stride, int64_t count,
     asm volatile("" ::: "memory");
 }
 
-// Eight rows of eight tokens, with what is added to the rows, to out (token, row) of so many rows.
-void write_sums(const float* sums, int64_t tokens, int64_t rows, __m256 offset, int64_t all, uint16_t* out) {
-    __m256i v[8];
-    for (int64_t i = 0; i < 8; i++) v[i] = load(sums + i * SIDE);
-    transpose_words(v);
-    for (int64_t t = 0; t < tokens; t++)
-        put8(out, t * all, BFLOAT16, _mm256_add_ps(_mm256_castsi256_ps(v[t]), offset), rows);
-}
+// Rows that are multiplied while tokens are in the first-level cache, and their sums with TOKENS_AT_ONCE of them.
+struct Panels {
+    const Stored& w;
+    int64_t most, deep;                 // panels; blocks of DEEP columns
+    Lines weights, sums;                // (panel, block, row); (panel, half of rows, half of tokens, row) of fp32, SIDE to a line
+    std::vector<float> values, offset;  // of one row; of all: the bias
+    int64_t row = 0, count = 0;         // the first, and how many there are
 
-// `paired` has room for CHUNK tokens, or all if they are fewer: as (TOKENS_AT_ONCE, block of DEEP columns, half), whole ones.
+    Panels(const Stored& w, int64_t most)
+        : w(w), most(most), deep((w.columns + DEEP - 1) / DEEP), weights(most * deep * PANEL_ROWS),
+          sums(most * HALVES * HALVES * SIDE), values(room(w.columns)), offset(most * PANEL_ROWS) {}
+
+    float* of(int64_t panel) const { return reinterpret_cast<float*>(&sums[panel * HALVES * HALVES * SIDE]); }
+
+    void read(int64_t first, const void* bias) {
+        row = first, count = std::min(most * PANEL_ROWS, w.rows - first);
+        for (int64_t p = 0; p * PANEL_ROWS < count; p++)
+            read_panel(w, row + p * PANEL_ROWS, values.data(), &weights[p * deep * PANEL_ROWS]);
+        for (int64_t r = 0; r < most * PANEL_ROWS; r++) offset[r] = bias && r < count ? get(bias, row + r, BFLOAT16) : 0;
+    }
+
+    // With TOKENS_AT_ONCE, (block of DEEP columns, half).
+    void multiply(const Line* tokens) const {
+        std::memset(static_cast<void*>(sums.get()), 0, most * HALVES * HALVES * SIDE * sizeof(Line));
+        for (int64_t d = 0; d < deep; d += DEPTH)
+            for (int64_t p = 0; p * PANEL_ROWS < count; p++)
+                multiply_tiles(&weights[(p * deep + d) * PANEL_ROWS], tokens + d * HALVES * SIDE, HALVES * SIDE,
+                               std::min(DEPTH, deep - d), of(p));
+    }
+
+    // The sums of the first so many tokens to out (token, row): eight rows of eight tokens at a time.
+    void write(int64_t tokens, uint16_t* out) const {
+        for (int64_t t = 0; t < tokens; t += 8)
+            for (int64_t r = 0; r < count; r += 8) {
+                const float* from = of(r / PANEL_ROWS) + (r % PANEL_ROWS / SIDE * HALVES + t / SIDE) * SIDE * SIDE;
+                __m256i v[8];
+                for (int64_t i = 0; i < 8; i++) v[i] = load(from + (r % SIDE + i) * SIDE + t % SIDE);
+                transpose_words(v);
+                for (int64_t i = 0; i < std::min<int64_t>(8, tokens - t); i++) {
+                    __m256 y = _mm256_add_ps(_mm256_castsi256_ps(v[i]), _mm256_loadu_ps(&offset[r]));
+                    put8(out, (t + i) * w.rows + row + r, BFLOAT16, y, count - r);
+                }
+            }
+    }
+};
+
+// `linear_packed` or `linear_stored` of bfloat16. `paired` has room for CHUNK tokens, or all if they are fewer: as (TOKENS_AT_ONCE,
+// block of DEEP columns, half), whole ones.
 void linear_tiles(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const void* aside, int64_t high,
                   int64_t wide, int64_t rows, int64_t columns, const uint16_t* x, int64_t tokens, const void* bias,
                   Line* paired, uint16_t* out) {
     Stored w = {layout, codes, scale, scale_type, aside, high, wide, rows, columns};
-    int64_t deep = (columns + DEEP - 1) / DEEP, pairs = (std::min(tokens, CHUNK) + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-    // Panels that are multiplied while tokens are in the first-level cache: what the second holds, and leaves for other threads.
+    int64_t deep = (columns + DEEP - 1) / DEEP, tiles = deep * HALVES;  // of TOKENS_AT_ONCE
+    // What the second-level cache holds, and leaves for other threads.
     int64_t fit = std::min(HELD / (deep * PANEL_ROWS), rows / (PANEL_ROWS * PARTS * omp_get_max_threads()));
-    int64_t panels = std::max<int64_t>(std::min<int64_t>(fit, 4), 1), high_rows = panels * PANEL_ROWS;
+    int64_t most = std::max<int64_t>(std::min<int64_t>(fit, 4), 1), step = most * PANEL_ROWS;
     for (int64_t start = 0; start < tokens; start += CHUNK) {
-        int64_t count = std::min(tokens - start, CHUNK);
-        share(pairs * deep * HALVES, count * columns, [&](int64_t i, int64_t last) {
+        int64_t count = std::min(tokens - start, CHUNK), pairs = (count + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+        share(pairs * tiles, count * columns, [&](int64_t i, int64_t last) {
             for (; i < last; i++)
-                pair_tokens(x + start * columns, columns, (i / HALVES / deep * HALVES + i % HALVES) * SIDE, count,
-                            i / HALVES % deep * DEEP, columns, &paired[i * SIDE]);
+                pair_tokens(x + start * columns, columns, (i / tiles * HALVES + i % HALVES) * SIDE, count,
+                            i % tiles / HALVES * DEEP, columns, &paired[i * SIDE]);
         });
-        share((rows + high_rows - 1) / high_rows, count * rows * columns, [&](int64_t part, int64_t last) {
-            std::vector<float> values(room(columns)), offset(high_rows);
-            Lines read(panels * deep * PANEL_ROWS), sums(panels * HALVES * HALVES * SIDE);
-            auto of = [&](int64_t p) { return reinterpret_cast<float*>(&sums[p * HALVES * HALVES * SIDE]); };  // SIDE to a line
+        share((rows + step - 1) / step, count * rows * columns, [&](int64_t part, int64_t last) {
+            Panels panels(w, most);
             configure_tiles();
             for (; part < last; part++) {
-                int64_t row = part * high_rows, left = rows - row, used = std::min((left + PANEL_ROWS - 1) / PANEL_ROWS, panels);
-                for (int64_t p = 0; p < used; p++)
-                    read_panel(w, row + p * PANEL_ROWS, values.data(), &read[p * deep * PANEL_ROWS]);
-                for (int64_t r = 0; r < high_rows; r++) offset[r] = bias && r < left ? get(bias, row + r, BFLOAT16) : 0;
+                panels.read(part * step, bias);
                 for (int64_t t = 0; t < count; t += TOKENS_AT_ONCE) {
-                    std::memset(static_cast<void*>(sums.get()), 0, used * HALVES * HALVES * SIDE * sizeof(Line));
-                    for (int64_t d = 0; d < deep; d += DEPTH)
-                        for (int64_t p = 0; p < used; p++)
-                            multiply_tiles(&read[(p * deep + d) * PANEL_ROWS],
-                                           &paired[(t / TOKENS_AT_ONCE * deep + d) * HALVES * SIDE], HALVES * SIDE,
-                                           std::min(DEPTH, deep - d), of(p));
-                    for (int64_t s = t; s < std::min(t + TOKENS_AT_ONCE, count); s += 8)
-                        for (int64_t r = 0; r < std::min(used * PANEL_ROWS, left); r += 8) {
-                            int64_t tile = r % PANEL_ROWS / SIDE * HALVES + (s - t) / SIDE;
-                            write_sums(of(r / PANEL_ROWS) + (tile * SIDE + r % SIDE) * SIDE + s % SIDE,
-                                       std::min<int64_t>(8, count - s), left - r, _mm256_loadu_ps(&offset[r]), rows,
-                                       out + (start + s) * rows + row + r);
-                        }
+                    panels.multiply(&paired[t / TOKENS_AT_ONCE * tiles * SIDE]);
+                    panels.write(std::min(TOKENS_AT_ONCE, count - t), out + (start + t) * rows);
                 }
             }
             _tile_release();
