@@ -32,11 +32,12 @@ STREAMING = {  # nothing to multiply; the most registers, for many programs must
     "rms_norm": 64, "add_rms_norm": 64, "swiglu": 64, "rope": 64, "norm_rope_write": 64, "router_topk": 128,
     "cross_entropy": 64, "sample": 128, "zero_centred_rms_norm": 64, "gated_rms_norm": 64, "causal_conv1d": 128,
     "gated_delta_step": 128, "stream_mix": 64, "stream_write": 64, "sigmoid_gate": 64,
+    "take_columns": 64,
 }  # fmt: skip
 # The kernels that multiply tiles: in 16 bits they must be on the tensor cores, or they are right and ten times too slow.
 MATRIX = {"attention", "split", "some_rows", "gate_up_tiles", "down_tiles", "scaled_tiles", "prepare", "carry",
           "block_scores", "chosen_blocks"}
-DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "sigmoid_gate")  # of the hybrid models only
+DELTA = ("causal_conv1d", "gated_delta_rule", "gated_delta_step", "gated_rms_norm", "sigmoid_gate", "take_columns")  # of the hybrid models only
 STREAMS = ("block_scores", "sparse_block_attention", "stream_mix", "stream_write")  # of Qwen4-Exp only
 DENSE, MIXTURE = ("Qwen/Qwen3-8B",), ("Qwen/Qwen3-30B-A3B",)
 MODELS = ("Qwen/Qwen3-0.6B", *DENSE, *MIXTURE)
