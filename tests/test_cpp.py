@@ -567,6 +567,14 @@ def test_blocked_equals_the_formula(dtype, monkeypatch):
             assert (y.double() - exact).norm() <= allowed, name
 
 
+@pytest.mark.parametrize("length", [23, 25, 48])
+def test_blocked_refuses_a_bias_of_another_length(length, monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK_BYTES", 4096)
+    weight, _ = random_int(8, 24, 256, 64)
+    with pytest.raises(RuntimeError):
+        blocked.linear_blocked(torch.randn(2, 256), weight, torch.zeros(length))
+
+
 def test_blocked_holds_one_block(monkeypatch):
     """No dequantised block is larger than BLOCK_BYTES, unless one scale's rows are."""
     seen = []

@@ -36,12 +36,12 @@ def linear_blocked(
     high = weight.block[0] if isinstance(weight, packed.Fp8) else 1
     dtype = x.dtype if native(x.dtype) else torch.promote_types(x.dtype, torch.float32)
     step = max(BLOCK_BYTES // (columns * dtype.itemsize) // high, 1) * high
-    wide = x.to(dtype)
+    wide, bias = x.to(dtype), None if bias is None else bias.to(dtype).expand(rows)  # RuntimeError if it has another length
     blocks = []
     for first in range(0, rows, step):
         some = slice(first, min(first + step, rows))
         block = dequantize(weight, some.start, some.stop, columns, dtype)  # (n, K)
-        blocks.append(F.linear(wide, block, None if bias is None else bias[some].to(dtype)).to(x.dtype))
+        blocks.append(F.linear(wide, block, None if bias is None else bias[some]).to(x.dtype))
     return torch.cat(blocks, dim=-1)  # (..., N)
 
 
