@@ -23,6 +23,7 @@ enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 __m256i load(const void* data) { return _mm256_loadu_si256(static_cast<const __m256i*>(data)); }
 void store(void* data, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(data), v); }
 __m128i load_half(const void* data) { return _mm_loadu_si128(static_cast<const __m128i*>(data)); }
+void store_half(void* data, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(data), v); }
 
 // To nearest, ties to even; a NaN stays one.
 __m256i bfloat16_bits(__m256 v) {
@@ -57,7 +58,7 @@ void put8(void* data, int64_t i, int type, __m256 v) {
         __m256i bits = bfloat16_bits(v);
         halves = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(data) + i), halves);
+    store_half(static_cast<uint16_t*>(data) + i, halves);
 }
 
 int64_t size(int type) { return type == FLOAT32 ? 4 : 2; }
