@@ -32,7 +32,8 @@ class KVCache:
         buffer, end = self.reserve(k), self.length + k.shape[2]
         buffer[0, :, :, self.length : end] = k
         buffer[1, :, :, self.length : end] = v
-        return self.extend(k.shape[2])
+        self.extend(k.shape[2])
+        return self.held()
 
     def reserve(self, like: Tensor) -> Tensor:
         """The buffer of keys and values, (2, B, K, capacity, D), with room behind `length` for tokens `like` these
@@ -42,9 +43,12 @@ class KVCache:
             self._grow(like, end)
         return self._buffer  # type: ignore[return-value]
 
-    def extend(self, count: int) -> tuple[Tensor, Tensor]:
-        """Count tokens that were written behind `length`; return all keys and values, as `append` does."""
+    def extend(self, count: int) -> None:
+        """Count tokens that were written behind `length`."""
         self.length += count
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, (B, K, S, D) each: views, not to be written to."""
         held = self._buffer.narrow(3, 0, self.length)  # type: ignore[union-attr]
         return held[0], held[1]
 

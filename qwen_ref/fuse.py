@@ -23,7 +23,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -220,7 +220,8 @@ class Decoder(nn.Module):
             if y is not None:
                 return y
         real = None if masks[self.windows[0]] is None else positions >= 0  # (B, T)
-        slots: dict[tuple[int, int], Tensor] = {}
+        new = self._new_keys(x)
+        slots = lru_cache(partial(_slots, x))  # which layers share
 
         def places() -> Iterator[Place | State]:
             for i, (block, window) in enumerate(zip(self.layers, self.windows, strict=True)):
@@ -229,7 +230,11 @@ class Decoder(nn.Module):
                     yield State(real, layer, layer.writable() if layer is not None and x.shape[1] == 1 else None)
                 else:
                     attend = partial(_attend, batch=x.shape[0], mask=masks[window], cache=layer)
-                    yield Place((cos, sin), *self._room(x, layer, slots), attend)
+                    if layer is not None and layer.window is None:
+                        room, start = layer.reserve(new), layer.length
+                    else:
+                        room, start = new.new_empty(2, *new.shape), 0  # what slides has no room ahead
+                    yield Place((cos, sin), room, slots(start, room.shape[3]), attend)
 
         return self._through(x, places())
 
@@ -239,22 +244,9 @@ class Decoder(nn.Module):
             x, normed = block(x, normed, here)
         return normed
 
-    def _room(self, x: Tensor, cache: KVCache | None, known: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
-        """Where new keys and values belong: a buffer (2, B, K, capacity, D), and the place of each token in it, (M,).
-
-        The cache's own, unless it slides and has none. `known`: the places of this pass, which layers share.
-        """
-        (batch, count, _), start = x.shape, 0
-        new = x.new_empty(1).expand(batch, self.kv_heads, count, self.head_dim)  # one layer's keys, as to shape and type
-        if cache is not None and cache.window is None:
-            room, start = cache.reserve(new), cache.length
-        else:
-            room = x.new_empty(2, *new.shape)
-        capacity = room.shape[3]
-        if (start, capacity) not in known:
-            tokens = torch.arange(start, start + count, device=x.device)
-            known[start, capacity] = (torch.arange(batch, device=x.device)[:, None] * capacity + tokens).flatten()
-        return room, known[start, capacity]
+    def _new_keys(self, x: Tensor) -> Tensor:  # (B, T, H) -> (B, K, T, D)
+        """One layer's new keys, as to shape and type."""
+        return x.new_empty(1).expand(x.shape[0], self.kv_heads, x.shape[1], self.head_dim)
 
     def _recorded(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
         """The pass of one token for every sequence, (B, 1, H) -> (B, 1, H), recorded the first time; None if it cannot be.
@@ -268,12 +260,13 @@ class Decoder(nn.Module):
         states = [layer for block, layer in zip(self.layers, cache.layers, strict=True) if block.linear]
         if any(layer.state is None or layer.rewind for layer in states):
             return None  # there is none yet, or it is remembered after every token, and so not written to
-        known: dict[tuple[int, int], Tensor] = {}
-        held = [layer.writable() if layer in states else (self._room(x, layer, known)[0],) for layer in cache.layers]
-        if len(known) != 1:
+        new = self._new_keys(x)
+        held = [layer.writable() if layer in states else (layer.reserve(new),) for layer in cache.layers]
+        rooms = [(layer.length, of[0].shape[3]) for layer, of in zip(cache.layers, held, strict=True) if layer not in states]
+        if len(set(rooms)) != 1:
             return None
         lengths = torch.full((x.shape[0],), cache.length + 1, dtype=torch.int32)
-        inputs, step = (x, cos, sin, *known.values(), lengths), cache.step
+        inputs, step = (x, cos, sin, _slots(x, *rooms[0]), lengths), cache.step
         if not isinstance(step, Step) or not step.serves(self, held, choices, x):
             cache.step = step = Step(Tape(partial(self._decode, held), *inputs), self, held, choices, x.dtype)
             y = step.tape.output()
@@ -352,11 +345,20 @@ def _mixer(block: Any) -> nn.Module | None:
     return getattr(block, "linear_attn", None) or getattr(block, "self_attn", None)
 
 
+def _slots(x: Tensor, start: int, capacity: int) -> Tensor:
+    """The places of the tokens x (B, T, H) from `start` on in a buffer with `capacity` for each sequence, (B T,)."""
+    tokens = torch.arange(start, start + x.shape[1], device=x.device)
+    return (torch.arange(x.shape[0], device=x.device)[:, None] * capacity + tokens).flatten()
+
+
 def _attend(q: Tensor, keys: Tensor, values: Tensor, batch: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
     """Of a chunk: q (M, N, D) -> (B, T, N, D). The new keys and values are in the cache, unless it slides."""
     q = q.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, N, T, D)
-    if cache is not None:
-        keys, values = cache.extend(q.shape[2]) if cache.window is None else cache.append(keys, values)  # (B, K, S, D)
+    if cache is not None and cache.window is not None:
+        keys, values = cache.append(keys, values)  # (B, K, S, D)
+    elif cache is not None:
+        cache.extend(q.shape[2])
+        keys, values = cache.held()  # (B, K, S, D)
     return backend.attention(q, keys, values, mask).transpose(1, 2)
 
 

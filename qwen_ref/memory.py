@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _LARGE = 1 << 18  # bytes from which it pays
+_FEW = 1 << 19  # bytes that may stay: a token's logits
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -30,7 +31,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same for what is needed for a moment: memory that was given back lately, if it is large enough and not twice that. To
     touch new memory takes a prompt longer than to compute what is written there, and all layers write results of some sizes.
-    No more is kept than is lent, so that nothing stays when a pass is over."""
+    No more is kept than is lent, so that next to nothing stays when a pass is over."""
     size = math.prod(shape) * dtype.itemsize
     memory = _taken(size) or _mapped(size, device)
     if memory is None:
@@ -58,7 +59,7 @@ def _taken(size: int) -> mmap.mmap | None:
 def _give_back(memory: mmap.mmap) -> None:
     del _lent[id(memory)]
     _spare.append(memory)
-    while sum(map(len, [*_spare])) > sum([*_lent.values()]):
+    while sum(map(len, [*_spare])) > max(sum([*_lent.values()]), _FEW):
         with suppress(IndexError):
             _spare.pop(0)
 

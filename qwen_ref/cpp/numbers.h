@@ -42,14 +42,14 @@ __m256 rounded(__m256 v, int type) {
 }
 
 // Eight numbers from index i on.
-__m256 get8(const void* data, int64_t i, int type) {
+__attribute__((always_inline)) inline __m256 get8(const void* data, int64_t i, int type) {
     if (type == FLOAT32) return _mm256_loadu_ps(static_cast<const float*>(data) + i);
     __m128i halves = load_half(static_cast<const uint16_t*>(data) + i);
     return type == FLOAT16 ? _mm256_cvtph_ps(halves)
                            : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-void put8(void* data, int64_t i, int type, __m256 v) {
+__attribute__((always_inline)) inline void put8(void* data, int64_t i, int type, __m256 v) {
     if (type == FLOAT32) return _mm256_storeu_ps(static_cast<float*>(data) + i, v);
     __m128i halves;
     if (type == FLOAT16) {
@@ -64,14 +64,14 @@ void put8(void* data, int64_t i, int type, __m256 v) {
 int64_t size(int type) { return type == FLOAT32 ? 4 : 2; }
 
 // The same for the last few of a row: `count` numbers, zeros behind them.
-__m256 get8(const void* data, int64_t i, int type, int64_t count) {
+__attribute__((always_inline)) inline __m256 get8(const void* data, int64_t i, int type, int64_t count) {
     if (count >= 8) return get8(data, i, type);
     uint8_t some[32] = {};
     std::memcpy(some, static_cast<const uint8_t*>(data) + i * size(type), count * size(type));
     return get8(some, 0, type);
 }
 
-void put8(void* data, int64_t i, int type, __m256 v, int64_t count) {
+__attribute__((always_inline)) inline void put8(void* data, int64_t i, int type, __m256 v, int64_t count) {
     if (count >= 8) return put8(data, i, type, v);
     uint8_t some[32];
     put8(some, 0, type, v);

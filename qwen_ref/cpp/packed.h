@@ -70,6 +70,20 @@ float round_block(const void* x, int64_t first, int type, int64_t count, int16_t
     return largest / 32767;
 }
 
+// Sixty-four codes, of which four share 16 bits of 4-bit codes: every first of four, then every second, third and fourth.
+void deal(int16_t* codes) {
+    const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    __m256i v[4], four[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_shuffle_epi8(load(codes + 16 * i), pairs);  // word j of a half: two j-th
+    for (int i = 0; i < 2; i++) {
+        __m256i low = i ? _mm256_unpackhi_epi32(v[0], v[1]) : _mm256_unpacklo_epi32(v[0], v[1]);
+        __m256i high = i ? _mm256_unpackhi_epi32(v[2], v[3]) : _mm256_unpacklo_epi32(v[2], v[3]);
+        four[2 * i] = _mm256_unpacklo_epi64(low, high), four[2 * i + 1] = _mm256_unpackhi_epi64(low, high);
+    }
+    for (int i = 0; i < 4; i++)
+        store(codes + 16 * i, _mm256_permutevar8x32_epi32(four[i], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
 // One token, ready to be multiplied. Every `span` columns are summed in integers; both halves of the register that holds
 // their sums have a scale and a zero of their own, since 4-bit groups can be half as long as what one register reads.
 struct Token {
@@ -92,10 +106,9 @@ Token round_token(const Matrix& w, const void* x, int type) {
                    std::vector<int64_t>(spans * 2), std::vector<int32_t>(spans * 8)};
     std::vector<float> scale(blocks);
     for (int64_t i = 0; i < blocks; i++) {
-        int16_t codes[BLOCK], *to = &token.codes[i * BLOCK];
+        int16_t* codes = &token.codes[i * BLOCK];
         scale[i] = round_block(x, i * BLOCK, type, std::min(BLOCK, w.columns - i * BLOCK), codes);
-        for (int64_t k = 0; k < BLOCK; k += 64)  // four columns share 16 bits of 4-bit codes: first every first, ...
-            for (int64_t j = 0; j < 64; j++) to[k + j] = codes[BITS == 4 ? k + j % 16 * 4 + j / 16 : k + j];
+        for (int64_t k = 0; BITS == 4 && k < BLOCK; k += 64) deal(codes + k);
     }
     const __m256i by = _mm256_set1_epi16(w.zero ? -1 : BITS == 4 ? -8 : 0);
     for (int64_t s = 0; s < spans; s++) {

@@ -264,6 +264,8 @@ class PackedEmbedding(PackedModule):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows model.to(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
+        if ids.numel() == 1:
+            return gather(self.packed, ids.flatten()).dequantize(self.like.dtype, self.embedding_dim).view(*ids.shape, -1)
         chosen, places = ids.unique(return_inverse=True)
         return gather(self.packed, chosen).dequantize(self.like.dtype, self.embedding_dim)[places]
 
