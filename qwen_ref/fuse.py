@@ -60,7 +60,13 @@ class State(NamedTuple):
 
     real: Tensor | None  # (B, T), False for padding; None = all are
     cache: RecurrentCache | None
-    own: tuple[Tensor, Tensor] | None  # convolution window (B, C, W) and S (B, P, Dk, Dv), to be written to by one token
+    own: tuple[Tensor, Tensor] | None = None  # of one token whose cache is elsewhere: what `cache.writable` would give
+
+    def steps(self, count: int) -> bool:
+        """Whether there is a state, and it is to be had after each of so many tokens."""
+        if self.own is not None:
+            return count == 1
+        return self.cache is not None and self.cache.state is not None and count <= max(self.cache.rewind, 1)
 
 
 class Together(nn.Module):
@@ -131,8 +137,8 @@ class Attention(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """One token in one operation between the projections; more of them, or with a hook on what that replaces, as the model
-    has it."""
+    """One token in one operation between the projections, and so each of a few that the cache is to remember the state after;
+    more of them, or with a hook on what that replaces, as the model has it."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -141,24 +147,29 @@ class GatedDeltaNet(nn.Module):
         self._replaced = _hooks_of((net, net.conv1d, net.norm))
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # (B, T, H) -> (B, T, H)
-        net = self.net
-        if state.own is None or any(self._replaced):
+        net, count = self.net, x.shape[1]
+        if any(self._replaced) or not state.steps(count):
             return net(x, state.real, state.cache)
         if state.real is not None:
             x = x * state.real[..., None]
-        mixed, z, b, a = self._project(x[:, 0])
-        window, memory = state.own
+        parts = self._project(x)
+        outs = [self._step(state, *(part[:, t] for part in parts)) for t in range(count)]  # (B, P Dv) each
+        return net.out_proj(outs[0][:, None] if count == 1 else torch.stack(outs, dim=1))
+
+    def _step(self, state: State, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """One token, (B, C), (B, P, Dv), (B, P) twice -> (B, P Dv)."""
+        net, (window, memory) = self.net, state.own or state.cache.writable()  # type: ignore[union-attr, misc]
         out = backend.gated_delta_step(mixed, window, net.conv1d.weight[:, 0], a, b, net.A_log, net.dt_bias, z, net.norm.weight,
-                                       net.norm.eps, memory, net.norm.activation)  # (B, P Dv)  # fmt: skip
+                                       net.norm.eps, memory, net.norm.activation)  # fmt: skip
         if state.cache is not None:
             state.cache.extend(1)
-        return net.out_proj(out)[:, None]
+        return out
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, H) -> (B, C), (B, P, Dv), (B, P) twice
-        """`net.project` of one token; where it puts columns in order, in one operation for each projection."""
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, T, H) -> (B, T, C), (B, T, P, Dv), (B, T, P) twice
+        """`net.project`; where it puts columns in order, in one operation for each projection."""
         net = self.net
         if not self._orders:
-            return tuple(part[:, 0] for part in net.project(x[:, None]))
+            return net.project(x)
         of_rows, of_gates = self._orders
         mixed, z = backend.take_columns(net.in_proj_qkvz(x), of_rows).split([sum(net.parts), net.parts[2]], dim=-1)
         b, a = backend.take_columns(net.in_proj_ba(x), of_gates).chunk(2, dim=-1)
@@ -227,7 +238,7 @@ class Decoder(nn.Module):
             for i, (block, window) in enumerate(zip(self.layers, self.windows, strict=True)):
                 layer = cache.layers[i] if cache is not None else None
                 if block.linear:
-                    yield State(real, layer, layer.writable() if layer is not None and x.shape[1] == 1 else None)
+                    yield State(real, layer)
                 else:
                     attend = partial(_attend, batch=x.shape[0], mask=masks[window], cache=layer)
                     if layer is not None and layer.window is None:

@@ -83,6 +83,22 @@ def test_compiled_against_fp64(bits, shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(37, 352, 32), (24, 1024, 128), (9, 768, 768), (21, 768, 256)], ids=str)
+def test_a_few_tokens_are_each_as_if_alone(bits, shape):
+    """To the bit, so that a batch and guesses do not change an answer. Panels, from 17 tokens on, add in another order."""
+    rows, columns, group = shape
+    linear = cpp.linear_int4 if bits == 4 else cpp.linear_int8
+    x, bias = torch.randn(17, columns, generator=torch.Generator().manual_seed(1)).half(), torch.randn(rows)
+    for zero in (False, True):
+        weight, values = random_int(bits, rows, columns, group, zero)
+        alone = torch.stack([linear(row, weight, bias) for row in x])
+        for tokens in range(2, 17):
+            assert torch.equal(linear(x[:tokens], weight, bias), alone[:tokens]), tokens
+        assert off(linear(x, weight, bias), x, values, bias) < 1e-3  # the result is rounded to fp16
+
+
+@needs_compiler
 def test_only_x_is_rounded():
     """With x of few whole numbers nothing is lost: the codes, zeros and sums are exact, also at their largest."""
     for bits, worst in ((4, (15, 0)), (8, (-128, 127))):
@@ -760,6 +776,16 @@ def test_wider_registers_give_the_same_bits(request, bits):
     assert not library.has_tiles()
     for a, b in zip(wide, products(), strict=True):
         assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_what_the_cpu_has_beyond_is_used(tmp_path):
+    """The library is made without it where a compiler does not know it; not where our own code is wrong."""
+    flags, empty = library._beyond(), tmp_path / "empty.cpp"
+    empty.touch()
+    if subprocess.run([*library._compiler(), *flags, "-c", str(empty), "-o", str(tmp_path / "empty.o")], capture_output=True).returncode:
+        pytest.skip(f"the compiler is older than this CPU: it does not know {' '.join(flags)}")
+    library._compile(library._compiler(), (*library.FLAGS, *flags))
 
 
 @needs_compiler

@@ -524,6 +524,32 @@ def test_what_is_remembered_after_every_token_is_not_recorded(in_cpp):
     assert is_recorded(cache)
 
 
+@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize("choice", ["eager", pytest.param("cpp", marks=compiled)])
+def test_a_few_tokens_are_stepped_through_and_taken_back(name, choice):
+    """As guesses are, one row's behind padding: three tokens in one pass, of which none to three were right."""
+    ours = recordable(name)
+    fast, layers, steps = ours.fuse(), sum(block.linear for block in ours.model.layers), []
+    positions = torch.arange(23).repeat(2, 1)
+    positions[1] = (positions[1] - 4).clamp_min(-1)
+    with torch.inference_mode(), backend.use(choice):
+        exact = ours(IDS, positions)
+        cache = fast.make_cache(rewind=3)
+        fast(IDS[:, :6], positions[:, :6], cache)
+        with backend.intercept("gated_delta_step", lambda run, *args: (steps.append(1), run(*args))[1]):
+            for right in (3, 0, 2, 1, 3):
+                start = cache.length
+                guesses = IDS[:, start : start + 3].clone()
+                guesses[:, right:] = 7
+                out = fast(guesses, None, cache)
+                assert off(out[:, :right], exact[:, start : start + right]) < 1e-4 if right else True
+                assert off(out[0, right:], exact[0, start + right : start + 3]) > 1e-2 if right < 3 else True
+                cache.truncate(start + right)
+        assert len(steps) == 5 * 3 * layers
+        assert off(fast(IDS[:, 15:], None, cache), exact[:, 15:]) < 1e-4  # more than are remembered: not stepped through
+    assert len(steps) == 5 * 3 * layers
+
+
 @compiled
 def test_another_choice_is_another_record(in_cpp):
     ours = recordable()

@@ -3,7 +3,8 @@
     python tools/bench_fuse.py --width int4         # Qwen3-0.6B's shape, random packed weights, backend.use("cpp")
     python tools/bench_fuse.py --shape qwen3.5      # Qwen3.5-0.8B's: 18 of 24 layers are Gated DeltaNets
 
-Then a prompt: the model as it is, as PyTorch's default runs it, beside the fused one with cpp.
+Then a prompt: the model as it is, as PyTorch's default runs it, beside the fused one with cpp. Then the fused model alone:
+several sequences at once, and several tokens of one in a pass, as guesses are read, the state after each of which is kept.
 
 The gate: the fused model's logits are as near to those in fp32 as the model's own. Then the median time of each, and of the
 ratio of neighbours, with its quartiles; above 1: fused is faster.
@@ -21,6 +22,7 @@ from bench_quantized import QWEN3_06B, QWEN35_08B, RIVAL, random_model, step
 
 from qwen_ref import backend
 
+SEVERAL = (2, 3, 4, 8)
 ALIKE = 1.25  # times the model's own error in bf16
 SHAPES = {"qwen3": QWEN3_06B, "qwen3.5": QWEN35_08B}
 
@@ -52,6 +54,9 @@ def main() -> None:
                     taken.append(time.perf_counter() - start)
                     said.append(y.flatten().float())
         prompts = prompt_times(model, torch.tensor([[i * 7919 % 150000 for i in range(args.prompt)]]))
+        with backend.use("cpp"):
+            wide = {count: pass_time(model.fuse(), ids[:, : args.tokens].expand(count, -1), 1) for count in (1, *SEVERAL)}
+            deep = {count: pass_time(model.fuse(), ids[:, : args.tokens], count) for count in SEVERAL}
         model.float()
         exact = model.lm_head(model.model(ids)[0, 16:])  # (tokens, V)
     apart_error, fused_error = (float((torch.stack(said) - exact).norm() / exact.norm()) for said in logits)
@@ -67,6 +72,19 @@ def main() -> None:
     ratios = sorted(a / b for a, b in zip(*prompts, strict=True))
     print(f"prompt of {args.prompt}: apart, without cpp {plain:.0f} tokens/s, fused {fused:.0f}, "
           f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print("sequences at once, tokens/s: " + ", ".join(f"{count}: {count / taken:.0f}" for count, taken in wide.items()))
+    print("tokens of one in a pass, ms: " + ", ".join(f"{count}: {taken * 1e3:.0f}" for count, taken in deep.items()))
+
+
+def pass_time(model: Any, ids: torch.Tensor, count: int) -> float:
+    """The median time of passes of `count` tokens of each sequence (B, T), behind sixteen of them."""
+    cache, times = model.make_cache(rewind=count if count > 1 else 0), []
+    model.model(ids[:, :16], None, cache)
+    for i in range(16, ids.shape[1] - count, count):
+        start = time.perf_counter()
+        model.lm_head(model.model(ids[:, i : i + count], None, cache))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def prompt_times(model: Any, ids: torch.Tensor, rounds: int = 4) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@
 the logits through the fast products may be off by no more than twice what the formulas lose. Then the sides take turns, each
 in a fresh process, `--rounds` times; medians and the spread (minimum to maximum) are printed, and one JSON object as the
 last line. The head is quantised as the other matrices are, on all sides. Ours is fused, and runs with `backend.use("cpp")`.
+`--without amx_bf16` has it run as on a CPU that lacks this; a llama.cpp to go with it has to be built without it, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,7 @@ QWEN35_08B: dict[str, Any] = {
     "num_attention_heads": 8, "num_hidden_layers": 24, "num_key_value_heads": 2, "linear_num_value_heads": 16,
     "tie_word_embeddings": True, "vocab_size": 248320,
 }  # fmt: skip
+ISA = {"amx_bf16": "AVX512_CORE_BF16", "avx512_vnni": "AVX2"}  # what oneDNN may use without it
 RIVAL = {"int8": "q8_0", "int4": "q4_0"}
 GOALS = {"int8 decode": 1.0, "int4 decode": 1.1, "int8 prefill": 1.5, "int4 prefill": 1.5}
 WARM, LIKE = 16, 2.0  # tokens before decoding; how many times the formulas' own error in bf16 the fast products may have
@@ -65,14 +68,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=tuple(RIVAL), help="measure one width")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="with so many processes that want a core each")
+    parser.add_argument("--without", choices=tuple(ISA), help="leave out what this CPU has")
     parser.add_argument("--worker", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     parser.add_argument("--gate", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.without and not (args.worker or args.gate):
+        os.environ["ONEDNN_MAX_CPU_ISA"] = ISA[args.without]  # for PyTorch's products, in the processes to come
     if args.worker or args.gate:
+        if args.without:
+            from qwen_ref.cpp import library
+
+            del library.BEYOND[args.without]
         print(json.dumps(measure(args.worker, args) if args.worker else gate(args.gate, args)))
         return
     widths = [args.only] if args.only else list(RIVAL)
     own = ["--layers", args.layers, "--prompt", args.prompt, "--tokens", args.tokens, "--threads", args.threads]
+    own += ["--without", args.without] if args.without else []
     for width in widths:
         error = child([sys.executable, __file__, "--gate", width, *own])["error"]
         if not error < LIKE:

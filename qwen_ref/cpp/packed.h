@@ -20,6 +20,8 @@ constexpr int64_t TILE = 16;    // tokens multiplied with them at once: so many 
 constexpr int64_t TILE = 6;     // 2 * 6 sums in registers
 #endif
 constexpr int64_t CHUNK = 512;  // tokens rounded together
+constexpr int64_t ABREAST = 4;  // tokens multiplied with a row while it is read: so many sums in registers
+constexpr int64_t FEWER = 16;   // tokens for which no panel is widened
 
 struct Matrix {
     const uint8_t* codes;
@@ -122,67 +124,89 @@ Token round_token(const Matrix& w, const void* x, int type) {
     return token;
 }
 
-// One token times one row, STEPS registers of codes to a span. Four-bit codes are not all shifted down: with the second and
+// T tokens times one row, STEPS registers of codes to a span. Four-bit codes are not all shifted down: with the second and
 // the third of sixteen bits where they are, the products are 16 and 256 times too large, which 32 bits can hold.
-template <int BITS, int STEPS>
-float multiply_row(const Matrix& w, int64_t row, const Token& token) {
+template <int BITS, int STEPS, int T>
+void multiply_row(const Matrix& w, int64_t row, const Token* token, float* y) {
     constexpr bool HALVES = BITS == 4 && STEPS == 1;  // the halves of the register may be of two groups
     const uint8_t* codes = w.codes + row * w.width;
-    const int16_t* x = token.codes.data();
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t s = 0; s < token.spans; s++, codes += 32 * STEPS, x += READ<BITS> * STEPS) {
-        int64_t low = row * w.groups + token.group[2 * s], high = row * w.groups + token.group[2 * s + 1];
-        __m256i part = load(&token.shift[s * 8]), more = _mm256_setzero_si256(), most = more;
+    const int16_t* x[T];
+    __m256 sum[T];
+    for (int t = 0; t < T; t++) x[t] = token[t].codes.data(), sum[t] = _mm256_setzero_ps();
+    for (int64_t s = 0; s < token->spans; s++, codes += 32 * STEPS) {
+        int64_t low = row * w.groups + token->group[2 * s], high = row * w.groups + token->group[2 * s + 1];
+        __m256i part[T], more[T], most[T];
+        for (int t = 0; t < T; t++) part[t] = load(&token[t].shift[s * 8]), more[t] = most[t] = _mm256_setzero_si256();
         if (w.zero) {
             __m128i zero = _mm_set1_epi32(w.zero[low]), other = HALVES ? _mm_set1_epi32(w.zero[high]) : zero;
-            part = _mm256_mullo_epi32(part, _mm256_set_m128i(other, zero));
+            for (int t = 0; t < T; t++) part[t] = _mm256_mullo_epi32(part[t], _mm256_set_m128i(other, zero));
         }
         auto add = [](__m256i& to, __m256i a, const int16_t* b) { to = add_products(to, a, load(b)); };
 #pragma GCC unroll 8
         for (int i = 0; i < STEPS; i++) {
             const uint8_t* from = codes + 32 * i;
-            const int16_t* by = x + READ<BITS> * i;
             if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
             if constexpr (BITS == 4) {
-                __m256i four = load(from);
-                add(part, _mm256_and_si256(four, _mm256_set1_epi16(0x000f)), by);
-                add(more, _mm256_and_si256(four, _mm256_set1_epi16(0x00f0)), by + 16);
-                add(most, _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), by + 32);
-                add(part, _mm256_srli_epi16(four, 12), by + 48);
+                __m256i four = load(from), first = _mm256_and_si256(four, _mm256_set1_epi16(0x000f));
+                __m256i second = _mm256_and_si256(four, _mm256_set1_epi16(0x00f0));
+                __m256i third = _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), fourth = _mm256_srli_epi16(four, 12);
+                for (int t = 0; t < T; t++) {
+                    add(part[t], first, x[t]), add(more[t], second, x[t] + 16);
+                    add(most[t], third, x[t] + 32), add(part[t], fourth, x[t] + 48);
+                    x[t] += 64;
+                }
             } else {
-                add(part, _mm256_cvtepi8_epi16(load_half(from)), by);
-                add(more, _mm256_cvtepi8_epi16(load_half(from + 16)), by + 16);
+                __m256i first = _mm256_cvtepi8_epi16(load_half(from)), second = _mm256_cvtepi8_epi16(load_half(from + 16));
+                for (int t = 0; t < T; t++) add(part[t], first, x[t]), add(more[t], second, x[t] + 16), x[t] += 32;
             }
         }
-        if constexpr (BITS == 4) more = _mm256_add_epi32(_mm256_srai_epi32(more, 4), _mm256_srai_epi32(most, 8));
         __m256 scale = _mm256_set1_ps(get(w.scale, low, w.scale_type));
         if (HALVES) scale = _mm256_insertf128_ps(scale, _mm_set1_ps(get(w.scale, high, w.scale_type)), 1);
-        scale = _mm256_mul_ps(scale, _mm256_set1_ps(token.scale[s]));
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part, more)), scale, sum);
+        for (int t = 0; t < T; t++) {
+            if (BITS == 4) more[t] = _mm256_add_epi32(_mm256_srai_epi32(more[t], 4), _mm256_srai_epi32(most[t], 8));
+            __m256 by = _mm256_mul_ps(scale, _mm256_set1_ps(token[t].scale[s]));
+            sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part[t], more[t])), by, sum[t]);
+        }
     }
-    return total(sum);
+    for (int t = 0; t < T; t++) y[t] = total(sum[t]);
 }
 
-// The same for the token's own span. Compiled once, however many use it: the row is much longer than the call.
+// One token times one row, for the token's own span. Compiled once, however many use it: the row is much longer than the call.
 template <int BITS, int STEPS = 256 / READ<BITS>>
 __attribute__((noinline)) float multiply_row_of(const Matrix& w, int64_t row, const Token& token) {
     if constexpr (STEPS > 1)
         if (token.span < STEPS * READ<BITS>) return multiply_row_of<BITS, STEPS / 2>(w, row, token);
-    return multiply_row<BITS, STEPS>(w, row, token);
+    float y;
+    multiply_row<BITS, STEPS, 1>(w, row, &token, &y);
+    return y;
 }
 
+// Eight rows from `row` on, or `count`, times `all` tokens or the first ABREAST, each as if it were alone, to (token, row).
+template <int BITS, int STEPS, int64_t T = ABREAST>
+void multiply_rows(const Matrix& w, int64_t row, int64_t count, const Token* tokens, int64_t all, int type, const void* bias,
+                   int bias_type, void* out, int64_t to) {
+    if constexpr (T > 1)
+        if (all < T) return multiply_rows<BITS, STEPS, T - 1>(w, row, count, tokens, all, type, bias, bias_type, out, to);
+    alignas(32) float y[T][8] = {};
+    for (int64_t i = 0; i < count; i++) {
+        float each[T], offset = bias ? get(bias, row + i, bias_type) : 0;
+        multiply_row<BITS, STEPS, T>(w, row + i, tokens, each);
+        for (int j = 0; j < T; j++) y[j][i] = each[j] + offset;
+    }
+    for (int j = 0; j < T; j++) put8(out, to + j * w.rows + row, type, _mm256_load_ps(y[j]), count);
+}
+
+// A few tokens, ABREAST together: codes come from memory for the first of them.
 template <int BITS, int STEPS = 256 / READ<BITS>>
-void product_of_one(const Matrix& w, const Token& token, int type, const void* bias, int bias_type, void* out) {
+void product_of_few(const Matrix& w, const Token* tokens, int64_t all, int type, const void* bias, int bias_type, void* out) {
     if constexpr (STEPS > 1)
-        if (token.span < STEPS * READ<BITS>) return product_of_one<BITS, STEPS / 2>(w, token, type, bias, bias_type, out);
+        if (tokens->span < STEPS * READ<BITS>) return product_of_few<BITS, STEPS / 2>(w, tokens, all, type, bias, bias_type, out);
     share((w.rows + 7) / 8, w.rows * w.columns, [&](int64_t block, int64_t last) {
         const Matrix matrix = w;  // in registers
         for (; block < last; block++) {
-            alignas(32) float y[8] = {};
-            int64_t first = block * 8, count = std::min<int64_t>(8, w.rows - first);
-            for (int64_t i = 0; i < count; i++)
-                y[i] = multiply_row<BITS, STEPS>(matrix, first + i, token) + (bias ? get(bias, first + i, bias_type) : 0);
-            put8(out, first, type, _mm256_load_ps(y), count);
+            int64_t row = block * 8, count = std::min<int64_t>(8, w.rows - row);
+            for (int64_t t = 0; t < all; t += ABREAST)
+                multiply_rows<BITS, STEPS>(matrix, row, count, tokens + t, all - t, type, bias, bias_type, out, t * w.rows);
         }
     });
 }
@@ -318,10 +342,12 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
 
 template <int BITS>
 void product(const Matrix& w, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
-    if (tokens == 1 && w.columns % READ<BITS> == 0)
-        product_of_one<BITS>(w, round_token<BITS>(w, x, type), type, bias, bias_type, out);
-    else
-        product_of_many<BITS>(w, x, type, tokens, bias, bias_type, out);
+    if (tokens < 1 || tokens > FEWER || w.columns % READ<BITS>)
+        return product_of_many<BITS>(w, x, type, tokens, bias, bias_type, out);
+    std::vector<Token> few;
+    for (int64_t t = 0; t < tokens; t++)
+        few.push_back(round_token<BITS>(w, static_cast<const uint8_t*>(x) + t * w.columns * size(type), type));
+    product_of_few<BITS>(w, few.data(), tokens, type, bias, bias_type, out);
 }
 
 // `linear_int4` and `linear_int8` of `quant/packed.py`.

@@ -106,9 +106,26 @@ void look_up_line(const Stored& w, int64_t row, Line* out) {
         __m512 less = _mm512_sub_ps(numbers, _mm512_set1_ps(zero_at(w, scales + g)));
         __m512i table = _mm512_castsi256_si512(bfloat16_of(_mm512_mul_ps(less, _mm512_set1_ps(scale_at(w, scales + g)))));
         for (int64_t d = g * w.wide / DEEP, last = std::min((g + 1) * w.wide, w.columns) / DEEP; d < last; d++) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + d * DEEP / 2 + AHEAD), _MM_HINT_T1);
             __m256i pairs = _mm256_cvtepu8_epi16(load_half(codes + d * DEEP / 2));
             __m256i each = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi16(0x0f0f));
             _mm512_store_si512(&out[d * PANEL_ROWS], _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(each), table));
+        }
+    }
+}
+
+// The same of codes of eight bits.
+void scale_line(const Stored& w, int64_t row, Line* out) {
+    int64_t groups = (w.columns + w.wide - 1) / w.wide, scales = row / w.high * groups;
+    const uint8_t* codes = w.codes + row * w.columns;
+    for (int64_t g = 0; g < groups; g++) {
+        const __m512 scale = _mm512_set1_ps(scale_at(w, scales + g)), zero = _mm512_set1_ps(zero_at(w, scales + g));
+        for (int64_t d = g * w.wide / DEEP, last = std::min((g + 1) * w.wide, w.columns) / DEEP; d < last; d++) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + d * DEEP + AHEAD), _MM_HINT_T1);
+            for (int64_t k = 0; k < DEEP; k += 16) {
+                __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_half(codes + d * DEEP + k)));
+                store(out[d * PANEL_ROWS].numbers + k, bfloat16_of(_mm512_mul_ps(_mm512_sub_ps(code, zero), scale)));
+            }
         }
     }
 }
@@ -120,6 +137,7 @@ void read_panel(const Stored& w, int64_t row, float* values, Line* out) {
         if (row + r >= w.rows)
             for (int64_t d = 0; d < (w.columns + DEEP - 1) / DEEP; d++) out[d * PANEL_ROWS] = {};
         else if (few && whole) look_up_line(w, row + r, out);
+        else if (w.layout == INT8 && whole) scale_line(w, row + r, out);
         else read_line(w, row + r, values, out);
     }
 }
