@@ -779,6 +779,13 @@ def test_wider_registers_give_the_same_bits(request, bits):
 
 
 @needs_compiler
+@pytest.mark.parametrize("operation", ["attention", "attention_decode", "linear_int4", "linear_int8"])
+def test_a_cpu_with_avx2_and_no_more_is_checked_too(plain_library, operation):
+    report = check(operation, "cpp", dtype=torch.float16, device="cpu")
+    assert report.ok, report.table()
+
+
+@needs_compiler
 def test_what_the_cpu_has_beyond_is_used(tmp_path):
     """The library is made without it where a compiler does not know it; not where our own code is wrong."""
     flags, empty = library._beyond(), tmp_path / "empty.cpp"

@@ -28,7 +28,7 @@ from ..torch_ops import has
 SOURCE = Path(__file__).with_name("library.cpp")
 FLAGS = ("-O3", "-ffp-contract=off", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-fPIC", "-shared")
 BEYOND = {  # what a CPU may have besides, by PyTorch's names, and what lets a compiler use it
-    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
+    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
     "avx_vnni": ("-mavxvnni",),
     "amx_bf16": ("-mamx-tile", "-mamx-bf16"),
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -95,6 +96,31 @@ __m256i add_products(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
+// As many numbers as a register holds; `eight` of the same total.
+#ifdef WIDE
+struct Floats {
+    static constexpr int64_t N = 16;
+    __m512 all = _mm512_setzero_ps();
+
+    static Floats at(const float* from) { return {_mm512_loadu_ps(from)}; }
+    static Floats of(float x) { return {_mm512_set1_ps(x)}; }
+    void put(float* to) const { _mm512_storeu_ps(to, all); }
+    void add_product(Floats a, Floats b) { all = _mm512_fmadd_ps(a.all, b.all, all); }
+    __m256 eight() const { return _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1)); }
+};
+#else
+struct Floats {
+    static constexpr int64_t N = 8;
+    __m256 all = _mm256_setzero_ps();
+
+    static Floats at(const float* from) { return {_mm256_loadu_ps(from)}; }
+    static Floats of(float x) { return {_mm256_set1_ps(x)}; }
+    void put(float* to) const { _mm256_storeu_ps(to, all); }
+    void add_product(Floats a, Floats b) { all = _mm256_fmadd_ps(a.all, b.all, all); }
+    __m256 eight() const { return all; }
+};
+#endif
+
 float total(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -140,6 +166,22 @@ void transpose_words(__m256i* v) {
         v[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
     }
 }
+
+// Memory for so many, as it is, from a line of the cache on: no register is read out of two lines. Aligned by hand, for where
+// the C library does it, it leaves holes in its heap.
+template <typename T>
+class Aligned {
+    static constexpr uintptr_t LINE_BYTES = 64;
+    std::unique_ptr<uint8_t[]> memory;
+    T* first;
+
+   public:
+    explicit Aligned(int64_t count) : memory(new uint8_t[count * sizeof(T) + LINE_BYTES]) {
+        first = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.get()) + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES);
+    }
+    T* get() const { return first; }
+    T& operator[](int64_t i) const { return first[i]; }
+};
 
 // f with a type known when compiled.
 template <typename F>

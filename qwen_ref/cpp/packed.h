@@ -200,7 +200,8 @@ void multiply_rows(const Matrix& w, int64_t row, int64_t count, const Token* tok
 template <int BITS, int STEPS = 256 / READ<BITS>>
 void product_of_few(const Matrix& w, const Token* tokens, int64_t all, int type, const void* bias, int bias_type, void* out) {
     if constexpr (STEPS > 1)
-        if (tokens->span < STEPS * READ<BITS>) return product_of_few<BITS, STEPS / 2>(w, tokens, all, type, bias, bias_type, out);
+        if (tokens->span < STEPS * READ<BITS>)
+            return product_of_few<BITS, STEPS / 2>(w, tokens, all, type, bias, bias_type, out);
     share((w.rows + 7) / 8, w.rows * w.columns, [&](int64_t block, int64_t last) {
         const Matrix matrix = w;  // in registers
         for (; block < last; block++) {
@@ -316,10 +317,10 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
         share((w.rows + PANEL - 1) / PANEL, count * w.rows * w.columns, [&](int64_t i, int64_t last) {
             alignas(64) int16_t panel[PANEL * BLOCK];
             alignas(64) float scale[BLOCK / STEP * PANEL], offset[PANEL];
-            std::vector<float> sums(count * PANEL);  // (token, PANEL)
+            Aligned<float> sums(count * PANEL);  // (token, PANEL)
             for (; i < last; i++) {
                 int64_t row = i * PANEL, high = std::min(PANEL, w.rows - row);
-                std::fill(sums.begin(), sums.end(), 0.f);
+                std::fill(sums.get(), sums.get() + count * PANEL, 0.f);
                 for (int64_t block = 0; block < blocks; block++) {
                     int64_t first = block * BLOCK, wide = std::min(BLOCK, (w.columns - first + 15) / 16 * 16);
                     widen_panel<BITS>(w, row, first, wide, panel);

@@ -5,8 +5,6 @@
 // lines are read and written. What is written is not needed soon and goes past the caches.
 #pragma once
 
-#include <memory>
-
 #include "numbers.h"
 
 namespace {

@@ -31,7 +31,7 @@ void pair_values(const uint16_t* v, int64_t stride, int64_t key, int64_t keys, i
 // Queries t .. t + tokens of the heads that share a kv head: PANEL_ROWS rows (token, head) at most.
 struct Queries {
     int64_t shared, dim, past, t, tokens;
-    Lines query, weights, scores, sum;
+    Aligned<Line> query, weights, scores, sum;
     float most[PANEL_ROWS], mass[PANEL_ROWS];
 
     Queries(int64_t shared, int64_t dim, int64_t past)
@@ -40,7 +40,7 @@ struct Queries {
           sum(dim / SIDE * PANEL_ROWS) {}
 
     // Of what multiply_tiles sums: SIDE columns of a row, the first of which is `column`.
-    static float* cell(const Lines& of, int64_t row, int64_t column) {
+    static float* cell(const Aligned<Line>& of, int64_t row, int64_t column) {
         int64_t tile = column / SIDE / HALVES * HALVES * HALVES + row / SIDE * HALVES + column / SIDE % HALVES;
         return reinterpret_cast<float*>(&of[tile * SIDE + row % SIDE]);
     }

@@ -11,8 +11,6 @@
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <memory>
 #endif
 
 namespace {
@@ -48,21 +46,8 @@ void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-// Memory for so many lines, as it is. Aligned by hand: where the C library does it, it leaves holes in its heap.
-class Lines {
-    std::unique_ptr<uint8_t[]> memory;
-    Line* first;
-
-   public:
-    explicit Lines(int64_t count) : memory(new uint8_t[(count + 1) * sizeof(Line)]) {
-        first = reinterpret_cast<Line*>((reinterpret_cast<uintptr_t>(memory.get()) + sizeof(Line) - 1) / sizeof(Line) * sizeof(Line));
-    }
-    Line* get() const { return first; }
-    Line& operator[](int64_t i) const { return first[i]; }
-};
-
-// A tile of SIDE tokens from `token` on, DEEP columns from `k` on, of x (tokens, columns), `stride` numbers from one token to the
-// next: as (pair of columns, token, 2), zeros where there are none.
+// A tile of SIDE tokens from `token` on, DEEP columns from `k` on, of x (tokens, columns), `stride` numbers from one token to
+// the next: as (pair of columns, token, 2), zeros where there are none.
 void pair_tokens(const uint16_t* x, int64_t stride, int64_t token, int64_t tokens, int64_t k, int64_t columns, Line* out) {
     for (int64_t from = 0; from < SIDE; from += 8)
         for (int64_t part = 0; part < DEEP; part += 16) {  // eight pairs of eight tokens
@@ -172,7 +157,7 @@ void multiply_tiles(const Line* w, const Line* x, int64_t stride, int64_t count,
 struct Panels {
     const Stored& w;
     int64_t most, deep;                 // panels; blocks of DEEP columns
-    Lines weights, sums;                // (panel, block, row); (panel, half of rows, half of tokens, row) of fp32, SIDE to a line
+    Aligned<Line> weights, sums;        // (panel, block, row); (panel, half of rows, half of tokens, row) of SIDE sums
     std::vector<float> values, offset;  // of one row; of all: the bias
     int64_t row = 0, count = 0;         // the first, and how many there are
 
@@ -214,8 +199,8 @@ struct Panels {
     }
 };
 
-// `linear_packed` or `linear_stored` of bfloat16. `paired` has room for CHUNK tokens, or all if they are fewer: as (TOKENS_AT_ONCE,
-// block of DEEP columns, half), whole ones.
+// `linear_packed` or `linear_stored` of bfloat16. `paired` has room for CHUNK tokens, or all if they are fewer: as
+// (TOKENS_AT_ONCE, block of DEEP columns, half), whole ones.
 void linear_tiles(int64_t layout, const uint8_t* codes, const void* scale, int scale_type, const void* aside, int64_t high,
                   int64_t wide, int64_t rows, int64_t columns, const uint16_t* x, int64_t tokens, const void* bias,
                   Line* paired, uint16_t* out) {
