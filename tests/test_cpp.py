@@ -666,8 +666,8 @@ def stored(layout, rows, columns, seed=0):
 
 HALVES = {"Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
           "Q6_K": (208,), "IQ4_XS": (0,)}  # fmt: skip
-STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "fp8 1x40", "code4 float32", "code4 bfloat16",
-          "code4 float8_e4m3fn", "code4 float8_e8m0fnu", "int4 32", "int4 17 zeros", "int4 128 zeros", "int8 512", "int8 100 zeros"]  # fmt: skip
+STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "fp8 1x40",
+          "code4 float32", "code4 bfloat16", "code4 float8_e4m3fn", "code4 float8_e8m0fnu", "int4 32", "int4 17 zeros", "int4 128 zeros", "int8 512", "int8 64 zeros", "int8 100 zeros"]  # fmt: skip
 
 
 @needs_compiler
