@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import RequestError
-from .memory import empty, scratch
+from .memory import empty
 
 
 class KVCache:
@@ -194,7 +194,7 @@ class RecurrentCache:
         if self.rewind and not self._lent:
             self._recent[self.length], self._own = self.state, None
         if self.state is not None and self.state is not self._own:
-            self.state = self._own = tuple(scratch(x.shape, x.dtype, x.device).copy_(x) for x in self.state)
+            self.state = self._own = tuple(x.clone(memory_format=torch.contiguous_format) for x in self.state)
         self._lent = self.state is not None
         return self.state
 

@@ -779,7 +779,7 @@ def test_wider_registers_give_the_same_bits(request, bits):
 
 
 @needs_compiler
-@pytest.mark.parametrize("operation", ["attention", "attention_decode", "linear_int4", "linear_int8"])
+@pytest.mark.parametrize("operation", ["attention", "attention_decode", "gated_delta_rule", "linear_int4", "linear_int8"])
 def test_a_cpu_with_avx2_and_no_more_is_checked_too(plain_library, operation):
     report = check(operation, "cpp", dtype=torch.float16, device="cpu")
     assert report.ok, report.table()

@@ -169,44 +169,50 @@ struct Units {
     const float* at(int64_t token, int64_t group) const { return data + (token * groups + group) * keys; }
 };
 
-// 8 N columns of a state S (keys, width), or `count`, through all tokens: what S holds under the next token's key is summed while
-// this one's is written. v and out are read and written at `at` numbers, and so many further for the next token.
+// N registers of columns of a state S (keys, width), or `count` columns, through all tokens: what S holds under the next token's
+// key is summed while this one's is written. v and out are read and written at `at` numbers, and so many further for the next
+// token.
 template <int64_t N, int TYPE>
 void delta_tokens(float* state, int64_t keys, int64_t width, int64_t count, int64_t tokens, int64_t group, const Units& q,
                   const Units& k, const void* v, int64_t v_at, int64_t v_step, const float* g, const float* beta,
                   int64_t heads, void* out, int64_t out_at, int64_t out_step) {
-    std::vector<float> memory(keys * 8 * N);
-    __m256 held[N];
-    for (int64_t n = 0; n < N; n++) held[n] = _mm256_setzero_ps();
-    for (int64_t d = 0; d < keys; d++)
-        for (int64_t n = 0; n < N; n++) {
-            __m256 s = get8(state, d * width + 8 * n, FLOAT32, std::max<int64_t>(count - 8 * n, 0));
-            _mm256_storeu_ps(&memory[(d * N + n) * 8], s);
-            held[n] = _mm256_fmadd_ps(s, _mm256_set1_ps(k.at(0, group)[d]), held[n]);
-        }
+    constexpr int64_t COLUMNS = N * Floats::N;
+    auto left = [&](int64_t c) { return std::max<int64_t>(count - c, 0); };
+    Aligned<float> memory(keys * COLUMNS);
+    Floats held[N];
+    for (int64_t d = 0; d < keys; d++) {
+        float* row = &memory[d * COLUMNS];
+        for (int64_t c = 0; c < COLUMNS; c += 8) _mm256_storeu_ps(row + c, get8(state, d * width + c, FLOAT32, left(c)));
+        for (int64_t n = 0; n < N; n++) held[n].add_product(Floats::at(row + n * Floats::N), Floats::of(k.at(0, group)[d]));
+    }
     for (int64_t t = 0; t < tokens; t++) {
         const float *now = k.at(t, group), *next = k.at(std::min(t + 1, tokens - 1), group), *query = q.at(t, group);
-        const __m256 decay = _mm256_set1_ps(std::exp(g[t * heads])), part = _mm256_set1_ps(beta[t * heads]);
-        __m256 error[N], read[N];
+        const float decay = std::exp(g[t * heads]);
+        alignas(64) float values[COLUMNS];  // of v, then of what is read
+        for (int64_t c = 0; c < COLUMNS; c += 8) _mm256_store_ps(values + c, get8(v, v_at + t * v_step + c, TYPE, left(c)));
+        Floats error[N], read[N];
         for (int64_t n = 0; n < N; n++) {
-            __m256 value = get8(v, v_at + t * v_step + 8 * n, TYPE, std::max<int64_t>(count - 8 * n, 0));
-            error[n] = _mm256_mul_ps(part, _mm256_fnmadd_ps(decay, held[n], value));
-            read[n] = held[n] = _mm256_setzero_ps();
+            Floats value = Floats::at(values + n * Floats::N);
+            value.add_product(Floats::of(-decay), held[n]);
+            error[n] = Floats::of(beta[t * heads]) * value;
+            held[n] = Floats();
         }
         for (int64_t d = 0; d < keys; d++)
             for (int64_t n = 0; n < N; n++) {
-                float* at = &memory[(d * N + n) * 8];
-                __m256 s = _mm256_mul_ps(decay, _mm256_loadu_ps(at));
-                s = _mm256_fmadd_ps(_mm256_set1_ps(now[d]), error[n], s);
-                read[n] = _mm256_fmadd_ps(s, _mm256_set1_ps(query[d]), read[n]);
-                held[n] = _mm256_fmadd_ps(s, _mm256_set1_ps(next[d]), held[n]);
-                _mm256_storeu_ps(at, s);
+                float* at = &memory[d * COLUMNS + n * Floats::N];
+                Floats s = Floats::of(decay) * Floats::at(at);
+                s.add_product(Floats::of(now[d]), error[n]);
+                read[n].add_product(s, Floats::of(query[d]));
+                held[n].add_product(s, Floats::of(next[d]));
+                s.put(at);
             }
-        for (int64_t n = 0; n < N && 8 * n < count; n++) put8(out, out_at + t * out_step + 8 * n, TYPE, read[n], count - 8 * n);
+        for (int64_t n = 0; n < N; n++) read[n].put(values + n * Floats::N);
+        for (int64_t c = 0; c < COLUMNS && c < count; c += 8)
+            put8(out, out_at + t * out_step + c, TYPE, _mm256_load_ps(values + c), count - c);
     }
     for (int64_t d = 0; d < keys; d++)
-        for (int64_t n = 0; n < N && 8 * n < count; n++)
-            put8(state, d * width + 8 * n, FLOAT32, _mm256_loadu_ps(&memory[(d * N + n) * 8]), count - 8 * n);
+        for (int64_t c = 0; c < COLUMNS && c < count; c += 8)
+            put8(state, d * width + c, FLOAT32, _mm256_loadu_ps(&memory[d * COLUMNS + c]), count - c);
 }
 
 // `ops.gated_delta_rule` of q and k (batch, tokens, groups, keys) and v (batch, tokens, heads, width), last axes contiguous; g and
@@ -215,7 +221,8 @@ void gated_delta_rule(const void* q, const void* k, const void* v, int type, con
                       int64_t batch, int64_t tokens, int64_t groups, int64_t heads, int64_t keys, int64_t width, int64_t q0,
                       int64_t q1, int64_t q2, int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
     constexpr int64_t BESIDE = 2;  // registers of columns: with their sums and errors they are half of AVX2's
-    int64_t rows = batch * tokens * groups, blocks = (width + 8 * BESIDE - 1) / (8 * BESIDE);
+    constexpr int64_t COLUMNS = BESIDE * Floats::N;
+    int64_t rows = batch * tokens * groups, blocks = (width + COLUMNS - 1) / COLUMNS;
     std::vector<float> units(2 * rows * keys);
     share(2 * rows, 2 * rows * keys, [&](int64_t i, int64_t last) {
         for (; i < last; i++) {
@@ -230,7 +237,7 @@ void gated_delta_rule(const void* q, const void* k, const void* v, int type, con
     with_type(type, [&](auto known) {
         share(batch * heads * blocks, batch * heads * tokens * keys * width, [&](int64_t i, int64_t last) {
             for (; i < last; i++) {
-                int64_t b = i / blocks / heads, head = i / blocks % heads, c = i % blocks * 8 * BESIDE;
+                int64_t b = i / blocks / heads, head = i / blocks % heads, c = i % blocks * COLUMNS;
                 Units queries = {&units[b * tokens * groups * keys], keys, groups};
                 Units keyed = {&units[(rows + b * tokens * groups) * keys], keys, groups};
                 int64_t gates = b * tokens * heads + head;

@@ -17,6 +17,8 @@
 
 namespace {
 
+constexpr int64_t FEW = 16;         // tokens that are multiplied with one row after the other
+constexpr int64_t TOKENS = 4;       // of them at once, while a row is read: so many sums in registers
 constexpr int64_t AHEAD = 8192;     // bytes of a matrix that the second-level cache asks for before they are read
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
@@ -105,6 +107,7 @@ struct Floats {
     static Floats at(const float* from) { return {_mm512_loadu_ps(from)}; }
     static Floats of(float x) { return {_mm512_set1_ps(x)}; }
     void put(float* to) const { _mm512_storeu_ps(to, all); }
+    Floats operator*(Floats b) const { return {_mm512_mul_ps(all, b.all)}; }
     void add_product(Floats a, Floats b) { all = _mm512_fmadd_ps(a.all, b.all, all); }
     __m256 eight() const { return _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1)); }
 };
@@ -116,6 +119,7 @@ struct Floats {
     static Floats at(const float* from) { return {_mm256_loadu_ps(from)}; }
     static Floats of(float x) { return {_mm256_set1_ps(x)}; }
     void put(float* to) const { _mm256_storeu_ps(to, all); }
+    Floats operator*(Floats b) const { return {_mm256_mul_ps(all, b.all)}; }
     void add_product(Floats a, Floats b) { all = _mm256_fmadd_ps(a.all, b.all, all); }
     __m256 eight() const { return all; }
 };

@@ -22,7 +22,7 @@ from ..quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
 from .library import call, has_tiles, why_not
 
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
-FEW = 16  # what plain.h calls so
+FEW = 16  # what numbers.h calls so
 TILED = 8  # tokens from which tiles of 16 pay
 TILE_COLUMNS, TILE_ROWS, CHUNK = 32, 32, 512  # what tiles.h calls DEEP and PANEL_ROWS, and packed.h CHUNK
 TILE_KEYS = 128  # what tiled_attention.h calls AT_ONCE

@@ -1,10 +1,10 @@
 // y = x W^T + bias with a matrix of 4- or 8-bit codes, multiplied as integers.
 //
 // The codes are taken as they are; x is rounded to 16 bits under one scale for every BLOCK columns of a token, which is finer
-// than bfloat16. One instruction then multiplies sixteen columns and adds them in pairs: twice the speed of fp32. With one
-// token the codes are widened to 16 bits in a register, at the speed of memory; with many, PANEL rows at a time are widened
-// to the first-level cache, once for all tokens, and laid so that a register holds one pair of columns of eight rows: their
-// sums never have to be added across a register.
+// than bfloat16. One instruction then multiplies sixteen columns and adds them in pairs: twice the speed of fp32. With up
+// to FEW tokens the codes are widened to 16 bits in a register, with one at the speed of memory; with many, PANEL rows at a time
+// are widened to the first-level cache, once for all tokens, and laid so that a register holds one pair of columns of eight
+// rows: their sums never have to be added across a register.
 #pragma once
 
 #include "numbers.h"
@@ -20,8 +20,6 @@ constexpr int64_t TILE = 16;    // tokens multiplied with them at once: so many 
 constexpr int64_t TILE = 6;     // 2 * 6 sums in registers
 #endif
 constexpr int64_t CHUNK = 512;  // tokens rounded together
-constexpr int64_t ABREAST = 4;  // tokens multiplied with a row while it is read: so many sums in registers
-constexpr int64_t FEWER = 16;   // tokens for which no panel is widened
 
 struct Matrix {
     const uint8_t* codes;
@@ -181,8 +179,8 @@ __attribute__((noinline)) float multiply_row_of(const Matrix& w, int64_t row, co
     return y;
 }
 
-// Eight rows from `row` on, or `count`, times `all` tokens or the first ABREAST, each as if it were alone, to (token, row).
-template <int BITS, int STEPS, int64_t T = ABREAST>
+// Eight rows from `row` on, or `count`, times `all` tokens or the first TOKENS, each as if it were alone, to (token, row).
+template <int BITS, int STEPS, int64_t T = TOKENS>
 void multiply_rows(const Matrix& w, int64_t row, int64_t count, const Token* tokens, int64_t all, int type, const void* bias,
                    int bias_type, void* out, int64_t to) {
     if constexpr (T > 1)
@@ -196,7 +194,7 @@ void multiply_rows(const Matrix& w, int64_t row, int64_t count, const Token* tok
     for (int j = 0; j < T; j++) put8(out, to + j * w.rows + row, type, _mm256_load_ps(y[j]), count);
 }
 
-// A few tokens, ABREAST together: codes come from memory for the first of them.
+// Up to FEW tokens, TOKENS at once: codes come from memory for the first of them.
 template <int BITS, int STEPS = 256 / READ<BITS>>
 void product_of_few(const Matrix& w, const Token* tokens, int64_t all, int type, const void* bias, int bias_type, void* out) {
     if constexpr (STEPS > 1)
@@ -206,7 +204,7 @@ void product_of_few(const Matrix& w, const Token* tokens, int64_t all, int type,
         const Matrix matrix = w;  // in registers
         for (; block < last; block++) {
             int64_t row = block * 8, count = std::min<int64_t>(8, w.rows - row);
-            for (int64_t t = 0; t < all; t += ABREAST)
+            for (int64_t t = 0; t < all; t += TOKENS)
                 multiply_rows<BITS, STEPS>(matrix, row, count, tokens + t, all - t, type, bias, bias_type, out, t * w.rows);
         }
     });
@@ -343,7 +341,7 @@ void product_of_many(const Matrix& w, const void* x, int type, int64_t tokens, c
 
 template <int BITS>
 void product(const Matrix& w, const void* x, int type, int64_t tokens, const void* bias, int bias_type, void* out) {
-    if (tokens < 1 || tokens > FEWER || w.columns % READ<BITS>)
+    if (tokens < 1 || tokens > FEW || w.columns % READ<BITS>)
         return product_of_many<BITS>(w, x, type, tokens, bias, bias_type, out);
     std::vector<Token> few;
     for (int64_t t = 0; t < tokens; t++)

@@ -5,9 +5,7 @@
 
 namespace {
 
-constexpr int64_t FEW = 16;   // tokens of a product; `operations.py` brings no more
-constexpr int64_t TOKENS = 4;  // of them multiplied with a row at once: two sums each in registers
-constexpr int64_t ROWS = 8;    // that one thread takes at a time, for all tokens while they are in its cache
+constexpr int64_t ROWS = 8;  // that one thread takes at a time, for all tokens while they are in its cache
 
 // A row times T tokens of x (T, padded), which are fp32 with zeros behind them.
 template <int TYPE, int64_t T>
@@ -50,7 +48,8 @@ std::vector<float> widened(const void* x, int64_t from, int type, int64_t rows, 
     return wide;
 }
 
-// `ops.linear` of x (tokens, columns) and w (rows, columns), both contiguous, up to FEW tokens, summed in fp32.
+// `ops.linear` of x (tokens, columns) and w (rows, columns), both contiguous, summed in fp32. Up to FEW tokens: `operations.py`
+// brings no more.
 void linear(const void* w, int64_t rows, int64_t columns, const void* x, int type, int64_t tokens, const void* bias, void* out) {
     int64_t padded = (columns + 7) / 8 * 8;
     std::vector<float> wide = widened(x, 0, type, tokens, columns);
