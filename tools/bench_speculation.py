@@ -1,6 +1,7 @@
 """Speculative decoding with the bundled hybrid's draft layer: same answers, accepted guesses, speed beside plain decoding.
 
     python tools/bench_speculation.py
+    python tools/bench_speculation.py --fast        # the fused model, with backend.use("cpp")
 
 Twelve prompts, greedy, 64 tokens at most, plain and speculative in turn. Speed is the median ratio of decoding times over
 prompts whose answers are equally long; above 1: speculation is faster.
@@ -8,6 +9,7 @@ prompts whose answers are equally long; above 1: speculation is faster.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from typing import Any
 
@@ -21,10 +23,16 @@ REQUESTS = [[{"role": "user", "content": f"Tell me a story about a {subject}."}]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true")
+    fast = parser.parse_args().fast
     torch.set_num_threads(2)
+    if fast:
+        qr.backend.use("cpp")
     prompts: list[Any] = [*PROMPTS[:8], *REQUESTS]
     for dtype in ("float32", "bfloat16"):
         model, tokenizer = qr.load("tiny-hybrid", dtype=dtype)
+        model = model.fuse() if fast else model
         for k in (1, 2, 3, 5):
             pairs = [[qr.generate(model, tokenizer, prompt, max_tokens=64, temperature=0, speculate=guesses)[0]
                       for guesses in (0, k)] for prompt in prompts]  # fmt: skip
