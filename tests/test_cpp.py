@@ -99,6 +99,30 @@ def test_a_few_tokens_are_each_as_if_alone(bits, shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_few_tokens_of_plain_and_stored_products_are_each_as_if_alone(dtype):
+    x, bias = torch.randn(16, 168, generator=torch.Generator().manual_seed(1)).to(dtype), torch.randn(37).to(dtype)
+    weight, other = torch.randn(37, 168).to(dtype), stored("fp8 5x7", 37, 168)
+    for linear, w in ((cpp.linear, weight), (cpp.linear_stored, other)):
+        alone = torch.stack([linear(row, w, bias) for row in x])
+        for tokens in range(2, 17 if linear is cpp.linear or dtype != torch.bfloat16 else cpp.TILED):
+            assert torch.equal(linear(x[:tokens], w, bias), alone[:tokens]), tokens
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 2, 24), (16, 8, 128), (5, 1, 40)])
+@pytest.mark.parametrize("keys", [7, 31, 512, 515, 1030])
+def test_a_few_queries_are_each_as_if_decoded(dtype, heads, kv_heads, dim, keys):
+    g = torch.Generator().manual_seed(keys)
+    q, k, v = (torch.randn(2, n, t, dim, generator=g).to(dtype) for n, t in ((heads, 7), (kv_heads, keys), (kv_heads, keys)))
+    together = cpp.attention(q, k, v)
+    for t in range(7):
+        lengths = torch.full((2,), keys - 6 + t, dtype=torch.int32)
+        assert torch.equal(together[:, :, t], cpp.attention_decode(q[:, :, t], k, v, lengths)), t
+
+
+@needs_compiler
 def test_only_x_is_rounded():
     """With x of few whole numbers nothing is lost: the codes, zeros and sums are exact, also at their largest."""
     for bits, worst in ((4, (15, 0)), (8, (-128, 127))):

@@ -551,6 +551,24 @@ def test_a_few_tokens_are_stepped_through_and_taken_back(name, choice):
 
 
 @compiled
+@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_tokens_in_one_pass_have_the_bits_of_single_ones(in_cpp, name, dtype):
+    """So guesses cannot change an answer."""
+    fast, ids = recordable(name, dtype).fuse(), IDS[:1]
+    cache = fast.make_cache()
+    fast(ids[:, :8], None, cache)
+    alone = torch.cat([fast(ids[:, t : t + 1], None, cache) for t in range(8, 20)], dim=1)
+    assert is_recorded(cache)
+    cache, out = fast.make_cache(), []
+    fast(ids[:, :8], None, cache)
+    for count in (2, 3, 4, 3):
+        cache.remember(count)
+        out.append(fast(ids[:, cache.length : cache.length + count], None, cache))
+    assert torch.equal(torch.cat(out, dim=1), alone)
+
+
+@compiled
 def test_another_choice_is_another_record(in_cpp):
     ours = recordable()
     fast, cache = ours.fuse(), ours.make_cache()

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t KEYS = 32;     // keys and values in fp32 at a time
 constexpr int64_t QUERIES = 16;  // rows of queries that share them, if one kv head has no more
-constexpr int64_t SPAN = 512;    // keys that one token reads in a part of the loop, so that few kv heads occupy many threads
+constexpr int64_t SPAN = 512;    // keys read together, and joined with others: a token's can be shared by threads
 
 int64_t padded(int64_t dim) { return (dim + Floats::N - 1) / Floats::N * Floats::N; }  // numbers of a row, zeros at its end
 
@@ -62,6 +62,10 @@ void weigh(const float* p, const float* v, int64_t wide, float* out) {
 struct Heads {
     const void* data;
     int64_t batch, head, token;  // strides, in numbers
+
+    Heads after(int64_t tokens, int type) const {
+        return {static_cast<const uint8_t*>(data) + tokens * token * size(type), batch, head, token};
+    }
 };
 
 // What queries have read so far, a row for every (token, head): softmax's weights are exp(score - most), their sum `mass`, and
@@ -128,7 +132,7 @@ int64_t even(int64_t rows) { return (rows + 1) / 2 * 2; }  // as the products ab
 // Numbers that `attend` needs beside what it has read.
 int64_t beside(int64_t rows, int64_t dim) { return even(rows) * (padded(dim) + KEYS) + KEYS * padded(dim); }
 
-// Queries t .. t + tokens of the heads that share one kv head, over all keys they see, KEYS at a time.
+// Queries t .. t + tokens of the heads that share one kv head, over the first SPAN of the keys they see, KEYS at a time.
 template <int TYPE>
 void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t kv, int64_t shared, int64_t t, int64_t tokens,
             int64_t past, int64_t dim, float* memory, const Reading& reading) {
@@ -143,7 +147,7 @@ void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t k
         for (int64_t d = 0; d < dim; d += 8)
             _mm256_storeu_ps(query + r * wide + d, _mm256_mul_ps(get8(q.data, from + d, TYPE), root));
     }
-    int64_t end = past + t + tokens;
+    int64_t end = std::min(past + t + tokens, SPAN);
     auto widen_block = [&](const Heads& x, int64_t first) {
         for (int64_t s = 0; s < KEYS; s++) {
             int64_t from = b * x.batch + kv * x.head + (first + s) * x.token;
@@ -172,6 +176,7 @@ void attend(const Heads& q, const Heads& k, const Heads& v, int64_t b, int64_t k
 
 // `ops.attention` without a mask: q (batch, heads, queries, dim), k and v (batch, kv_heads, keys, dim), last axes contiguous,
 // dim a multiple of eight. Everything is fp32 until the result is rounded: (batch, queries, heads, dim), as `o_proj` reads it.
+// To the bit what `attention_decode` gives for each query alone.
 void attention(const void* q, const void* k, const void* v, int type, int64_t batch, int64_t heads,
                           int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, int64_t q0, int64_t q1, int64_t q2,
                           int64_t k0, int64_t k1, int64_t k2, int64_t v0, int64_t v1, int64_t v2, void* out) {
@@ -180,12 +185,18 @@ void attention(const void* q, const void* k, const void* v, int type, int64_t ba
     int64_t tiles = (queries + tokens - 1) / tokens;
     with_type(type, [&](auto known) {
         share(batch * kv_heads * tiles, batch * heads * queries * keys * dim, [&](int64_t i, int64_t last) {
-            Aligned<float> memory(beside(shared * tokens, dim)), read(Reading::room(even(shared * tokens), dim));
+            int64_t room = Reading::room(even(shared * tokens), dim);
+            Aligned<float> memory(beside(shared * tokens, dim)), read(2 * room);
             for (; i < last; i++) {
                 int64_t b = i / tiles / kv_heads, kv = i / tiles % kv_heads;
                 int64_t t = (tiles - 1 - i % tiles) * tokens, count = std::min(tokens, queries - t);  // the longest first
                 Reading reading = Reading::at(read.get(), even(shared * count), dim);
-                attend<decltype(known)::value>(qh, kh, vh, b, kv, shared, t, count, keys - queries, dim, memory.get(), reading);
+                Reading further = Reading::at(read.get() + room, even(shared * count), dim);
+                for (int64_t past = keys - queries, from = 0; from < past + t + count; from += SPAN) {
+                    attend<decltype(known)::value>(qh, kh.after(from, type), vh.after(from, type), b, kv, shared, t, count,
+                                                   past - from, dim, memory.get(), from ? further : reading);
+                    if (from) reading.add(further);
+                }
                 for (int64_t r = 0; r < shared * count; r++)
                     reading.put(r, out, ((b * queries + t + r / shared) * heads + kv * shared + r % shared) * dim, dim, type);
             }
@@ -211,10 +222,9 @@ void attention_decode(const void* q, const void* k, const void* v, const int32_t
             Aligned<float> memory(beside(shared, dim));
             for (; i < last; i++) {
                 int64_t b = i / spans / kv_heads, kv = i / spans % kv_heads, from = i % spans * SPAN;
-                int64_t count = std::min(seen(b) - from, SPAN), first = (held(b) - seen(b) + from) * size(TYPE);
+                int64_t count = std::min(seen(b) - from, SPAN), first = held(b) - seen(b) + from;
                 if (count <= 0) continue;
-                Heads kh = {static_cast<const uint8_t*>(k) + first * k2, k0, k1, k2};
-                Heads vh = {static_cast<const uint8_t*>(v) + first * v2, v0, v1, v2};
+                Heads kh = Heads{k, k0, k1, k2}.after(first, TYPE), vh = Heads{v, v0, v1, v2}.after(first, TYPE);
                 attend<TYPE>({q, q0, q1, 0}, kh, vh, b, kv, shared, 0, 1, count - 1, dim, memory.get(), reading(i));
             }
         }, MANY_PARTS);

@@ -18,7 +18,6 @@
 namespace {
 
 constexpr int64_t FEW = 16;         // tokens that are multiplied with one row after the other
-constexpr int64_t TOKENS = 4;       // of them at once, while a row is read: so many sums in registers
 constexpr int64_t AHEAD = 8192;     // bytes of a matrix that the second-level cache asks for before they are read
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };

@@ -20,6 +20,7 @@ constexpr int64_t TILE = 16;    // tokens multiplied with them at once: so many 
 constexpr int64_t TILE = 6;     // 2 * 6 sums in registers
 #endif
 constexpr int64_t CHUNK = 512;  // tokens rounded together
+constexpr int64_t TOKENS = 4;   // multiplied with a row at once, while it is read: so many sums in registers
 
 struct Matrix {
     const uint8_t* codes;

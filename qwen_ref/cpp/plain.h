@@ -6,11 +6,16 @@
 namespace {
 
 constexpr int64_t ROWS = 8;  // that one thread takes at a time, for all tokens while they are in its cache
+#ifdef WIDE
+constexpr int64_t ABREAST = 4;  // tokens that are multiplied with a row at once: four sums each in 32 registers
+#else
+constexpr int64_t ABREAST = 2;  // in 16
+#endif
 
-// A row times T tokens of x (T, padded), which are fp32 with zeros behind them.
+// A row times T tokens of x (T, padded), which are fp32 with zeros behind them. Each is summed as if it were alone.
 template <int TYPE, int64_t T>
 void dot_row(const void* w, int64_t first, int64_t columns, const float* x, int64_t padded, float* y) {
-    constexpr int64_t N = T > 1 ? 2 : 4;  // sums of a token, so that one need not wait for the other
+    constexpr int64_t N = 4;  // sums of a token, so that one need not wait for the other
     __m256 sums[T][N];
     for (auto& of_token : sums)
         for (auto& sum : of_token) sum = _mm256_setzero_ps();
@@ -19,7 +24,8 @@ void dot_row(const void* w, int64_t first, int64_t columns, const float* x, int6
     };
     int64_t k = 0;
     for (; k + 8 * N <= columns; k += 8 * N) {
-        _mm_prefetch(static_cast<const char*>(w) + (first + k) * size(TYPE) + AHEAD, _MM_HINT_T1);
+        for (int64_t line = 0; line < 8 * N * size(TYPE); line += 64)
+            _mm_prefetch(static_cast<const char*>(w) + (first + k) * size(TYPE) + AHEAD + line, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int64_t lane = 0; lane < N; lane++) add(get8(w, first + k + 8 * lane, TYPE), k + 8 * lane, lane);
     }
@@ -30,8 +36,8 @@ void dot_row(const void* w, int64_t first, int64_t columns, const float* x, int6
     }
 }
 
-// The same for 1 to TOKENS tokens.
-template <int TYPE, int64_t T = TOKENS, typename... Rest>
+// The same for 1 to ABREAST tokens.
+template <int TYPE, int64_t T = ABREAST, typename... Rest>
 void dot_row_of(int64_t tokens, const Rest&... rest) {
     if constexpr (T > 1)
         if (tokens < T) return dot_row_of<TYPE, T - 1>(tokens, rest...);
@@ -61,7 +67,7 @@ void linear(const void* w, int64_t rows, int64_t columns, const void* x, int typ
                 float y[FEW * ROWS] = {}, offset[ROWS] = {};
                 for (int64_t i = 0; i < count; i++) {
                     offset[i] = bias ? get(bias, first + i, TYPE) : 0;
-                    for (int64_t t = 0; t < tokens; t += TOKENS)
+                    for (int64_t t = 0; t < tokens; t += ABREAST)
                         dot_row_of<TYPE>(tokens - t, w, (first + i) * columns, columns, &wide[t * padded], padded,
                             y + t * ROWS + i);
                 }

@@ -228,7 +228,7 @@ void linear_stored(int64_t layout, const uint8_t* codes, const void* scale, int 
             for (int64_t i = 0; i < count; i++) {
                 read_row(w, first + i, row.data());
                 offset[i] = bias ? get(bias, first + i, type) : 0;
-                for (int64_t t = 0; t < tokens; t += TOKENS)
+                for (int64_t t = 0; t < tokens; t += ABREAST)
                     dot_row_of<FLOAT32>(tokens - t, row.data(), 0, columns, &wide_x[t * padded], padded, y + t * ROWS + i);
             }
             for (int64_t t = 0; t < tokens; t++)
