@@ -62,11 +62,11 @@ class State(NamedTuple):
     cache: RecurrentCache | None
     own: tuple[Tensor, Tensor] | None = None  # of one token whose cache is elsewhere: what `cache.writable` would give
 
-    def steps(self, count: int) -> bool:
-        """Whether there is a state, and it is to be had after each of so many tokens."""
-        if self.own is not None:
-            return count == 1
-        return self.cache is not None and self.cache.state is not None and count <= max(self.cache.rewind, 1)
+    def stepwise(self, count: int) -> bool:
+        """Whether there is a state, and the cache takes so many tokens one by one."""
+        if self.cache is None or self.cache.state is None:
+            return self.own is not None
+        return all(piece.stop - piece.start == 1 for piece in self.cache.pieces(count))
 
 
 class Together(nn.Module):
@@ -148,7 +148,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, state: State) -> Tensor:  # (B, T, H) -> (B, T, H)
         net, count = self.net, x.shape[1]
-        if any(self._replaced) or not state.steps(count):
+        if any(self._replaced) or not state.stepwise(count):
             return net(x, state.real, state.cache)
         if state.real is not None:
             x = x * state.real[..., None]

@@ -7,7 +7,7 @@
 the logits through the fast products may be off by no more than twice what the formulas lose. Then the sides take turns, each
 in a fresh process, `--rounds` times; medians and the spread (minimum to maximum) are printed, and one JSON object as the
 last line. The head is quantised as the other matrices are, on all sides. Ours is fused, and runs with `backend.use("cpp")`.
-`--without amx_bf16` has it run as on a CPU that lacks this; a llama.cpp to go with it has to be built without it, too.
+With `--no-amx` ours leaves a CPU's matrix unit out; a llama.cpp to go with it has to be built without, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ QWEN35_08B: dict[str, Any] = {
     "num_attention_heads": 8, "num_hidden_layers": 24, "num_key_value_heads": 2, "linear_num_value_heads": 16,
     "tie_word_embeddings": True, "vocab_size": 248320,
 }  # fmt: skip
-ISA = {"amx_bf16": "AVX512_CORE_BF16", "avx512_vnni": "AVX2"}  # what oneDNN may use without it
 RIVAL = {"int8": "q8_0", "int4": "q4_0"}
 GOALS = {"int8 decode": 1.0, "int4 decode": 1.1, "int8 prefill": 1.5, "int4 prefill": 1.5}
 WARM, LIKE = 16, 2.0  # tokens before decoding; how many times the formulas' own error in bf16 the fast products may have
@@ -68,22 +67,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=tuple(RIVAL), help="measure one width")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="with so many processes that want a core each")
-    parser.add_argument("--without", choices=tuple(ISA), help="leave out what this CPU has")
+    parser.add_argument("--no-amx", action="store_true", help="leave out the CPU's matrix unit")
     parser.add_argument("--worker", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     parser.add_argument("--gate", choices=tuple(RIVAL), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.without and not (args.worker or args.gate):
-        os.environ["ONEDNN_MAX_CPU_ISA"] = ISA[args.without]  # for PyTorch's products, in the processes to come
     if args.worker or args.gate:
-        if args.without:
-            from qwen_ref.cpp import library
-
-            del library.BEYOND[args.without]
         print(json.dumps(measure(args.worker, args) if args.worker else gate(args.gate, args)))
         return
     widths = [args.only] if args.only else list(RIVAL)
     own = ["--layers", args.layers, "--prompt", args.prompt, "--tokens", args.tokens, "--threads", args.threads]
-    own += ["--without", args.without] if args.without else []
+    if args.no_amx:
+        own += ["--no-amx"]
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # for PyTorch's products, in the processes to come
     for width in widths:
         error = child([sys.executable, __file__, "--gate", width, *own])["error"]
         if not error < LIKE:
@@ -155,7 +150,7 @@ def measure(width: str, args: argparse.Namespace) -> dict[str, Any]:
     imported = peak()
     from qwen_ref import backend
 
-    torch.set_num_threads(args.threads)
+    set_up(args)
     backend.use("cpp")
     with torch.inference_mode():
         model = random_model(width, args.layers)
@@ -189,7 +184,7 @@ def gate(width: str, args: argparse.Namespace) -> dict[str, float]:
 
     from qwen_ref import backend
 
-    torch.set_num_threads(args.threads)
+    set_up(args)
     with torch.inference_mode():
         model = random_model(width, min(args.layers, 2))
         prompts = [torch.tensor([[i * 7919 % 150000 for i in range(count)]]) for count in (1, 7)]
@@ -201,6 +196,17 @@ def gate(width: str, args: argparse.Namespace) -> dict[str, float]:
             exact = [step(model, ids, model.make_cache()) for ids in prompts]
     errors = [max(float((y - e).norm() / e.norm()) for y, e in zip(side, exact, strict=True)) for side in (fast, plain)]
     return {"error": errors[0] / errors[1]}
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """How many threads, and what of the CPU cpp may use."""
+    import torch
+
+    from qwen_ref.cpp import library
+
+    torch.set_num_threads(args.threads)
+    if args.no_amx:
+        library.BEYOND.pop("amx_bf16", None)
 
 
 def step(model: Any, ids: Any, cache: Any) -> Any:

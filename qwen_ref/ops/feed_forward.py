@@ -20,7 +20,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def take_columns(x: Tensor, order: Tensor) -> Tensor:
     """x[..., order]: the columns of a projection whose rows do not lie as what reads them wants them.
 
-    Args: x (..., K); order (M,) int64, each 0 <= i < K. Returns (..., M).
+    Args: x (..., K); order (M,) int64, each 0 <= i < K. Returns (..., M) in x's dtype. A column that is not there is an
+    IndexError or RuntimeError.
     """
     return x.index_select(-1, order)
 
