@@ -270,7 +270,8 @@ def _steps(
     q, k = q + batch * q0 + head // ratio * q2, k + batch * k0 + head // ratio * k2
     v, out = v + batch * v0 + head * v2, out + batch * o0 + head * o2
     g, beta = g + batch * g0 + head * g2, beta + batch * b0 + head * b2
-    for time in range(0, length):
+    for token in range(0, length):
+        time = token.to(tl.int64)
         query = tl.load(q + time * q1 + d * q3, mask=d < DK, other=0.0).to(tl.float32)
         key = tl.load(k + time * k1 + d * k3, mask=d < DK, other=0.0).to(tl.float32)
         value = tl.load(v + time * v1 + e * v3, mask=e < DV, other=0.0).to(tl.float32)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen_ref.backend import emulated
 from qwen_ref.errors import RequestError
 
 ANY = "any device"  # the key of a launch that was chosen by reasoning, not measured on a device
@@ -22,7 +23,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """The answer of every kernel here: None, or why not. The backend has seen to the device before it asks."""
     if dtype not in DTYPES:
         return f"{dtype} is not one of bfloat16, float16, float32"
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    if triton.knobs.runtime.interpret and dtype == torch.bfloat16:
         return "Triton's CPU interpreter truncates to bfloat16 where a GPU rounds; use float16 or float32"
     return None
 
@@ -62,7 +63,7 @@ def tuned(table: Mapping[tuple[str, Any], dict[str, int]], device: torch.device,
 
 @torch.compiler.assume_constant_result
 def _name(kind: str, index: int | None) -> str:
-    return torch.cuda.get_device_name(index) if kind == "cuda" else kind
+    return torch.cuda.get_device_name(index) if kind == "cuda" else emulated() or kind
 
 
 def rows(*tensors: Tensor) -> tuple[list[int], list[list[int]]]:

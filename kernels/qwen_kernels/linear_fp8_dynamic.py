@@ -68,7 +68,7 @@ def run(x: Tensor, weight: Fp8, bias: Tensor | None = None) -> Tensor:
             packed_linear._by_vectors(TUNED, rounded, found, bias, out, columns, inner)
             return out
         block = math.gcd(found.group or 128, 128 if x.element_size() == 2 else 32)
-        if block < 16:
+        if block < 32 and (block < 16 or x.element_size() == 2):  # tl.dot of FP8 wants 32 columns
             return packed.linear_fp8_dynamic(x, weight, bias)
         return _by_tiles(flat, found, bias, columns, group, block).view(*x.shape[:-1], columns)
 
@@ -80,7 +80,7 @@ def _rounded(x: Tensor, group: int, dtype: torch.dtype, values: bool = False) ->
     codes = torch.empty(count, inner, dtype=dtype, device=x.device)
     scales = torch.empty(count, groups, dtype=torch.float32, device=x.device)
     several = max(1, 1024 // block)
-    _round_rows[(triton.cdiv(groups, several), count)](
+    _round_rows[(count, triton.cdiv(groups, several))](
         x, codes, scales, inner, group, groups, VALUES=values, GROUPS=several, BLOCK=block,
         num_warps=max(4, min(8, block // 512)),
     )  # fmt: skip
@@ -115,8 +115,8 @@ def _round_rows(
     VALUES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VALUES: codes times scale, instead of codes."""
-    row = tl.program_id(1).to(tl.int64)
-    which, at = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    which, at = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, BLOCK)
     k = which[:, None] * group + at[None, :]
     inside = (at < group)[None, :] & (k < inner)
     values = tl.load(x + row * inner + k, mask=inside, other=0.0).to(tl.float32)

@@ -110,7 +110,7 @@ def _by_tiles(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts
         h, down, weights, order, ends, y, hidden, inner, *down.stride(),
         BLOCK_N=block_n, EVEN=inner % launch["BLOCK_K"] == 0, **launch,
     )  # fmt: skip
-    _add_slots[(triton.cdiv(hidden, 1024), tokens)](
+    _add_slots[(tokens, triton.cdiv(hidden, 1024))](
         y, out, hidden, k, SLOTS=triton.next_power_of_2(k), BLOCK=1024, num_warps=4
     )
 
@@ -167,9 +167,9 @@ def _down_vectors(
     d0, d1, d2,
     SLOTS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)  # the first axis of a grid: the others end at 65535
     slot = tl.arange(0, SLOTS)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     chosen = slot < slots
     expert = tl.load(experts + token * slots + slot, mask=chosen, other=0).to(tl.int64)
     weight = tl.load(weights + token * slots + slot, mask=chosen, other=0.0).to(tl.float32)
@@ -344,9 +344,9 @@ def _down_tiles(
 
 @triton.jit
 def _add_slots(y, out, hidden, slots, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)  # the first axis of a grid: the others end at 65535
     slot = tl.arange(0, SLOTS)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (slot < slots)[:, None] & (n < hidden)[None, :]
     held = tl.load(y + (token * slots + slot)[:, None] * hidden + n[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * hidden + n, tl.sum(held, axis=0).to(out.dtype.element_ty), mask=n < hidden)

@@ -201,7 +201,6 @@ def add_chunks(
     Five axes from the pointers on, (M, N, words, bytes, C). With the chunks last neighbouring threads get neighbouring
     chunks, each a whole one, of whatever is loaded: nothing moves between threads until the end.
     """
-    shape: tl.constexpr = (total.shape[0], total.shape[1], WIDE, total.shape[2])
     c = first + tl.arange(0, total.shape[2])[None, None, None, None, :]
     w = tl.arange(0, WIDE // BYTES)[None, None, :, None, None]
     j = tl.arange(0, BYTES)[None, None, None, :, None]
@@ -213,10 +212,17 @@ def add_chunks(
     left, right, s = DECODE(
         codes, scale, extra, line, c, w, j, width, c1, s1, e1, GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN
     )
-    part = tl.sum(tl.reshape(left * even.to(tl.float32), shape), axis=2)
+    part = _chunk_sum(left * even.to(tl.float32))
     if NIBBLES:
-        part += tl.sum(tl.reshape(right * (odd.to(tl.float32) * SECOND), shape), axis=2)
-    return total + part * tl.sum(tl.sum(s, axis=2), axis=2)
+        part += _chunk_sum(right * (odd.to(tl.float32) * SECOND))
+    return total + part * _chunk_sum(s)
+
+
+@triton.jit
+def _chunk_sum(values):
+    """(M, N, words, bytes, C) to (M, N, C), one axis after the other: Triton 3.7 adds up the wrong threads where one axis is
+    made of two and these are not neighbours in a warp."""
+    return tl.sum(tl.sum(values, axis=3), axis=2)
 
 
 @triton.jit

@@ -141,7 +141,7 @@ def _by_tiles(
         *second.expert_strides(), *second.strides(), EXPERTS=padded, BLOCK_M=block_m,
         **_tile_launch(launch, "BLOCK_N", second, width),
     )  # fmt: skip
-    _add_slots[(triton.cdiv(hidden, 1024), tokens)](
+    _add_slots[(tokens, triton.cdiv(hidden, 1024))](
         y, out, hidden, k, SLOTS=triton.next_power_of_2(k), BLOCK=1024, num_warps=4
     )
 

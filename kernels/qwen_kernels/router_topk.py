@@ -67,7 +67,8 @@ def _router_topk(
     index = tl.zeros((ROWS, SLOTS), tl.int64)
     for i in range(K):
         largest = tl.max(left, axis=1)  # (ROWS,)
-        where = tl.min(tl.where(left == largest[:, None], expert[None, :], EXPERTS), axis=1)  # the first of equals
+        # The first of equals; of logits with NaN, which equal nothing, the last: an expert that is there.
+        where = tl.min(tl.where(left == largest[:, None], expert[None, :], experts - 1), axis=1)
         best = tl.where(slot[None, :] == i, largest[:, None], best)
         index = tl.where(slot[None, :] == i, where[:, None].to(tl.int64), index)
         left = tl.where(expert[None, :] == where[:, None], -1.0, left)

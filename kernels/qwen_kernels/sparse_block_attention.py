@@ -39,7 +39,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor | None, 
 
     Returns (B, N, T, D); zeros for a padding query.
     """
-    require("sparse_block_attention", q, k, v, blocks)
+    require("sparse_block_attention", q, k, v, blocks, *(() if starts is None else (starts,)))
     batch, heads, queries, dim = q.shape
     kv_heads, length = k.shape[1:3]
     if k.shape != v.shape or heads % kv_heads or {k.dtype, v.dtype} != {q.dtype} or dim > 256:
@@ -55,7 +55,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor | None, 
     with on(q.device):
         _chosen_blocks[(batch * queries, kv_heads)](
             q, k, v, blocks, blocks if starts is None else starts, out, queries, length, blocks.shape[2], ratio, dim, dim**-0.5,
-            *q.stride(), *k.stride(), *v.stride(), *blocks.stride(), *out.stride(),
+            *q.stride(), *k.stride(), *v.stride(), *blocks.stride(), *out.stride(), 0 if starts is None else starts.stride(0),
             GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=width, PADDED=starts is not None,
             **tuned(TUNED, q.device, (q.element_size(), width)),
         )  # fmt: skip
@@ -65,18 +65,18 @@ def run(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor | None, 
 @triton.jit
 def _chosen_blocks(
     q, k, v, blocks, starts, out, queries, length, top, ratio, dim, scale,
-    q0, q1, q2, q3, k0, k1, k2, k3, v0, v1, v2, v3, b0, b1, b2, o0, o1, o2, o3,
+    q0, q1, q2, q3, k0, k1, k2, k3, v0, v1, v2, v3, b0, b1, b2, o0, o1, o2, o3, t0,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     batch, query = (tl.program_id(0) // queries).to(tl.int64), tl.program_id(0) % queries
-    kv_head = tl.program_id(1)
+    line, kv_head = query.to(tl.int64), tl.program_id(1)
     row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
     head = kv_head * GROUP + row
     inside = (row < GROUP)[:, None] & (column < dim)[None, :]
-    queried = tl.load(q + batch * q0 + head[:, None] * q1 + query * q2 + column[None, :] * q3, mask=inside, other=0.0)
+    queried = tl.load(q + batch * q0 + head[:, None] * q1 + line * q2 + column[None, :] * q3, mask=inside, other=0.0)
     start = 0
     if PADDED:
-        start = tl.load(starts + batch).to(tl.int32)
+        start = tl.load(starts + batch * t0).to(tl.int32)
     seen = length - queries + query + 1 - start  # tokens up to the query, its own included; not above 0: padding
     complete = tl.maximum(seen, 0) // ratio
     listed = top * ratio  # slots of chosen blocks; the tail's follow
@@ -86,7 +86,7 @@ def _chosen_blocks(
     mixed = tl.zeros((ROWS, DIM), tl.float32)
     for first in range(0, slots, SLOTS):
         slot = first + tl.arange(0, SLOTS)
-        block = tl.load(blocks + batch * b0 + query * b1 + (slot // ratio) * b2, mask=slot < listed, other=-1)
+        block = tl.load(blocks + batch * b0 + line * b1 + (slot // ratio) * b2, mask=slot < listed, other=-1)
         token = tl.where(slot < listed, block.to(tl.int32) * ratio + slot % ratio, complete * ratio + slot - listed)
         read = (slot < slots) & (token >= 0)
         token = (start + token).to(tl.int64)
@@ -103,5 +103,5 @@ def _chosen_blocks(
         mixed = mixed * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         peak = higher
     result = mixed / tl.where(total == 0, 1.0, total)[:, None]
-    target = out + batch * o0 + head[:, None] * o1 + query * o2 + column[None, :] * o3
+    target = out + batch * o0 + head[:, None] * o1 + line * o2 + column[None, :] * o3
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)

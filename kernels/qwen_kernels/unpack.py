@@ -247,7 +247,7 @@ def fetch(pointer, inside, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointer)
     else:
-        return tl.load(pointer, mask=inside, other=0)
+        return tl.load(pointer, mask=inside, other=0.0 if pointer.dtype.element_ty.is_floating() else 0)
 
 
 @triton.jit

@@ -189,7 +189,8 @@ def quantize_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Round every `group` columns to float8_e4m3fn under one scale: (..., K) -> codes (..., K), scale (..., G) fp32."""
     columns = x.shape[-1]
     wide = F.pad(x.float(), (0, -columns % group)).unflatten(-1, (-1, group))  # (..., G, group)
-    scale = wide.abs().amax(-1) / FP8_MAX
+    largest = wide.abs().amax(-1)
+    scale = largest / torch.full_like(largest, FP8_MAX)  # by a Python number a GPU would multiply by 1/448
     scale = scale.masked_fill(scale == 0, 1.0)
     codes = (wide / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(-2)[..., :columns], scale
