@@ -1,27 +1,33 @@
-"""Everything a GPU can say about the kernels, in one run: right first, then fast, then kept.
+"""Everything a GPU can say about the kernels: right first, then fast, then kept.
 
     python tools/bench_kernels.py                               # every operation, bf16; writes kernels/results/
     python tools/bench_kernels.py attention_decode linear       # some
-    python tools/bench_kernels.py --only-check                  # no times
+    python tools/bench_kernels.py --only check                  # no times
+    python tools/bench_kernels.py --only time --minutes 9       # no checks but the bench's own
 
-For every operation: the check of its Triton kernel in bf16, fp16 and fp32 on a real model's sizes; the same check for
-every entry of its TUNED table, since an entry that is fast and wrong is the usual way a tuned kernel fails; and the bench
-next to the formula, PyTorch's kernels and torch.compile, for the delta rule also flash-linear-attention's Triton if it is
-installed (`pip install flash-linear-attention`). The table goes to OUT/<device>-<date>.md, all numbers to .json
-beside it. Exit status 1 if anything was wrong. For out-of-bounds accesses that the poisoned memory cannot see:
+For every operation: the check of its Triton kernel in bf16, fp16 and fp32 on a real model's sizes; and the bench next to
+the formula, PyTorch's kernels and torch.compile, for the delta rule also flash-linear-attention's Triton if it is installed
+(`pip install flash-linear-attention`). `--every-entry` repeats the check in bf16 with every entry of its TUNED table in force.
 
-    compute-sanitizer --tool memcheck python tools/bench_kernels.py --only-check --seeds 1
+Each operation has a process of its own, for an access outside memory ends the process; checks run side by side, since most
+of their time the compiler takes, times one after the other. The table goes to OUT/<device>-<date>.md, all numbers to .json
+beside it, after every operation; another run on the same day adds to them. Exit status 1 if anything was wrong. For
+out-of-bounds accesses that the poisoned memory cannot see:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all \\
+        python tools/bench_kernels.py --only check --seeds 1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +35,16 @@ import torch
 
 from qwen_ref import backend
 from qwen_ref.bench import bench, check
-from qwen_ref.bench.measure import environment
+from qwen_ref.bench.entries import each_entry
+from qwen_ref.bench.measure import Bench, environment
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
+# Those with a figure to reach come first: a run may end before the others.
+FIRST = ("attention_prefill", "attention_decode", "linear", "rms_norm", "norm_rope_write", "swiglu", "moe_experts",
+         "linear_int4", "linear_fp8", "linear_code4", "gated_delta_rule", "gated_delta_step")  # fmt: skip
 KERNELS = [op.name for op in backend.OPERATIONS.values() if "triton" in op.implementations]
+KERNELS.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+Answer = dict[str, Any]  # of one process: the lines it said, the faults it found, a table, the numbers of a bench
 
 
 def main() -> int:
@@ -42,26 +53,76 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "kernels" / "results")
     parser.add_argument("--model", help="whose sizes; default Qwen3-8B, or what an operation needs")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only-check", action="store_true")
+    parser.add_argument("--only", choices=("check", "time"), help="half of the work")
+    parser.add_argument("--every-entry", action="store_true", help="check every entry of the tuned tables")
+    parser.add_argument("--minutes", type=float, default=600, help="start nothing more after them")
+    parser.add_argument("--alone", choices=("check", "time"), help=argparse.SUPPRESS)  # in this process, for the one operation
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no GPU: use TRITON_INTERPRET=1 qwen-ref kernels check, and qwen-ref kernels compile", file=sys.stderr)
+        print("no GPU: use qwen-ref kernels check --emulate sm_90, and qwen-ref kernels compile", file=sys.stderr)
         return 2
-    register_peers()
-    wrong: list[str] = []
-    tables, results = [], []
-    for operation in args.operations or KERNELS:
-        wrong += checked(operation, args.model, args.seeds)
-        if not args.only_check:
-            result = bench(operation, model=args.model)
-            print(result.table(), "\n", flush=True)
-            wrong += [f"{operation}, {row.shape}, {row.implementation}: {row.refused}" for row in result.rows if row.wrong]
-            tables.append(result.table())
-            results.append(result.to_json())
-    if not args.only_check:
-        write(args.out, tables, results, wrong)
+    if args.alone:
+        answer = checked(args) if args.alone == "check" else timed(args)
+        print(json.dumps(answer))
+        return 0
+    return lead(args)
+
+
+def lead(args: argparse.Namespace) -> int:
+    """Hand the operations to processes, and keep what each says."""
+    operations, until = args.operations or KERNELS, time.monotonic() + 60 * args.minutes
+    kept = Kept(args.out)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        checks = operations if args.only != "time" else []
+        for operation, answer in zip(checks, pool.map(lambda op: ask(op, "check", args, until), checks), strict=True):
+            kept.add(operation, answer)
+    for operation in operations if args.only != "check" else []:
+        kept.add(operation, ask(operation, "time", args, until))
+    wrong = kept.wrong
     print("\n".join(wrong) or "everything checked is right")
     return 1 if wrong else 0
+
+
+def ask(operation: str, what: str, args: argparse.Namespace, until: float) -> Answer:
+    """What a process of its own says of one operation; that it died, or had no time, is a fault."""
+    left = until - time.monotonic()
+    if left <= 0:
+        return {"wrong": [f"{operation}: no time was left to {what} it"]}
+    command = [sys.executable, __file__, operation, "--alone", what, "--seeds", str(args.seeds)]
+    command += ["--model", args.model] if args.model else []
+    command += ["--every-entry"] if args.every_entry else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left + 60)
+        answer: Answer = json.loads(done.stdout.splitlines()[-1])
+        return answer
+    except subprocess.TimeoutExpired:
+        return {"wrong": [f"{operation}: its {what} did not end in time"]}
+    except (ValueError, IndexError):
+        return {"wrong": [f"{operation}: its {what} ended with status {done.returncode}: {done.stderr.strip()[-500:]}"]}
+
+
+def checked(args: argparse.Namespace) -> Answer:
+    """The faults of a kernel in every dtype with its own launch parameters, and with every other entry of its table."""
+    (operation,), said, wrong = args.operations, [], []
+    for dtype in DTYPES:
+        report = check(operation, "triton", dtype=dtype, device="cuda", model=args.model, seeds=args.seeds)
+        said.append(report.verdict)
+        wrong += [f"{operation}, {dtype}: {fault}" for fault in report.faults]
+    for entry in each_entry(operation) if args.every_entry else ():
+        report = check(operation, "triton", dtype=torch.bfloat16, device="cuda", model=args.model, seeds=1)
+        said.append(f"{report.verdict}, launched with {entry}")
+        wrong += [f"{operation}, launched with {entry}: {fault}" for fault in report.faults]
+    return {"checks": said, "wrong": wrong}
+
+
+def timed(args: argparse.Namespace) -> Answer:
+    register_peers()
+    result = bench(args.operations[0], model=args.model)
+    return {"table": result.table(), "bench": result.to_json(), "wrong": wrong_rows(result)}
+
+
+def wrong_rows(result: Bench) -> list[str]:
+    return [f"{result.operation}, {row.shape}, {row.implementation}: {row.refused}" for row in result.rows if row.wrong]
 
 
 def register_peers() -> None:
@@ -79,47 +140,38 @@ def register_peers() -> None:
         return rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
 
-def checked(operation: str, model: str | None, seeds: int) -> list[str]:
-    """The faults of the kernel in every dtype, with its own launch parameters and with every other entry of its table."""
-    faults = []
-    for dtype in DTYPES:
-        report = check(operation, "triton", dtype=dtype, device="cuda", model=model, seeds=seeds)
-        print(report.verdict, flush=True)
-        faults += [f"{operation}, {dtype}: {fault}" for fault in report.faults]
-    for launch in each_launch(operation):
-        report = check(operation, "triton", dtype=torch.bfloat16, device="cuda", model=model, seeds=1)
-        faults += [f"{operation}, launched with {launch}: {fault}" for fault in report.faults]
-    return faults
+class Kept:
+    """OUT/<device>-<date>.json and the page beside it, written anew with every answer."""
 
+    def __init__(self, folder: Path) -> None:
+        self.environment = environment(torch.device("cuda"))
+        name = re.sub(r"[^\w.]+", "-", self.environment["device"]).strip("-") + "-" + self.environment["date"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.page, self.numbers = folder / f"{name}.md", folder / f"{name}.json"
+        held = json.loads(self.numbers.read_text(encoding="utf-8")) if self.numbers.exists() else {}
+        self.operations: dict[str, Answer] = held.get("operations", {})
 
-def each_launch(operation: str) -> Iterator[dict[str, int]]:
-    """Every different entry of the TUNED table, each in force for all shapes while it is yielded."""
-    table = import_module(f"qwen_kernels.{operation}").TUNED
-    for launch in {json.dumps(entry): entry for entry in table.values()}.values():
-        with replaced(table, launch):
-            yield launch
+    @property
+    def wrong(self) -> list[str]:
+        return [line for answer in self.operations.values() for line in answer["wrong"]]
 
+    def add(self, operation: str, answer: Answer) -> None:
+        held = self.operations.setdefault(operation, {"wrong": []})
+        faults = [*held["wrong"], *answer["wrong"]]
+        held |= {**answer, "wrong": list(dict.fromkeys(faults))}
+        print("\n".join([*answer.get("checks", ()), answer.get("table", ""), *answer["wrong"]]).strip(), flush=True)
+        whole = {"environment": self.environment, "operations": self.operations}
+        for path, text in ((self.numbers, json.dumps(whole)), (self.page, self.text())):
+            path.with_suffix(path.suffix + ".new").write_text(text, encoding="utf-8")
+            path.with_suffix(path.suffix + ".new").replace(path)
 
-@contextmanager
-def replaced(table: dict[Any, dict[str, int]], launch: dict[str, int]) -> Iterator[None]:
-    before = dict(table)
-    table.update({key: launch for key in before if set(before[key]) == set(launch)})
-    try:
-        yield
-    finally:
-        table.update(before)
-
-
-def write(folder: Path, tables: list[str], results: list[dict[str, Any]], wrong: list[str]) -> None:
-    env = environment(torch.device("cuda"))
-    name = re.sub(r"[^\w.]+", "-", env["device"]).strip("-") + "-" + env["date"]
-    folder.mkdir(parents=True, exist_ok=True)
-    said = "\n".join(f"- {line}" for line in wrong) or "Every kernel passed its check in bf16, fp16 and fp32."
-    versions = ", ".join(f"{key} {value}" for key, value in env.items() if key not in ("device", "date"))
-    body = "\n\n".join(f"```\n{table}\n```" for table in tables)
-    page = f"# {env['device']}, {env['date']}\n\n{versions}\n\n{said}\n\n{body}\n"
-    (folder / f"{name}.md").write_text(page, encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps({"environment": env, "wrong": wrong, "benches": results}), encoding="utf-8")
+    def text(self) -> str:
+        env = self.environment
+        versions = ", ".join(f"{key} {value}" for key, value in env.items() if key not in ("device", "date"))
+        checks = "\n".join(f"- {line}" for answer in self.operations.values() for line in answer.get("checks", ()))
+        wrong = "\n".join(f"- {line}" for line in self.wrong) or "Nothing was wrong."
+        tables = "\n\n".join(f"```\n{answer['table']}\n```" for answer in self.operations.values() if "table" in answer)
+        return f"# {env['device']}, {env['date']}\n\n{versions}\n\n## Checks\n\n{checks}\n\n{wrong}\n\n## Times\n\n{tables}\n"
 
 
 if __name__ == "__main__":

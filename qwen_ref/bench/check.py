@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def check(
         for seed in seeds:
             for name, args in what.cases(sizes(model, what.needs), Draw(seed, dtype, device)):
                 if at(name):
-                    found.setdefault(name, []).append(examine(what, run, args, deterministic))
+                    found.setdefault(name, []).append(examine(what, run, args, deterministic, shift=seed % 2))
 
     with torch.no_grad():
         look(range(seeds), lambda name: True)
@@ -125,7 +126,8 @@ def check(
         unlucky = {row.case for row in rows if row.faults and row.error is not None}
         look(range(seeds, SECOND_LOOK * seeds), unlucky.__contains__)
     rows = [judge(row.case, found[row.case], dtype, tolerance(run)) if row.case in unlucky else row for row in rows]
-    return Report(operation, implementation, str(dtype).removeprefix("torch."), str(device), tuple(rows))
+    where = f"{device}, emulating {gpu}" if (gpu := backend.emulated()) else str(device)
+    return Report(operation, implementation, str(dtype).removeprefix("torch."), where, tuple(rows))
 
 
 def load(file: str | Path) -> None:
@@ -166,18 +168,26 @@ class Finding:
     errors: tuple[tuple[Error, Error], ...] = ()
 
 
-def examine(what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deterministic: bool = True) -> Finding:
-    """Call an implementation twice on inputs inside poison, and look at everything it returned and touched."""
+def examine(
+    what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deterministic: bool = True, poisoned: bool = True,
+    shift: int = 0,
+) -> Finding:  # fmt: skip
+    """Call an implementation on inputs inside poison, twice if it shall be deterministic, and look at all it gave and touched.
+
+    poisoned: also the memory that it allocates. shift: of all inputs from an aligned address, in numbers.
+    """
     # Arguments may be NamedTuples of tensors, such as a packed matrix: the maps go down to their tensors.
     wide = tree_map(lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a, args)
     eager, truth = (what.call(what.formula, _fresh(what, values)) for values in (args, wide))
-    housed = [tree_map(lambda a: House.of(a) if isinstance(a, Tensor) else a, arg) for arg in args]
+    housed = [tree_map(lambda a: House.of(a, shift) if isinstance(a, Tensor) else a, arg) for arg in args]
     inputs = tuple(tree_map(lambda h: h.tensor if isinstance(h, House) else h, arg) for arg in housed)
     try:
-        with Poisoned() as made:
-            ours = _fresh_results(what, what.call(run, inputs))
-            _restore(what, housed)
-            again = what.call(run, inputs)
+        made = Poisoned()
+        with made if poisoned else nullcontext():
+            ours = again = _fresh_results(what, what.call(run, inputs))
+            if deterministic:
+                _restore(what, housed)
+                again = what.call(run, inputs)
             _wait(inputs)
     except Exception as error:
         return Finding((f"raises {type(error).__name__}: {_first_line(error)}",))
@@ -214,7 +224,7 @@ def _fresh_results(what: Subject, results: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _restore(what: Subject, housed: list[Any]) -> None:
     for i in what.writes:
-        inside = housed[i].before.as_strided(housed[i].shape, housed[i].stride, GUARD)
+        inside = housed[i].before.as_strided(housed[i].shape, housed[i].stride, housed[i].start)
         housed[i].tensor.copy_(inside)
 
 
@@ -261,14 +271,18 @@ class House:
     shape: tuple[int, ...]  # as built: whoever gets the tensor may point it elsewhere
     stride: tuple[int, ...]
     before: Tensor  # the buffer as it was handed out
+    start: int  # where in it the tensor begins
 
     @classmethod
-    def of(cls, values: Tensor) -> House:
-        """An input's."""
+    def of(cls, values: Tensor, shift: int = 0) -> House:
+        """An input's, so many numbers behind an address that is a multiple of any alignment a kernel asks for; of bytes, pairs:
+        blocks of ggml begin with a number of 16 bits."""
+        shift *= 2 if values.element_size() == 1 else 1
         poison: Any = float("nan")
         if not values.is_floating_point():
             poison = True if values.dtype == torch.bool else torch.iinfo(values.dtype).min
-        house = cls._around(values, torch.full((_reach(values),), poison, dtype=values.dtype, device=values.device))
+        buffer = torch.full((_reach(values) + shift,), poison, dtype=values.dtype, device=values.device)
+        house = cls._around(values, buffer, GUARD + shift)
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in values.stride())
         house.tensor[once].copy_(values[once])
         house.before = house.buffer.clone()
@@ -278,12 +292,12 @@ class House:
     def like(cls, empty: Tensor) -> House:
         """An output's, in the form of `empty`."""
         buffer = torch.full((_reach(empty) * empty.element_size(),), 255, dtype=torch.uint8, device=empty.device)
-        return cls._around(empty, buffer.view(empty.dtype))
+        return cls._around(empty, buffer.view(empty.dtype), GUARD)
 
     @classmethod
-    def _around(cls, form: Tensor, buffer: Tensor) -> House:
-        inside = buffer.as_strided(form.shape, form.stride(), GUARD)
-        return cls(inside, buffer, tuple(inside.shape), inside.stride(), buffer)
+    def _around(cls, form: Tensor, buffer: Tensor, start: int) -> House:
+        inside = buffer.as_strided(form.shape, form.stride(), start)
+        return cls(inside, buffer, tuple(inside.shape), inside.stride(), buffer, start)
 
     def changed(self, outside: bool = False) -> bool:
         """Whether anything is not as it was handed out; `outside`: anything but the tensor itself."""
@@ -298,7 +312,7 @@ class House:
     @property
     def _outside(self) -> Tensor:
         outside = torch.ones_like(self.buffer, dtype=torch.bool)
-        outside.as_strided(self.shape, self.stride, GUARD).fill_(False)
+        outside.as_strided(self.shape, self.stride, self.start).fill_(False)
         return outside
 
 

@@ -30,37 +30,38 @@ class Draw:
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self._generator = torch.Generator().manual_seed(seed)
+        self._where = device if device.type == "cuda" else torch.device("cpu")  # billions of numbers are drawn on the GPU
+        self._generator = torch.Generator(self._where).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         if self.device.type == "meta":
             return torch.empty(shape, dtype=self.dtype, device="meta")
-        values = torch.randn(shape, generator=self._generator) * scale + mean
+        values = torch.randn(shape, generator=self._generator, device=self._where) * scale + mean
         return values.to(self.device, self.dtype)
 
     def distinct(self, rows: int, columns: int, step: float = 0.125) -> Tensor:
         """Rows of different numbers, multiples of `step` around zero in random order: no ties, in any dtype."""
         if self.device.type == "meta":
             return torch.empty(rows, columns, dtype=self.dtype, device="meta")
-        order = torch.rand(rows, columns, generator=self._generator).argsort(-1)
+        order = torch.rand(rows, columns, generator=self._generator, device=self._where).argsort(-1)
         return ((order - columns // 2) * step).to(self.device, self.dtype)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         """Whole numbers, low <= n < high."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.randint(low, high, shape, generator=self._generator).to(self.device, dtype)
+        return torch.randint(low, high, shape, generator=self._generator, device=self._where).to(self.device, dtype)
 
     def uniform(self, low: float, high: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        return (torch.rand(shape, generator=self._generator) * (high - low) + low).to(self.device, dtype)
+        return (torch.rand(shape, generator=self._generator, device=self._where) * (high - low) + low).to(self.device, dtype)
 
     def choices(self, rows: int, of: int, k: int) -> Tensor:
         """(rows, k) int64: k different numbers below `of` in each row."""
         if self.device.type == "meta":
             return torch.empty(rows, k, dtype=torch.int64, device="meta")
-        return torch.rand(rows, of, generator=self._generator).argsort(-1)[:, :k].to(self.device)
+        return torch.rand(rows, of, generator=self._generator, device=self._where).argsort(-1)[:, :k].to(self.device)
 
     @property
     def large(self) -> float:
