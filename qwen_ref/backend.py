@@ -134,6 +134,29 @@ class use:
 
 
 @contextmanager
+def emulating(gpu: str) -> Iterator[None]:
+    """For a while, Triton kernels may run on the CPU: `bench.emulator` runs there what is compiled for the GPU of this name."""
+    global _emulated
+    before, _emulated = _emulated, gpu
+    _forget()
+    try:
+        yield
+    finally:
+        _emulated = before
+        _forget()
+
+
+def emulated() -> str | None:
+    """The name of the GPU that is emulated on the CPU, if one is."""
+    return _emulated
+
+
+def _forget() -> None:
+    for op in OPERATIONS.values():
+        op.choose(op.forced, op.strict)
+
+
+@contextmanager
 def intercept(operation: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """For a while, call `wrapper(run, *args)` in place of `run(*args)`, whichever implementation `run` is.
 
@@ -210,13 +233,16 @@ def _with_kernel(operation: Operation) -> Operation:
     return operation
 
 
+_emulated: str | None = None
+
+
 def _why_no_triton(device: torch.device) -> str | None:
     if not _installed("triton"):
         return "triton is not installed"
     if not _installed("qwen_kernels"):
         return "the qwen_kernels package is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # Triton's interpreter: right, and thousands of times slower
+    if device.type == "cpu" and (_emulated or os.environ.get("TRITON_INTERPRET") == "1"):
+        return None  # the emulator, or Triton's interpreter: right, and thousands of times slower
     if not torch.cuda.is_available():
         return "no GPU"
     return None if device.type == "cuda" else f"the tensors are on {device.type}, not on the GPU"

@@ -1,8 +1,8 @@
 """The Triton kernels and how the backend reaches them.
 
-Without a GPU, Triton's interpreter checks the numbers (fp32 and fp16: it truncates to bf16 where a GPU rounds) and
-ahead-of-time compilation checks the code. Triton decides when a kernel is defined whether it is interpreted, so each
-of the two has a process of its own.
+Without a GPU, Triton's interpreter runs what the kernels say (in fp32: it truncates to bf16 where a GPU rounds), the emulator
+runs what the compiler makes of them for a GPU (in bf16), and ahead-of-time compilation counts its registers and memory.
+Triton decides when a kernel is defined whether it is interpreted, so each has a process of its own.
 """
 
 from __future__ import annotations
@@ -166,24 +166,55 @@ print(json.dumps([check(operation, "triton", dtype=torch.{dtype}, seeds=1).to_js
 """
 
 
-# Experts of every packed layout have the decoder of its linear projections and share their tiles: one dtype each.
-CHECKED = {"float32": (*PACKED_LINEAR, "moe_int4", "moe_fp8"), "float16": (*PACKED_LINEAR, "moe_int8", "moe_code4", "moe_gguf")}
+# Experts of every packed layout have the decoder of its linear projections and share their tiles: some are emulated only.
+CHECKED = (*(kernel for kernel in KERNELS if kernel not in PACKED), *PACKED_LINEAR, "moe_int4", "moe_fp8")
 
 
 @pytest.fixture(scope="module")
 def checked():
-    plain = tuple(kernel for kernel in KERNELS if kernel not in PACKED)
-    codes = [CHECK.format(kernels=kernels, packed=PACKED, dtype=dtype)
-             for dtype, packed in CHECKED.items() for kernels in (plain, packed)]  # fmt: skip
+    halves = [tuple(kernel for kernel in CHECKED if (kernel in PACKED) == packed) for packed in (False, True)]
+    codes = [CHECK.format(kernels=kernels, packed=PACKED, dtype="float32") for kernels in halves]
     reports = [report for output in pythons(codes, interpret=True) for report in json.loads(output)]
-    return {(report["operation"], report["dtype"]): report for report in reports}
+    return {report["operation"]: report for report in reports}
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel, dtype", [(kernel, dtype) for dtype, packed in CHECKED.items() for kernel in KERNELS
-                                           if kernel not in PACKED or kernel in packed])  # fmt: skip
-def test_kernel_is_right_on_every_awkward_input(checked, kernel, dtype):
-    report = checked[kernel, dtype]
+@pytest.mark.parametrize("kernel", CHECKED)
+def test_kernel_is_right_on_every_awkward_input(checked, kernel):
+    report = checked[kernel]
+    assert report["rows"] and report["ok"], [row for row in report["rows"] if row["faults"]]
+
+
+# The machine code, emulated
+
+EMULATE = """
+import json, torch
+from qwen_ref.bench import check
+from qwen_ref.bench.emulator import emulate
+for target, kernels in {work}.items():
+    with emulate(target):
+        for kernel in kernels:
+            report = check(kernel, "triton", dtype=torch.bfloat16, device="cpu", seeds=1, deterministic=False)
+            print(json.dumps({{**report.to_json(), "target": target}}))
+"""
+# One target each, for compiling takes the time; both where the tensor cores are other instructions (mma, wgmma).
+BOTH = ("attention_prefill", "linear_int8")
+EMULATED = {"sm_80": (*KERNELS[::2], *(k for k in BOTH if k not in KERNELS[::2])),
+            "sm_90": (*KERNELS[1::2], *(k for k in BOTH if k not in KERNELS[1::2]))}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("emulated")
+    codes = [EMULATE.format(work={target: kernels}) for target, kernels in EMULATED.items()]
+    reports = [json.loads(line) for output in pythons(codes, interpret=False, cache=cache) for line in output.splitlines()]
+    return {(report["operation"], report["target"]): report for report in reports}
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel, target", [(kernel, target) for target in EMULATED for kernel in EMULATED[target]])
+def test_machine_code_is_right_in_bf16_on_every_awkward_input(emulated, kernel, target):
+    report = emulated[kernel, target]
     assert report["rows"] and report["ok"], [row for row in report["rows"] if row["faults"]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -46,6 +47,7 @@ def add_commands(subparsers: Any) -> None:
         sub.add_argument("--model", help=f"whose shapes: {', '.join(['tiny', *MODELS])}")
     check.add_argument("--impl", required=True, metavar="NAME", help="the implementation's registered name")
     check.add_argument("--seeds", type=int, default=5)
+    check.add_argument("--emulate", choices=("sm_80", "sm_90"), help="compile the Triton kernel for it, run that on this CPU")
     check.add_argument("--nondeterministic", action="store_true", help="do not ask for the same bits twice")
     bench.add_argument("--impl", action="append", metavar="NAME", help="only these (repeatable); `compiled` is torch.compile")
     bench.add_argument("--plot", metavar="FILE", help="also draw the roofline: a .png, .svg or .pdf")
@@ -68,13 +70,18 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     from .check import check
+    from .emulator import emulate
 
     if args.seeds < 1:
         raise RequestError("--seeds must be at least 1")
-    report = check(
-        args.operation, args.impl, file=args.file, dtype=DTYPES[args.dtype], device=args.device, model=args.model,
-        seeds=args.seeds, deterministic=not args.nondeterministic,
-    )  # fmt: skip
+    if args.emulate and args.device not in (None, "cpu"):
+        raise RequestError(f"--emulate runs on the CPU, not on {args.device}")
+    with emulate(args.emulate) if args.emulate else nullcontext():
+        report = check(
+            args.operation, args.impl, file=args.file, dtype=DTYPES[args.dtype],
+            device="cpu" if args.emulate else args.device, model=args.model, seeds=args.seeds,
+            deterministic=not args.nondeterministic,
+        )  # fmt: skip
     print(json.dumps(report.to_json()) if args.json else f"{report.table()}\n\n{report.verdict}")
     return 0 if report.ok else 1
 
