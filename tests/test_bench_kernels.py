@@ -32,7 +32,7 @@ def test_an_entry_replaces_those_of_its_own_kind_and_gives_them_back():
 
 
 def test_every_answer_is_kept_at_once_and_another_run_adds_to_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "environment", lambda device: ENVIRONMENT)
+    monkeypatch.setattr(tool, "environment", lambda device: dict(ENVIRONMENT))
     kept = tool.Kept(tmp_path / "results")
     kept.add("rope", {"checks": ["rope is right"], "wrong": []})
     kept.add("linear", {"checks": [], "wrong": ["linear, bf16: is off"]})
@@ -57,10 +57,20 @@ def test_every_answer_is_kept_at_once_and_another_run_adds_to_them(tmp_path, mon
 def test_a_process_that_dies_is_a_fault_of_its_operation(monkeypatch, code, said):
     run = subprocess.run
     monkeypatch.setattr(tool.subprocess, "run", lambda command, **kwargs: run([sys.executable, "-c", code], **kwargs))
-    args = argparse.Namespace(seeds=1, model=None, every_entry=False)
+    args = argparse.Namespace(seeds=1, model=None, every_entry=False, emulate=None)
     (line,) = tool.ask("rope", "check", args, time.monotonic() + 60)["wrong"]
     assert re.search(said, line, flags=re.S)
     assert "no time was left" in tool.ask("rope", "check", args, time.monotonic() - 1)["wrong"][0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: nothing to emulate")
+def test_it_checks_on_an_emulated_gpu_what_it_would_check_on_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", "swiglu", "--emulate", "sm_80", "--seeds", "1", "--every-entry", "--out", str(tmp_path)])
+    assert tool.main() == 0
+    assert "everything checked is right" in capsys.readouterr().out
+    (page,) = tmp_path.glob("sm_80-emulated-*.md")
+    said = [line for line in page.read_text().splitlines() if line.startswith("- swiglu by triton in")]
+    assert [line.split()[4] for line in said] == ["bfloat16", "float16", "float32", "bfloat16"] and "launched with" in said[3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -198,7 +198,7 @@ for target, kernels in {work}.items():
             print(json.dumps({{**report.to_json(), "target": target}}))
 """
 # One target each, for compiling takes the time; both where the tensor cores are other instructions (mma, wgmma).
-BOTH = ("attention_prefill", "linear_int8")
+BOTH = ("attention_prefill", "linear_int8", "linear_fp8_dynamic")
 EMULATED = {"sm_80": (*KERNELS[::2], *(k for k in BOTH if k not in KERNELS[::2])),
             "sm_90": (*KERNELS[1::2], *(k for k in BOTH if k not in KERNELS[1::2]))}  # fmt: skip
 
@@ -329,32 +329,13 @@ print(rms_norm.supports(torch.device("cuda"), torch.float64), "|", rms_norm.supp
     assert len(lines) == 16 and "float64 is not one of" in lines[-1] and "truncates" in lines[-1]
 
 
-BAD = """
-import torch, triton, triton.language as tl
-from qwen_ref import backend
-
-@triton.jit
-def kernel(gate, up, out, width, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    g = tl.load(gate + tl.program_id(0) * width + column).to(tl.float32)
-    u = tl.load(up + tl.program_id(0) * width + column).to(tl.float32)
-    tl.store(out + tl.program_id(0) * width + column, g / (1 + tl.exp(-g)) * u)
-
-@backend.register("swiglu", "no_mask")
-def run(gate, up):
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if out.numel():
-        kernel[(out.numel() // out.shape[-1],)](gate, up, out, out.shape[-1], BLOCK=triton.next_power_of_2(out.shape[-1]))
-    return out
-"""
+NO_MASK = ROOT / "tests" / "no_mask.py"
 
 
 @needs_triton
-def test_a_kernel_without_a_mask_is_caught(tmp_path):
+def test_a_kernel_without_a_mask_is_caught():
     """Its surplus is NaN read beside the input, written beside the output, and inside hidden by the next program's row."""
-    (tmp_path / "bad.py").write_text(BAD)
-    code = f"from qwen_ref.bench import check; print(*check('swiglu', 'no_mask', file={str(tmp_path / 'bad.py')!r}, seeds=1).faults, sep='\\n')"
+    code = f"from qwen_ref.bench import check; print(*check('swiglu', 'no_mask', file={str(NO_MASK)!r}, seeds=1).faults, sep='\\n')"
     faults = python(code, interpret=True)
     assert "intermediate: writes outside its output" in faults and "width 1" not in faults
 

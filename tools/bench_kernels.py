@@ -4,6 +4,7 @@
     python tools/bench_kernels.py attention_decode linear       # some
     python tools/bench_kernels.py --only check                  # no times
     python tools/bench_kernels.py --only time --minutes 9       # no checks but the bench's own
+    python tools/bench_kernels.py --emulate sm_90               # without a GPU: the checks, on emulated machine code
 
 For every operation: the check of its Triton kernel in bf16, fp16 and fp32 on a real model's sizes; and the bench next to
 the formula, PyTorch's kernels and torch.compile, for the delta rule also flash-linear-attention's Triton if it is installed
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import torch
 
 from qwen_ref import backend
 from qwen_ref.bench import bench, check
+from qwen_ref.bench.emulator import emulate
 from qwen_ref.bench.entries import each_entry
 from qwen_ref.bench.measure import Bench, environment
 
@@ -54,12 +57,15 @@ def main() -> int:
     parser.add_argument("--model", help="whose sizes; default Qwen3-8B, or what an operation needs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=("check", "time"), help="half of the work")
+    parser.add_argument("--emulate", choices=("sm_80", "sm_90"), help="check on this CPU what is compiled for it")
     parser.add_argument("--every-entry", action="store_true", help="check every entry of the tuned tables")
     parser.add_argument("--minutes", type=float, default=600, help="start nothing more after them")
     parser.add_argument("--alone", choices=("check", "time"), help=argparse.SUPPRESS)  # in this process, for the one operation
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no GPU: use qwen-ref kernels check --emulate sm_90, and qwen-ref kernels compile", file=sys.stderr)
+    if args.emulate:
+        args.only = "check"
+    elif not torch.cuda.is_available():
+        print("no GPU: use --emulate sm_90, and qwen-ref kernels compile", file=sys.stderr)
         return 2
     if args.alone:
         answer = checked(args) if args.alone == "check" else timed(args)
@@ -71,7 +77,7 @@ def main() -> int:
 def lead(args: argparse.Namespace) -> int:
     """Hand the operations to processes, and keep what each says."""
     operations, until = args.operations or KERNELS, time.monotonic() + 60 * args.minutes
-    kept = Kept(args.out)
+    kept = Kept(args.out, args.emulate)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         checks = operations if args.only != "time" else []
         for operation, answer in zip(checks, pool.map(lambda op: ask(op, "check", args, until), checks), strict=True):
@@ -91,6 +97,7 @@ def ask(operation: str, what: str, args: argparse.Namespace, until: float) -> An
     command = [sys.executable, __file__, operation, "--alone", what, "--seeds", str(args.seeds)]
     command += ["--model", args.model] if args.model else []
     command += ["--every-entry"] if args.every_entry else []
+    command += ["--emulate", args.emulate] if args.emulate else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=left + 60)
         answer: Answer = json.loads(done.stdout.splitlines()[-1])
@@ -104,14 +111,18 @@ def ask(operation: str, what: str, args: argparse.Namespace, until: float) -> An
 def checked(args: argparse.Namespace) -> Answer:
     """The faults of a kernel in every dtype with its own launch parameters, and with every other entry of its table."""
     (operation,), said, wrong = args.operations, [], []
-    for dtype in DTYPES:
-        report = check(operation, "triton", dtype=dtype, device="cuda", model=args.model, seeds=args.seeds)
-        said.append(report.verdict)
-        wrong += [f"{operation}, {dtype}: {fault}" for fault in report.faults]
-    for entry in each_entry(operation) if args.every_entry else ():
-        report = check(operation, "triton", dtype=torch.bfloat16, device="cuda", model=args.model, seeds=1)
-        said.append(f"{report.verdict}, launched with {entry}")
-        wrong += [f"{operation}, launched with {entry}: {fault}" for fault in report.faults]
+
+    def look(dtype: torch.dtype, seeds: int, launch: str = "") -> None:
+        report = check(operation, "triton", dtype=dtype, device="cpu" if args.emulate else "cuda", model=args.model,
+                       seeds=seeds, deterministic=not args.emulate)  # fmt: skip
+        said.append(report.verdict + launch)
+        wrong.extend(f"{operation}, {dtype}{launch}: {fault}" for fault in report.faults)
+
+    with emulate(args.emulate) if args.emulate else nullcontext():
+        for dtype in DTYPES:
+            look(dtype, args.seeds)
+        for entry in each_entry(operation) if args.every_entry else ():
+            look(torch.bfloat16, 1, f", launched with {entry}")
     return {"checks": said, "wrong": wrong}
 
 
@@ -143,8 +154,10 @@ def register_peers() -> None:
 class Kept:
     """OUT/<device>-<date>.json and the page beside it, written anew with every answer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.environment = environment(torch.device("cuda"))
+    def __init__(self, folder: Path, emulated: str | None = None) -> None:
+        self.environment = environment(torch.device("cpu" if emulated else "cuda"))
+        if emulated:
+            self.environment["device"] = f"{emulated} emulated"
         name = re.sub(r"[^\w.]+", "-", self.environment["device"]).strip("-") + "-" + self.environment["date"]
         folder.mkdir(parents=True, exist_ok=True)
         self.page, self.numbers = folder / f"{name}.md", folder / f"{name}.json"

@@ -14,5 +14,6 @@ where the formula rounds, by an explicit `.to(...)`: that is the official model'
 where the formula rounds in between.
 
 Triton's CPU interpreter computes on bf16 wrongly, and even its fp32 to bf16 truncates where a GPU rounds to nearest: it
-runs these kernels in fp32 and fp16. (That of Triton 3.6 fails on loops with NumPy 2.4; it wants an older one.)
+runs these kernels in fp32 and fp16. (That of Triton 3.6 fails on loops with NumPy 2.4; it wants an older one.) In bf16 the
+emulator runs what is compiled of them: `qwen-ref kernels check OP --impl triton --dtype bfloat16 --emulate sm_90`.
 """
