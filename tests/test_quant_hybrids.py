@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from quantised import HYBRIDS, KEPT, is_quantised, oracle, spelled, write_checkpoint
+from quantised import FORMATS, HYBRIDS, KEPT, is_quantised, oracle, spelled, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_quant_formats import IDS, matrices
 
@@ -34,6 +34,13 @@ NVFP4_SETTINGS = {  # the mixers and the shared experts stay, as in nvidia/Qwen3
     "quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": [
         "lm_head", "*.mlp.shared_expert.*", "model.visual*", "mtp*", "model.language_model.layers.*.mlp.gate",
         *(f"{layer}.{part}" for layer in LAYERS for part in ("linear_attn*", "self_attn*", "mlp.shared_expert_gate"))],
+}  # fmt: skip
+
+
+GPTQ_SETTINGS = {  # as in Qwen/Qwen3.5-35B-A3B-GPTQ-Int4
+    **FORMATS["gptq-int4"][0], "dynamic": {
+        "lm_head": {}, "model.language_model.embed_tokens": {},
+        **{f"-:.*{part}.*": {} for part in ("attn", "shared_expert", "mtp", "visual")}},
 }  # fmt: skip
 
 
@@ -76,16 +83,30 @@ def test_fp8_by_the_names_of_a_multimodal_file(tmp_path, model_type):
 def test_nvfp4_of_experts_only(tmp_path):
     """What the config ignores by shell patterns stays plain, also scales of a KV cache that is quantised elsewhere."""
     dequantised = write_checkpoint(tmp_path, "qwen3_5_moe", lambda name: "modelopt-nvfp4", NVFP4_SETTINGS, multimodal=True)
-    stored = load_file(tmp_path / "model.safetensors")
-    for name in [name for name in dequantised if is_quantised(name) and ("attn" in name or "shared_expert" in name)]:
+    experts = leave_all_but_experts(tmp_path, dequantised)
+    scales = {f"{LAYERS[1]}.self_attn.{p}_proj.{p}_scale": torch.tensor(0.25) for p in "kv"}
+    save_file(load_file(tmp_path / "model.safetensors") | scales, tmp_path / "model.safetensors")
+    model = compare(tmp_path, dequantised, experts)
+    assert len(model.load_report.ignored) == 3 and model.load_report.notes == []
+
+
+def test_gptq_of_experts_only(tmp_path):
+    dequantised = write_checkpoint(tmp_path, "qwen3_5_moe", lambda name: "gptq-int4", GPTQ_SETTINGS, multimodal=True)
+    model = compare(tmp_path, dequantised, leave_all_but_experts(tmp_path, dequantised))
+    routers = ", ".join(f"model.layers.{i}.mlp.gate" for i in range(2))  # which the official config does not name
+    assert model.load_report.notes == [f"left in full precision by the file: {routers}"]
+
+
+def leave_all_but_experts(folder, dequantised):
+    """Rewrite a checkpoint with mixers and shared experts in full precision. Returns the names of what is still quantised."""
+    stored = load_file(folder / "model.safetensors")
+    plain = {name for name in dequantised if is_quantised(name) and ("attn" in name or "shared_expert" in name)}
+    for name in plain:
         for key in [key for key in stored if key.startswith(spelled(name).removesuffix("weight"))]:
             del stored[key]
         stored[spelled(name)] = dequantised[name]
-    stored |= {f"{LAYERS[1]}.self_attn.{p}_proj.{p}_scale": torch.tensor(0.25) for p in "kv"}
-    save_file(stored, tmp_path / "model.safetensors")
-    experts = {name for name in dequantised if is_quantised(name) and not ("attn" in name or "shared_expert" in name)}
-    model = compare(tmp_path, dequantised, experts)
-    assert len(model.load_report.ignored) == 3 and model.load_report.notes == []
+    save_file(stored, folder / "model.safetensors")
+    return set(filter(is_quantised, dequantised)) - plain
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])

@@ -100,8 +100,12 @@ def _compiled(patterns: tuple[str, ...]) -> tuple[list[str], list[Callable[[str]
 
 
 def patterns(fields: Fields, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
-    """A config's list of module names. ConfigError on anything but text, and on expressions that do not compile."""
-    found = fields.array(key, list(default))
+    """A config's list of module names, as `trusted`."""
+    return trusted(fields, key, fields.array(key, list(default)))
+
+
+def trusted(fields: Fields, key: str, found: Sequence[Any]) -> tuple[str, ...]:
+    """Module names and expressions from the field `key`. ConfigError on anything but text, and on what does not compile."""
     for pattern in found:
         if not isinstance(pattern, str) or len(pattern) > MOST_PATTERN:
             raise fields.error(key, f"holds {str(pattern)[:80]!r}, not the name of a module")

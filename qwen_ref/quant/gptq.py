@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import Fields
 from ..cpp import repack
 from ..errors import CheckpointError
-from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, ordered, patterns
+from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, ordered, patterns, trusted
 from .packed import Int4, Int8, pack4, unpack4
 
 MIDDLE = 128  # what a symmetric 8-bit code calls zero
@@ -121,7 +121,14 @@ def from_json(fields: Fields) -> Format:
     fields.flag("desc_act", False)
     version = fields.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     skipped = ("lm_head",) if not fields.flag("lm_head", False) else ()
-    if fields.data.get("dynamic"):
-        raise fields.error("dynamic", "is set (different bits for different modules), which is not implemented")
     scheme = GPTQ(bits, group_size(fields, "group_size", 128), zero_offset=1 if version == "gptq" else 0)
-    return Format(scheme, (*skipped, *patterns(fields, "modules_to_not_convert")))
+    return Format(scheme, (*skipped, *patterns(fields, "modules_to_not_convert"), *_excluded(fields)))
+
+
+def _excluded(fields: Fields) -> tuple[str, ...]:
+    """What `dynamic` leaves in full precision: "-:EXPRESSION". Under the other names it has settings of their own, or none."""
+    dynamic = fields.object("dynamic").data
+    for name, settings in dynamic.items():
+        if settings and not name.startswith("-:"):
+            raise fields.error("dynamic", f"has other settings for {name!r:.80}, which is not implemented")
+    return trusted(fields, "dynamic", [f"re:{name.removeprefix('-:')}" for name in dynamic if name.startswith("-:")])
