@@ -52,6 +52,8 @@ def read_format(raw: Mapping[str, Any]) -> Format | None:
     method = given.get("quant_method")
     if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):
         method = "bitsandbytes"  # older files leave it out
+    if method is None and isinstance(producer := given.get("producer"), dict) and producer.get("name") == "modelopt":
+        method = "modelopt"  # so do ModelOpt's: Qwen3-32B-FP8-Static-PerTensor
     if not isinstance(method, str) or method not in METHODS:
         raise fields.error("quant_method", f"is {method!r:.80}, which is not implemented; there are {', '.join(METHODS)}")
     return METHODS[method](fields)
