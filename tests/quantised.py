@@ -344,6 +344,7 @@ FORMATS = {
     "fp8-bf16-scales": fp8_blocks(32, 32, torch.bfloat16),
     "fp8-tensor": ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
                     "modules_to_not_convert": ["gate", *KEPT]}, fp8_tensor),
+    "fp8-tensor-autofp8": ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": list(KEPT)}, modelopt_fp8),
     "compressed-int4": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
     "compressed-int4-zeros": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
     "compressed-int4-channel": compressed("pack-quantized", num_bits=4, type="int", strategy="channel"),

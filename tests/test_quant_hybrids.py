@@ -146,7 +146,7 @@ def test_the_official_fp8_of_a_whole_matrix(data):
     """ModelOpt's first files name their producer, and no quant_method."""
     raw = json.loads((data / "configs" / "Qwen--Qwen3-32B-FP8-Static-PerTensor_config.json").read_text())
     format = read_format(raw)
-    assert format.scheme_of("model.layers.63.mlp.down_proj") == FP8(None, "weight_scale", "input_scale")
+    assert format.scheme_of("model.layers.63.mlp.down_proj") == FP8(None, "weight_scale")
     assert format.scheme_of("lm_head") is None
 
 

@@ -161,7 +161,7 @@ def _scheme(weights: Fields, encoding: Any, fields: Fields) -> Scheme:
         block = weights.array("block_structure", []) if strategy == "block" else None
         if block is not None and (len(block) != 2 or any(type(n) is not int or n < 1 for n in block)):
             raise weights.error("block_structure", f"is {block!r}, not two positive integers")
-        return FP8(tuple(block) if block else None, "weight_scale", "input_scale")
+        return FP8(tuple(block) if block else None, "weight_scale")
     if bits not in (4, 8) or (bits == 4 and encoding != "pack-quantized"):
         raise weights.error("num_bits", f"is {bits} in {encoding}; 4 and 8 packed, and 8 unpacked, are implemented")
     if strategy == "block":

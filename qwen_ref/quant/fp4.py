@@ -107,7 +107,7 @@ class Named(Format):
 
 MODELOPT: dict[str, Scheme] = {  # quant_algo -> how a matrix is stored
     **dict.fromkeys(("NVFP4", "W4A16_NVFP4"), NVFP4("weight", "weight_scale_2", divides=False)),
-    "FP8": FP8(None, "weight_scale", "input_scale"),
+    "FP8": FP8(None, "weight_scale"),
 }
 
 

@@ -26,42 +26,47 @@ class FP8(Scheme):
     marker = "weight"
     block: tuple[int, int] | None  # None = one scale for the matrix
     scale_name: str = "weight_scale_inv"
-    input_scale_name: str = "activation_scale"  # of static activation quantisation: read, not used
 
     def stores(self, found: Mapping[str, Any]) -> bool:
         return "weight" not in found or found["weight"].dtype == torch.float8_e4m3fn
 
     def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
         scale: tuple[int, ...] = ()
+        name = self._scale_name(found)
         if self.block is not None:
             scale = groups(rows, self.block[0], partial=True), groups(columns, self.block[1], partial=True)
-        elif self.scale_name in found and found[self.scale_name].shape in ((1,), (rows, 1), (rows,)):
-            scale = tuple(found[self.scale_name].shape)  # the same in one element, or one for every output
+        elif name in found and found[name].shape in ((1,), (rows, 1), (rows,)):
+            scale = tuple(found[name].shape)  # the same in one element, or one for every output
         slots = {
             "weight": Slot((rows, columns), (torch.float8_e4m3fn,)),
-            self.scale_name: Slot(scale, (*FLOATS, E8M0) if self.block else FLOATS),
+            name: Slot(scale, (*FLOATS, E8M0) if self.block else FLOATS),
         }
-        if self.input_scale_name in found:
-            shape = found[self.input_scale_name].shape
-            slots[self.input_scale_name] = Slot(() if shape != (1,) else (1,), FLOATS)
+        for name in ("activation_scale", "input_scale"):  # of static activation quantisation: read, not used
+            if name in found:
+                slots[name] = Slot((1,) if tuple(found[name].shape) == (1,) else (), FLOATS)
         return slots
 
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        weight, scale = tensors["weight"].float(), tensors[self.scale_name].float()
+        weight, scale = tensors["weight"].float(), tensors[self._scale_name(tensors)].float()
         if self.block is None:
             return weight * (scale.view(-1, 1) if scale.dim() else scale)
         high, wide = self.block
         return weight * scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        scale, block = tensors[self.scale_name], self.block
-        check_scales(scale, self.scale_name)
+        name, block = self._scale_name(tensors), self.block
+        scale = tensors[name]
+        check_scales(scale, name)
         if int((tensors["weight"].view(torch.uint8) & 127).max()) == 127:  # the two NaNs of e4m3fn
             raise CheckpointError("weight holds NaN")
         if block is None:
             scale = scale.reshape(-1, 1)
             block = (rows if scale.shape[0] == 1 else 1, columns)
         return Matrix(Fp8(tensors["weight"], scale, block))
+
+    def _scale_name(self, held: Mapping[str, Any]) -> str:
+        """A whole matrix's scale is called `weight_scale_inv` by transformers, `weight_scale` by AutoFP8 and vLLM."""
+        return "weight_scale" if self.block is None and "weight_scale" in held else self.scale_name
 
 
 def from_json(fields: Fields) -> Format:
