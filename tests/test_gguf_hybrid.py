@@ -95,8 +95,9 @@ def arch_of(config):
     return ARCHITECTURES[config["model_type"].removesuffix("_text")]
 
 
-def library_file(path, model, config, kind_of, *, drafts=0):
-    writer, arch, settings = gguf.GGUFWriter(path, arch_of(config)), arch_of(config), module_for(config).Config.from_json(config)
+def library_file(path, model, config, kind_of, *, drafts=0, tensors_in_a_part=0):
+    arch, settings = arch_of(config), module_for(config).Config.from_json(config)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_in_a_part)
     writer.add_block_count(config["num_hidden_layers"] + drafts)
     writer.add_context_length(512)
     writer.add_embedding_length(config["hidden_size"])
@@ -138,7 +139,7 @@ def library_file(path, model, config, kind_of, *, drafts=0):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert arch == gguf.GGUFReader(path).fields["general.architecture"].contents()
+    assert arch == gguf.GGUFReader(min(path.parent.glob(f"{path.stem}*"))).fields["general.architecture"].contents()
     return exact
 
 
@@ -214,6 +215,19 @@ def test_the_draft_layer_of_a_file_is_left_out(tmp_path):
     read = load_model(tmp_path / "m.gguf", progress=False)
     assert read.config.num_hidden_layers == 3
     assert "left out: 2 tensors of the draft layer (MTP)" in read.load_report.notes
+
+
+def test_a_split_file_opens_by_any_of_its_parts(tmp_path):
+    config = config_of("qwen3_5")
+    model, _ = make_pair(config)
+    library_file(tmp_path / "m.gguf", model, config, eight_bits)
+    library_file(tmp_path / "split.gguf", model, config, eight_bits, tensors_in_a_part=20)
+    whole = dict(load_model(tmp_path / "m.gguf", progress=False).named_weights())
+    parts = sorted(tmp_path.glob("split-*.gguf"))
+    assert len(parts) == 3
+    for part in parts:
+        weights = dict(load_model(part, progress=False).named_weights())
+        assert weights.keys() == whole.keys() and all(torch.equal(weights[name], whole[name]) for name in whole), part
 
 
 FIT = "metadata say|wrong shape"

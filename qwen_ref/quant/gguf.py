@@ -312,8 +312,9 @@ class GgufCheckpoint:
             self._check_parts()
             self.orders: dict[str, Tensor] = {}
             self.notes: list[str] = []
-            if (heads := Heads.from_metadata(first.metadata, str(first.path))) is not None:
-                official = OfficialTensors(self.files, heads, layer_count(first.metadata, str(first.path)))
+            metadata, where = self.files[0].metadata, str(self.files[0].path)  # the other parts have next to none
+            if (heads := Heads.from_metadata(metadata, where)) is not None:
+                official = OfficialTensors(self.files, heads, layer_count(metadata, where))
                 self.files, self.orders, self.notes = [official], official.orders, official.notes
             self._opened = opened.pop_all()
 
