@@ -239,7 +239,9 @@ METADATA = [  # key, value, what the error names; None: the key is missing
     ("ssm.time_step_rank", None, "ssm.time_step_rank"), ("ssm.time_step_rank", 4, FIT),
     ("ssm.time_step_rank", 0, "ssm.time_step_rank"), ("ssm.conv_kernel", 0, "linear_conv_kernel_dim|ssm.conv_kernel"),
     ("ssm.conv_kernel", 5, "wrong shape.*conv1d"), ("ssm.conv_kernel", 1 << 31, "linear_conv_kernel_dim|ssm.conv_kernel"),
-    ("nextn_predict_layers", 4, "nextn_predict_layers"), ("rope.dimension_count", 64, "partial_rotary_factor"),
+    ("nextn_predict_layers", 4, "nextn_predict_layers"),
+    ("block_count", 2, "unexpected.*model.layers.2."), ("block_count", 5, "missing.*model.layers.3."),
+    ("rope.dimension_count", 64, "partial_rotary_factor"),
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from ..safetensors_file import SafetensorsFile, TensorInfo
 from ..strict_json import quote
 from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half
 from .gguf_hybrid import Heads, OfficialTensors
-from .gguf_meta import layer_count, read_config, read_tokenizer
+from .gguf_meta import draft_layers, read_config, read_tokenizer
 from .packed import Code4, Gguf, Int4, Int8, Packed
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -314,7 +314,7 @@ class GgufCheckpoint:
             self.notes: list[str] = []
             metadata, where = self.files[0].metadata, str(self.files[0].path)  # the other parts have next to none
             if (heads := Heads.from_metadata(metadata, where)) is not None:
-                official = OfficialTensors(self.files, heads, layer_count(metadata, where))
+                official = OfficialTensors(self.files, heads, draft_layers(metadata, where))
                 self.files, self.orders, self.notes = [official], official.orders, official.notes
             self._opened = opened.pop_all()
 

@@ -148,11 +148,11 @@ class OfficialTensors(SafetensorsFile):
     `notes`: what a reader should know.
     """
 
-    def __init__(self, files: Sequence[Any], heads: Heads, layers: int) -> None:
+    def __init__(self, files: Sequence[Any], heads: Heads, drafts: range) -> None:
         self.path: Path = files[0].path
         self.metadata = files[0].metadata
         self._heads = heads
-        self._owner = {name: file for file in files for name in file.tensors if _layer(name) < layers}
+        self._owner = {name: file for file in files for name in file.tensors if _layer(name) not in drafts}
         self.kinds = {name: file.kinds[name] for name, file in self._owner.items() if name in file.kinds}
         self.tensors: dict[str, TensorInfo] = {}
         self.orders: dict[str, Tensor] = {}

@@ -90,14 +90,19 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     }
 
 
-def layer_count(metadata: Mapping[str, Any], where: str) -> int:
-    """Blocks of the trunk; those of a draft layer (MTP) come after them."""
+def draft_layers(metadata: Mapping[str, Any], where: str) -> range:
+    """Which blocks are a draft layer's (MTP): the last of them."""
     arch = metadata.get("general.architecture")
     f = Fields({key.removeprefix(f"{arch}."): value for key, value in metadata.items()}, f"{where}, {arch}")
     blocks, drafts = f.integer("block_count", high=LIMITS.layers), f.integer("nextn_predict_layers", 0, low=0)
     if drafts >= blocks:
         raise f.error("nextn_predict_layers", f"is {drafts} of {blocks} blocks")
-    return blocks - drafts
+    return range(blocks - drafts, blocks)
+
+
+def layer_count(metadata: Mapping[str, Any], where: str) -> int:
+    """Blocks of the trunk."""
+    return draft_layers(metadata, where).start
 
 
 def _read_width(f: Fields) -> int:
