@@ -68,6 +68,7 @@ def weights_changed(**changes):
     (changed(FP8, weight_block_size="128"), "not a list"),
     (changed(INT4, config_groups={}), "config_groups is empty"),
     (changed(INT4, config_groups=[1]), "not an object"),
+    (changed(INT4, config_groups={"a": {**INT4["config_groups"]["group_0"], "targets": []}}), "config_groups has no targets"),
     (changed(INT4, config_groups={"a": None}), "weights is missing"),
     (changed(INT4, format="marlin-24"), "marlin-24"),
     (changed(INT4, sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from compressed_tensors.utils.match import match_targets
 from quantised import CONFIGS, FORMATS, HYBRIDS, checkpoint, is_quantised, oracle
 
 from qwen_ref import backend
 from qwen_ref.loading import load_model
 from qwen_ref.quant import convert
+from qwen_ref.quant.convert import read_format
 from qwen_ref.quant.layers import PackedExperts, PackedLinear, QuantLinear
 from qwen_ref.quant.packed import expert
 
@@ -62,6 +66,22 @@ def test_the_reference_of_a_format_is_its_library(tmp_path, format, monkeypatch)
         as_stored = model(IDS)
         convert.pack(model, torch.float32)
         torch.testing.assert_close(model(IDS), as_stored, rtol=1e-4, atol=1e-4)
+
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("targets", itertools.permutations([NAME, "re:.*self_attn.*", "re:.*q_proj", "Linear"]))
+def test_the_most_specific_target_wins(targets):
+    """As in compressed-tensors, which takes the first of its matches, in whatever group and order they stand."""
+    for count in range(1, 5):
+        groups = {str(i): {"targets": [target], "weights": {"num_bits": 8, "strategy": "group", "group_size": 8 << i}}
+                  for i, target in enumerate(targets[:count])}  # fmt: skip
+        format = read_format({"quantization_config": {**FORMATS["compressed-int8"][0], "config_groups": groups}})
+        for name in (NAME, "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"):
+            theirs = match_targets(name, torch.nn.Linear(2, 2), targets[:count])
+            ours = format.scheme_of(name)
+            assert (ours and ours.group) == (8 << targets.index(theirs[0]) if theirs else None), (name, targets[:count])
 
 
 def test_activations_of_an_fp8_model_can_be_rounded_too(tmp_path):

@@ -14,7 +14,8 @@ quantise activations are run with the activations as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,20 @@ from torch import Tensor
 
 from ..config import Fields
 from ..errors import CheckpointError
-from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, group_size, groups, matches, ordered, patterns
+from .format import (
+    FLOATS,
+    Format,
+    Matrix,
+    Scheme,
+    Slot,
+    check_scales,
+    group_size,
+    groups,
+    matches,
+    ordered,
+    patterns,
+    spellings,
+)
 from .fp4 import MXFP4, NVFP4
 from .fp8 import FP8
 from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
@@ -112,17 +126,16 @@ class Integers(Scheme):
 
 @dataclass(frozen=True)
 class Groups(Format):
-    """Modules by the group of the config that targets them."""
+    """Modules by the target that means them, the most specific first: a name, an expression (by the alphabet), the class."""
 
-    schemes: tuple[tuple[tuple[str, ...], Scheme], ...] = ()  # (targets, scheme)
+    targets: Mapping[str, Scheme] = field(default_factory=dict)
 
     def scheme_of(self, name: str) -> Scheme | None:
         if matches(name, self.skipped):
             return None
-        for targets, scheme in self.schemes:
-            if "Linear" in targets or matches(name, targets):
-                return scheme
-        return None
+        expressions = (target for target in self.targets if target.startswith("re:") and matches(name, (target,)))
+        named = (spelling for spelling in spellings(name) if spelling in self.targets)
+        return self.targets.get(next(chain(named, expressions, ("Linear",))))
 
 
 def from_json(fields: Fields) -> Format:
@@ -130,18 +143,19 @@ def from_json(fields: Fields) -> Format:
     if fields.data.get("sparsity_config"):
         sparsity = fields.object("sparsity_config")
         sparsity.choice("format", ("dense",), "dense")
-    schemes = []
+    targets: dict[str, Scheme] = {}
     config_groups = fields.object("config_groups")
     for name in config_groups.data:
         group = config_groups.object(name)
         if group.data.get("weights") is None:
             raise group.error("weights", "is missing: only weights can be loaded quantised")
         encoding = group.data.get("format") or fields.data.get("format")
-        schemes.append((patterns(group, "targets"), _scheme(group.object("weights"), encoding, fields)))
-    if not schemes:
+        targets |= dict.fromkeys(patterns(group, "targets"), _scheme(group.object("weights"), encoding, fields))
+    if not config_groups.data:
         raise fields.error("config_groups", "is empty")
-    schemes.sort(key=lambda item: "Linear" in item[0])  # a name is more specific than a class
-    return Groups(schemes[0][1], patterns(fields, "ignore"), tuple(schemes))
+    if not targets:
+        raise fields.error("config_groups", "has no targets")
+    return Groups(next(iter(targets.values())), patterns(fields, "ignore"), dict(sorted(targets.items())))
 
 
 def _scheme(weights: Fields, encoding: Any, fields: Fields) -> Scheme:

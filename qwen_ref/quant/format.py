@@ -91,7 +91,7 @@ def spellings(name: str) -> tuple[str, ...]:
     return (name, name.replace("model.", "model.language_model.", 1)) if name.startswith("model.") else (name,)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=1024)
 def _compiled(patterns: tuple[str, ...]) -> tuple[list[str], list[Callable[[str], Any]]]:
     """A config may have hundreds of them, for tens of thousands of experts."""
     written = [pattern.removeprefix("re:") for pattern in patterns if pattern.startswith("re:")]
