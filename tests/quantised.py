@@ -348,6 +348,8 @@ FORMATS = {
     "compressed-int4": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
     "compressed-int4-zeros": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
     "compressed-int4-channel": compressed("pack-quantized", num_bits=4, type="int", strategy="channel"),
+    "compressed-int4-tensor": compressed("pack-quantized", num_bits=4, type="int", strategy="tensor", symmetric=False),
+    "compressed-int8-tensor": compressed("pack-quantized", num_bits=8, type="int", strategy="tensor", symmetric=False),
     "compressed-int8": compressed("pack-quantized", num_bits=8, type="int", strategy="group", group_size=32, symmetric=False),
     "compressed-int8-channel": compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
     "compressed-fp8-channel": compressed("float-quantized", num_bits=8, type="float", strategy="channel"),

@@ -143,6 +143,8 @@ DAMAGE = {
     "a group below zero": ("gptq-int4", put(f"{Q}.g_idx", lambda g: g - 1), f"{Q}: g_idx names a group outside"),
     "a bias that is not zero": (
         "gptq-int4", put("model.layers.1.mlp.down_proj.bias", lambda _: torch.ones(96)), "down_proj.bias is not zero"),
+    "a zero beyond four bits": (
+        "compressed-int4-tensor", put(f"{Q}.weight_zero_point", lambda z: z * 0 + 8), f"{Q}: weight_zero_point holds what 4 bits do not"),
     "another matrix's shape": (
         "compressed-int4", put(f"{Q}.weight_shape", lambda s: s.flip(0)), f"{Q}: weight_shape is"),
     "columns that int8 in another order": (

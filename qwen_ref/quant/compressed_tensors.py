@@ -69,7 +69,8 @@ class Integers(Scheme):
                 "weight_shape": Slot((2,), (torch.int64, torch.int32)),
                 "weight_scale": Slot(scale, FLOATS),
             }
-            zero = Slot((_words(rows, self.bits), scale[-1]), (torch.int32,))
+            packed_zero = Slot((_words(rows, self.bits), scale[-1]), (torch.int32,))
+            zero = packed_zero if self._packs_zeros else Slot(scale, (torch.int8,))
         else:
             slots = {"weight": Slot((rows, columns), (torch.int8,)), "weight_scale": Slot(scale, FLOATS)}
             zero = Slot(scale, (torch.int8,))
@@ -82,7 +83,8 @@ class Integers(Scheme):
         zero = tensors.get("weight_zero_point")
         if self.packed:
             codes = _integers(tensors["weight_packed"], self.bits, columns)
-            zero = _integers(zero.T, self.bits, rows).T if zero is not None else None  # packed along the outputs
+            if zero is not None and self._packs_zeros:  # along the outputs
+                zero = _integers(zero.T, self.bits, rows).T
         else:
             codes = tensors["weight"].int()
         group = self._group_of(tensors, columns)  # (K,)
@@ -97,22 +99,34 @@ class Integers(Scheme):
         order, regular = ordered(self._group_of(tensors, columns), group)
         if not regular:
             raise CheckpointError("weight_g_idx makes groups of different sizes")
-        zero = tensors.get("weight_zero_point")
+        zeros = self._zeros(tensors.get("weight_zero_point"), rows)
         if not self.packed:
-            codes = tensors["weight"] if order is None else tensors["weight"][:, order]
-            return Matrix(Int8(codes, scale, zero.expand(rows, -1).contiguous() if zero is not None else None, group), order)
+            return Matrix(Int8(tensors["weight"] if order is None else tensors["weight"][:, order], scale, zeros, group), order)
         bytes_ = tensors["weight_packed"].contiguous().view(torch.uint8)
-        zeros = zero.T.contiguous().view(torch.uint8) if zero is not None else None  # (G, bytes of N)
         if self.bits == 4:
             codes = bytes_[:, : -(-columns // 2)] if order is None else pack4(unpack4(bytes_)[:, :columns][:, order])
-            zeros = unpack4(zeros)[:, :rows].T.contiguous() if zeros is not None else None
-            plain = zeros is None or bool((zeros == NIBBLE_ZERO).all())
-            return Matrix(Int4(codes, scale, None if plain else zeros, group), order)
+            return Matrix(Int4(codes, scale, zeros, group), order)
         codes = (bytes_[:, :columns] ^ 128).view(torch.int8)
-        codes = codes if order is None else codes[:, order]
-        zeros = (zeros[:, :rows].T.contiguous() ^ 128).view(torch.int8) if zeros is not None else None
-        plain = zeros is None or bool((zeros == 0).all())
-        return Matrix(Int8(codes, scale, None if plain else zeros, group), order)
+        return Matrix(Int8(codes if order is None else codes[:, order], scale, zeros, group), order)
+
+    @property
+    def _packs_zeros(self) -> bool:
+        return self.packed and self.strategy != "tensor"  # the library leaves the one zero of a matrix as it is
+
+    def _zeros(self, zero: Tensor | None, rows: int) -> Tensor | None:
+        """(N, G) int8 around 0, or of 4 bits uint8 around their middle; None if all are the middle."""
+        if zero is None:
+            return None
+        if not self._packs_zeros:
+            zeros = zero.expand(rows, -1).contiguous()
+            zeros = (zeros + NIBBLE_ZERO).view(torch.uint8) if self.bits == 4 else zeros
+        else:
+            bytes_ = zero.T.contiguous().view(torch.uint8)  # (G, bytes of N)
+            zeros = (unpack4(bytes_) if self.bits == 4 else bytes_)[:, :rows].T.contiguous()
+            zeros = zeros if self.bits == 4 else (zeros ^ 128).view(torch.int8)
+        if self.bits == 4 and bool((zeros > 15).any()):
+            raise CheckpointError("weight_zero_point holds what 4 bits do not")
+        return None if bool((zeros == (NIBBLE_ZERO if self.bits == 4 else 0)).all()) else zeros
 
     def _group_of(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
         """(K,) int64: the group of every input."""
