@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qwen_ref.checkpoint import save_model
 from qwen_ref.config import Fields
 from qwen_ref.errors import CheckpointError, ConfigError
 from qwen_ref.loading import load_model
+from qwen_ref.quant import convert
 from qwen_ref.quant.convert import read_format
 from qwen_ref.quant.format import matches, patterns
 
@@ -75,6 +77,10 @@ def weights_changed(**changes):
     (changed(INT4, ignore=["re:("]), "no regular expression"),
     (changed(INT4, ignore=["re:(a+)+$"]), "too complex"),
     (changed(INT4, ignore=["re:" + ".*" * 20]), "too complex"),
+    (changed(INT4, ignore=["re:" + ".*" * 5 + "Z"]), "too complex"),
+    (changed(INT4, ignore=["re:" + ".?" * 25 + "Z"]), "too complex"),
+    (changed(INT4, ignore=["re:" + "(.|.)" * 25 + "Z"]), "too complex"),
+    (changed(INT4, ignore=["re:a{99999999999}"]), "no regular expression"),
     (weights_changed(num_bits=3), "num_bits is 3"),
     (weights_changed(strategy="block"), "strategy is 'block'"),
     (weights_changed(group_size=0), "group_size is 0"),
@@ -198,6 +204,31 @@ def test_a_matrix_that_the_file_has_in_full_precision_is_noted(tmp_path):
     model = load_model(tmp_path, dtype=torch.float32, progress=False)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dequantised[f"{Q}.weight"])
     assert model.load_report.notes == [f"left in full precision by the file: {Q}"]
+
+
+@pytest.mark.parametrize("format, ignore", [
+    ("compressed-int4", [f"re:.*.*.*.*{i}" for i in range(500)]),
+    ("compressed-int4", ["model.layers"] * 10**4),
+    ("modelopt-nvfp4", [f"*{i}*Z" for i in range(5000)]),
+])  # fmt: skip
+def test_names_that_would_take_hours_to_match_are_refused(tmp_path, monkeypatch, format, ignore):
+    checkpoint(tmp_path, "qwen3", format)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"]["ignore"] += ignore
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    monkeypatch.setattr("qwen_ref.quant.convert.MOST_STEPS", convert.MOST_STEPS * 16 // 92_747)  # as if it had all experts
+    with pytest.raises(ConfigError, match="16 matrices with .* names may take"):
+        load_model(tmp_path, progress=False)
+
+
+def test_wildcards_that_would_be_tried_for_ever():
+    """Every star of a shell pattern once doubled the time, at least."""
+    given = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["*o" * 60 + "Z", "*mlp*g?te", "*.[qk]_proj"]}
+    format = read_format({"quantization_config": given})
+    names = [f"model.layers.0.{part}" for part in ("mlp.gate", "mlp.gate_proj", "self_attn.k_proj", "self_attn.v_proj")]
+    start = time.perf_counter()
+    assert [format.scheme_of(name) is None for name in names] == [True, False, True, False]
+    assert time.perf_counter() - start < 1
 
 
 def test_names_match_as_the_formats_mean_them():

@@ -144,6 +144,10 @@ class Groups(Format):
 
     targets: Mapping[str, Scheme] = field(default_factory=dict)
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (*self.skipped, *self.targets)
+
     def scheme_of(self, name: str) -> Scheme | None:
         if matches(name, self.skipped):
             return None

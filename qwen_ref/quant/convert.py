@@ -12,7 +12,7 @@ from ..config import Fields
 from ..errors import CheckpointError, ConfigError, QwenRefError
 from ..layers import Experts, Linear
 from . import awq, bitsandbytes, compressed_tensors, fp4, fp8, gptq
-from .format import Format, Scheme
+from .format import Format, Scheme, steps
 from .ggml import Plain
 from .layers import (
     PackedEmbedding,
@@ -38,6 +38,7 @@ METHODS = {  # quant_method -> how its config is read
     "bitsandbytes": bitsandbytes.from_json,
     "modelopt": fp4.from_modelopt,
 }
+MOST_STEPS = 5 * 10**9  # of matching names: a quarter of a minute. Qwen3.5-397B-A17B-NVFP4 needs a tenth of them
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -66,6 +67,10 @@ def install(model: nn.Module, format: Format, disk: Mapping[str, Any]) -> list[s
     the files have in full precision stays plain; those are returned by name. CheckpointError, ConfigError.
     """
     wanted = _matrices(model)
+    if (most := len(wanted) * steps(format.patterns)) > MOST_STEPS:
+        against = f"{len(wanted):,} matrices with {len(format.patterns):,} names"
+        raise ConfigError(f"config.json, quantization_config: to compare {against} may take {most:.0e} steps, "
+                          f"over {MOST_STEPS:.0e}; name modules with fewer wildcards")
     stacks = [f"{name}.{p}" for name, m in model.named_modules() if isinstance(m, Experts) for p in PROJECTIONS]
     found: dict[str, dict[str, Any]] = {name: {} for name in (*wanted, *stacks)}
     for tensor, info in disk.items():

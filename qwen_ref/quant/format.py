@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -17,11 +18,13 @@ from ..errors import CheckpointError
 from .packed import Packed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-# A config may hold regular expressions, which are matched against short names. A quantifier of a group, or many of them,
-# would let a hostile one run for ever.
+# A config may hold expressions, which are matched against all names of a model: a hostile one must not run for ever.
 MOST_PATTERN = 200
-MOST_QUANTIFIERS = 6
+MOST_STEPS = 10**6  # of one expression for one name, see `steps`
+_NAME = 64  # characters a module's name has at most
 _GROUP_QUANTIFIER = re.compile(r"\)[*+?{]")
+_QUANTIFIER = re.compile(r"(?<!\()[*+?{]\??")
+SHELL = "shell:"  # before a pattern in the style of `fnmatch`
 
 
 class Slot(NamedTuple):
@@ -67,6 +70,11 @@ class Format:
     scheme: Scheme
     skipped: tuple[str, ...] = ()  # patterns of module names that stay in full precision
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All that a name is compared with."""
+        return self.skipped
+
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of the module with this official name; None = full precision."""
         return None if matches(name, self.skipped) else self.scheme
@@ -86,6 +94,23 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
                for spelling in spellings(name))  # fmt: skip
 
 
+def steps(patterns: Iterable[str]) -> int:
+    """How many steps of its matcher it takes at most to find that a name is meant by none of these.
+
+    Every quantifier may end anywhere in the name, and every alternation multiplies what there is to try. `fnmatch` makes
+    expressions that need not try twice.
+    """
+    total = 0
+    for pattern in patterns:
+        if not pattern.startswith("re:"):
+            total += _NAME if pattern.startswith(SHELL) else _NAME // 4
+            continue
+        quantifiers, bars = len(_QUANTIFIER.findall(pattern)), pattern.count("|")
+        groups = max(1, min(bars, pattern.count("(")))
+        total += math.comb(_NAME + quantifiers, quantifiers) * math.ceil((1 + bars / groups) ** groups)
+    return total
+
+
 def spellings(name: str) -> tuple[str, ...]:
     """A module's name, and the one it has in a multimodal file."""
     return (name, name.replace("model.", "model.language_model.", 1)) if name.startswith("model.") else (name,)
@@ -95,8 +120,10 @@ def spellings(name: str) -> tuple[str, ...]:
 def _compiled(patterns: tuple[str, ...]) -> tuple[list[str], list[Callable[[str], Any]]]:
     """A config may have hundreds of them, for tens of thousands of experts."""
     written = [pattern.removeprefix("re:") for pattern in patterns if pattern.startswith("re:")]
+    if shell := [fnmatch.translate(pattern.removeprefix(SHELL)) for pattern in patterns if pattern.startswith(SHELL)]:
+        written.append("|".join(shell))
     expressions: list[Callable[[str], Any]] = [re.compile(pattern).match for pattern in written]
-    return [f".{pattern}." for pattern in patterns if not pattern.startswith("re:")], expressions
+    return [f".{pattern}." for pattern in patterns if not pattern.startswith(("re:", SHELL))], expressions
 
 
 def patterns(fields: Fields, key: str, default: Sequence[str] = ()) -> tuple[str, ...]:
@@ -110,11 +137,11 @@ def trusted(fields: Fields, key: str, found: Sequence[Any]) -> tuple[str, ...]:
         if not isinstance(pattern, str) or len(pattern) > MOST_PATTERN:
             raise fields.error(key, f"holds {str(pattern)[:80]!r}, not the name of a module")
         if pattern.startswith("re:"):
-            if _GROUP_QUANTIFIER.search(pattern) or sum(map(pattern.count, "*+{")) > MOST_QUANTIFIERS:
+            if _GROUP_QUANTIFIER.search(pattern) or steps([pattern]) > MOST_STEPS:
                 raise fields.error(key, f"holds {pattern!r}, an expression too complex to be trusted")
             try:
                 re.compile(pattern[3:])
-            except re.error as problem:
+            except (re.error, OverflowError) as problem:
                 raise fields.error(key, f"holds {pattern!r}, which is no regular expression: {problem}") from problem
     return tuple(found)
 

@@ -7,8 +7,7 @@ fp32 number, by which ModelOpt multiplies (`weight_scale_2`) and compressed-tens
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import Fields
-from .format import Format, Matrix, Scheme, Slot, check_scales, groups, matches, patterns, spellings
+from .format import SHELL, Format, Matrix, Scheme, Slot, check_scales, groups, matches, patterns, spellings
 from .fp8 import FP8
 from .packed import Code4
 
@@ -114,7 +113,8 @@ MODELOPT: dict[str, Scheme] = {  # quant_algo -> how a matrix is stored
 def from_modelopt(fields: Fields) -> Format:
     """NVFP4, FP8 or both, as NVIDIA ModelOpt writes them (`quant_method: modelopt`). ConfigError on its other algorithms."""
     algorithm = fields.choice("quant_algo", (*MODELOPT, "MIXED_PRECISION"))
-    skipped = _names((*patterns(fields, "ignore"), *patterns(fields, "exclude_modules")))
+    listed = (*patterns(fields, "ignore"), *patterns(fields, "exclude_modules"))
+    skipped = tuple(f"{SHELL}{name}" if set(name) & set("*?[") else name for name in listed)
     if algorithm != "MIXED_PRECISION":
         return Format(MODELOPT[algorithm], ("lm_head", *skipped))
     layers = fields.object("quantized_layers")  # here a head may be among them
@@ -122,10 +122,3 @@ def from_modelopt(fields: Fields) -> Format:
     if not schemes:
         raise fields.error("quantized_layers", "is empty")
     return Named(MODELOPT["NVFP4"], skipped, schemes)
-
-
-def _names(patterns: Sequence[str]) -> tuple[str, ...]:
-    """ModelOpt writes shell patterns ("model.layers.*.mlp.gate"), hundreds of them: as one "re:" expression that means them."""
-    shell = [".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns if "*" in pattern]
-    plain = [pattern for pattern in patterns if "*" not in pattern]
-    return (*plain, f"re:(?:{'|'.join(shell)})$") if shell else tuple(plain)
