@@ -147,6 +147,8 @@ DAMAGE = {
     "NF4 scales that are NaN": ("bnb-nf4", put(f"{Q}.weight.absmax", nan), f"{Q}: weight.absmax holds NaN"),
     "a group that is not there": ("gptq-int4", put(f"{Q}.g_idx", lambda g: g.fill_(99)), f"{Q}: g_idx names a group outside"),
     "a group below zero": ("gptq-int4", put(f"{Q}.g_idx", lambda g: g - 1), f"{Q}: g_idx names a group outside"),
+    "a group of integers that is not there": (
+        "compressed-int4", put(f"{Q}.weight_g_idx", lambda _: torch.full((96,), 99)), f"{Q}: weight_g_idx names a group outside"),
     "a bias that is not zero": (
         "gptq-int4", put("model.layers.1.mlp.down_proj.bias", lambda _: torch.ones(96)), "down_proj.bias is not zero"),
     "a zero beyond four bits": (
@@ -166,21 +168,23 @@ DAMAGE = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named(tmp_path, case):
+def test_damage_is_named(tmp_path, case, dequantize):
     format, change, match = DAMAGE[case]
     checkpoint(tmp_path, "qwen3", format)
     rewrite(tmp_path, change)
     with pytest.raises(CheckpointError, match=match) as caught:
-        load_model(tmp_path, progress=False)
+        load_model(tmp_path, progress=False, dequantize=dequantize)
     assert len(str(caught.value)) < 1500
 
 
-def test_a_bias_of_zeros_that_the_model_does_not_have_is_let_go(tmp_path):
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_bias_of_zeros_that_the_model_does_not_have_is_let_go(tmp_path, dequantize):
     """AutoGPTQ's first versions wrote one for every matrix."""
     checkpoint(tmp_path, "qwen3", "gptq-int4")
     rewrite(tmp_path, put("model.layers.1.mlp.down_proj.bias", lambda _: torch.zeros(96).half()))
-    assert load_model(tmp_path, progress=False).model.layers[1].mlp.down_proj.bias is None
+    assert load_model(tmp_path, progress=False, dequantize=dequantize).model.layers[1].mlp.down_proj.bias is None
 
 
 def test_a_group_size_that_does_not_divide_is_named(tmp_path):

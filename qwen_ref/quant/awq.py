@@ -35,6 +35,9 @@ class AWQ(Scheme):
             "scales": Slot((count, rows), FLOATS),
         }
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        check_scales(tensors["scales"], "AWQ's scales")
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         codes, zeros = unpack(tensors["qweight"]), unpack(tensors["qzeros"])  # (K, N), (G, N)
         group = self.group or columns
@@ -42,7 +45,7 @@ class AWQ(Scheme):
         return ((codes - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)).T
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        check_scales(tensors["scales"], "AWQ's scales")
+        self.check(tensors, rows, columns)
         scale = repack.transposed(tensors["scales"])
         return Matrix(Int4(_transposed(tensors["qweight"]), scale, _zeros(tensors["qzeros"]), self.group or columns))
 

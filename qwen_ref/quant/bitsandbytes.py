@@ -37,13 +37,16 @@ class BnbInt8(Scheme):
         slots = {"weight": Slot((rows, columns), (torch.int8,)), "SCB": Slot((rows,), (torch.float32,))}
         return slots | ({"weight_format": Slot((), (torch.uint8,))} if "weight_format" in found else {})
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        if int(tensors.get("weight_format", torch.tensor(0))) != 0:
+            raise CheckpointError("weight_format is not 0 (row by row), the only one that is saved today")
+        check_scales(tensors["SCB"], "SCB")
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        _check_layout(tensors)
         return tensors["weight"] * tensors["SCB"][:, None] * _TO_127TH
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        _check_layout(tensors)
-        check_scales(tensors["SCB"], "SCB")
+        self.check(tensors, rows, columns)
         return Matrix(Int8(tensors["weight"], tensors["SCB"][:, None] * _TO_127TH, None, columns))
 
 
@@ -68,6 +71,9 @@ class Bnb4(Scheme):
             slots["weight.nested_quant_map"] = Slot((256,), (torch.float32,))
         return slots
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        self._absmax(tensors, rows, columns)
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         block, absmax = self._absmax(tensors, rows, columns)
         both = tensors["weight"].flatten()
@@ -77,7 +83,6 @@ class Bnb4(Scheme):
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         block, absmax = self._absmax(tensors, rows, columns)
-        check_scales(absmax, "weight.absmax")
         codes = tensors["weight"].flatten()
         if columns % 2:  # rows begin in the middle of a byte
             codes = pack4(torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[: rows * columns].view(rows, columns))
@@ -95,8 +100,13 @@ class Bnb4(Scheme):
             raise state.error("shape", f"is {state.data.get('shape')!r}, the config wants {[rows, columns]}")
         if absmax.numel() != -(-rows * columns // block):
             raise CheckpointError(f"weight.absmax has {absmax.numel()} elements, not one for each {block} weights")
-        if absmax.dtype == torch.float32:
-            return block, absmax
+        if absmax.dtype != torch.float32:
+            absmax = self._nested(state, tensors)
+        check_scales(absmax, "weight.absmax")
+        return block, absmax
+
+    def _nested(self, state: Fields, tensors: Mapping[str, Tensor]) -> Tensor:
+        absmax = tensors["weight.absmax"]
         wide, nested = state.integer("nested_blocksize", high=4096), tensors["weight.nested_absmax"]
         if nested.numel() != -(-absmax.numel() // wide):
             raise CheckpointError(f"weight.nested_absmax has {nested.numel()} elements, not one for each {wide} of absmax")
@@ -104,7 +114,7 @@ class Bnb4(Scheme):
         if not isinstance(offset, int | float):
             raise state.error("nested_offset", f"is {offset!r}, not a number")
         values = tensors["weight.nested_quant_map"][absmax.long()]
-        return block, values * nested.repeat_interleave(wide)[: absmax.numel()] + offset
+        return values * nested.repeat_interleave(wide)[: absmax.numel()] + offset
 
 
 def from_json(fields: Fields) -> Format:
@@ -138,8 +148,3 @@ def _length(found: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def _dtype(found: Mapping[str, Any], name: str) -> torch.dtype | None:
     return found[name].dtype if name in found else None
-
-
-def _check_layout(tensors: Mapping[str, Tensor]) -> None:
-    if int(tensors.get("weight_format", torch.tensor(0))) != 0:
-        raise CheckpointError("weight_format is not 0 (row by row), the only one that is saved today")

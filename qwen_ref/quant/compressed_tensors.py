@@ -77,8 +77,16 @@ class Integers(Scheme):
         optional = {"weight_zero_point": zero, "weight_g_idx": Slot((columns,), (torch.int32, torch.int64))}
         return slots | {name: slot for name, slot in optional.items() if name in found} | _of_inputs(found)
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [rows, columns]:
+            raise CheckpointError(f"weight_shape is {tensors['weight_shape'].tolist()}, the config wants {[rows, columns]}")
+        check_scales(tensors["weight_scale"], "weight_scale")
+        zero = tensors.get("weight_zero_point")
+        if zero is not None and self.bits == 4 and not self._packs_zeros and not -8 <= int(zero.min()) <= int(zero.max()) <= 7:
+            raise CheckpointError("weight_zero_point holds what 4 bits do not")
+        self._group_of(tensors, columns)
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        _check_shape(tensors, rows, columns)
         scale = tensors["weight_scale"].float().view(-1, tensors["weight_scale"].shape[-1])  # (N or 1, G)
         zero = tensors.get("weight_zero_point")
         if self.packed:
@@ -92,8 +100,7 @@ class Integers(Scheme):
         return (codes - zeros) * scale[:, group]
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        _check_shape(tensors, rows, columns)
-        check_scales(tensors["weight_scale"], "weight_scale")
+        self.check(tensors, rows, columns)
         group = self.group or columns
         scale = tensors["weight_scale"].view(-1, tensors["weight_scale"].shape[-1]).expand(rows, -1).contiguous()
         order, regular = ordered(self._group_of(tensors, columns), group)
@@ -124,8 +131,6 @@ class Integers(Scheme):
             bytes_ = zero.T.contiguous().view(torch.uint8)  # (G, bytes of N)
             zeros = (unpack4(bytes_) if self.bits == 4 else bytes_)[:, :rows].T.contiguous()
             zeros = zeros if self.bits == 4 else (zeros ^ 128).view(torch.int8)
-        if self.bits == 4 and bool((zeros > 15).any()):
-            raise CheckpointError("weight_zero_point holds what 4 bits do not")
         return None if bool((zeros == (NIBBLE_ZERO if self.bits == 4 else 0)).all()) else zeros
 
     def _group_of(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
@@ -221,8 +226,3 @@ def _integers(words: Tensor, bits: int, columns: int) -> Tensor:
     """(R, W) int32 -> (R, columns) int32, signed."""
     shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
     return (words[..., None] >> shifts & (1 << bits) - 1).flatten(-2)[:, :columns] - (1 << bits - 1)
-
-
-def _check_shape(tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
-    if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [rows, columns]:
-        raise CheckpointError(f"weight_shape is {tensors['weight_shape'].tolist()}, the config wants {[rows, columns]}")

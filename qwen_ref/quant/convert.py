@@ -138,6 +138,8 @@ def expand(model: nn.Module, dtype: torch.dtype) -> None:
     """Exchange every `QuantLinear` for a plain layer with the matrix it stands for, by the format's definition."""
     for name in [name for name, _ in model.named_modules()]:
         module = _at(model, name)
+        if isinstance(module, QuantExperts | QuantStacks | QuantLinear):
+            _check(name, module)
         if isinstance(module, QuantExperts | QuantStacks):
             _replace(model, name, _expanded(module, dtype))
         elif isinstance(module, QuantEmbedding):
@@ -148,7 +150,25 @@ def expand(model: nn.Module, dtype: torch.dtype) -> None:
             for head in heads:
                 _replace(model, head, _linear(weight, None))
         elif isinstance(module, QuantLinear):
-            _replace(model, name, _linear(_fixed(module.dequantize().to(dtype)), module.bias))
+            _replace(model, name, _linear(_fixed(module.dequantize().to(dtype)), _bias(name, module)))
+
+
+def _check(name: str, module: nn.Module) -> None:
+    """What packing would find wrong, by the name of the matrix."""
+    for part, matrix in module.named_modules(prefix=name):
+        if isinstance(matrix, QuantLinear):
+            _bias(part, matrix)
+            with _named(part):
+                matrix.check()
+
+
+def _bias(name: str, module: QuantLinear) -> nn.Parameter | None:
+    """None where the model has none and the file one of zeros."""
+    if not module.must_be_zero or module.bias is None:
+        return module.bias
+    if bool(module.bias.any()):
+        raise CheckpointError(f"{name}.bias is not zero, but the config says that there is no bias")
+    return None
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> Linear:
@@ -249,11 +269,7 @@ def _quantised(
 
 
 def _packed(name: str, module: QuantLinear) -> PackedLinear:
-    bias = module.bias
-    if module.must_be_zero and bias is not None:
-        if bool(bias.any()):
-            raise CheckpointError(f"{name}.bias is not zero, but the config says that there is no bias")
-        bias = None
+    bias = _bias(name, module)
     with _named(name):
         matrix = module.pack()
     return PackedLinear(matrix, (module.out_features, module.in_features), bias)

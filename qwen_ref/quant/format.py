@@ -54,6 +54,10 @@ class Scheme:
         """All tensors of a matrix; `found` are those of the file, for what is optional."""
         raise NotImplementedError
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        """Raises CheckpointError for tensors that no matrix can be made of. `pack` asks by itself."""
+        raise NotImplementedError
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """The matrix, (N, K) fp32, as the format's definition has it."""
         raise NotImplementedError

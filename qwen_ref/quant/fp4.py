@@ -34,14 +34,16 @@ class MXFP4(Scheme):
             "weight_scale": Slot((rows, groups(columns, 32)), (torch.uint8, E8M0)),
         }
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        check_scales(tensors["weight_scale"].view(E8M0), "weight_scale")
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         exponent = tensors["weight_scale"].view(torch.uint8).int() - 127
         return torch.ldexp(values(tensors[self.weight_name]), exponent.repeat_interleave(32, 1))
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        scale = tensors["weight_scale"].view(E8M0)
-        check_scales(scale, "weight_scale")
-        return Matrix(Code4(tensors[self.weight_name], scale, torch.tensor(E2M1), 32))
+        self.check(tensors, rows, columns)
+        return Matrix(Code4(tensors[self.weight_name], tensors["weight_scale"].view(E8M0), torch.tensor(E2M1), 32))
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class NVFP4(Scheme):
                 slots[name] = Slot((1,) if tuple(found[name].shape) == (1,) else (), (torch.float32,))
         return slots
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        check_scales(tensors["weight_scale"], "weight_scale")
+        whole = tensors[self.global_name]
+        check_scales(1 / whole if self.divides else whole, self.global_name)
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         scale, whole = tensors["weight_scale"].float(), tensors[self.global_name].reshape(())
         scale = scale / whole if self.divides else scale * whole
@@ -74,9 +81,8 @@ class NVFP4(Scheme):
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
         whole = tensors[self.global_name].reshape(())
-        check_scales(tensors["weight_scale"], "weight_scale")
+        self.check(tensors, rows, columns)
         whole = 1 / whole if self.divides else whole
-        check_scales(whole, self.global_name)
         # The matrix's own scale goes into the table: 16 products instead of one for every weight.
         return Matrix(Code4(tensors[self.weight_name], tensors["weight_scale"], torch.tensor(E2M1) * whole, 16))
 

@@ -46,6 +46,12 @@ class FP8(Scheme):
                 slots[name] = Slot((1,) if tuple(found[name].shape) == (1,) else (), FLOATS)
         return slots
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        name = self._scale_name(tensors)
+        check_scales(tensors[name], name)
+        if int((tensors["weight"].view(torch.uint8) & 127).max()) == 127:  # the two NaNs of e4m3fn
+            raise CheckpointError("weight holds NaN")
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         weight, scale = tensors["weight"].float(), tensors[self._scale_name(tensors)].float()
         if self.block is None:
@@ -54,11 +60,8 @@ class FP8(Scheme):
         return weight * scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        name, block = self._scale_name(tensors), self.block
-        scale = tensors[name]
-        check_scales(scale, name)
-        if int((tensors["weight"].view(torch.uint8) & 127).max()) == 127:  # the two NaNs of e4m3fn
-            raise CheckpointError("weight holds NaN")
+        scale, block = tensors[self._scale_name(tensors)], self.block
+        self.check(tensors, rows, columns)
         if block is None:
             scale = scale.reshape(-1, 1)
             block = (rows if scale.shape[0] == 1 else 1, columns)

@@ -26,6 +26,9 @@ class Blocks(Scheme):
         elements, size = BLOCK[self.kind]
         return {"weight": Slot((rows, groups(columns, elements) * size), (torch.uint8,))}
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        repack(self.kind, tensors["weight"])  # which finds what is wrong on its way
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         weight = DEQUANTIZE[self.kind](tensors["weight"])
         return weight if self.order is None else torch.empty_like(weight).index_copy(-1, self.order, weight)
@@ -42,6 +45,9 @@ class Plain(Scheme):
 
     def slots(self, rows: int, columns: int, found: Mapping[str, Any]) -> dict[str, Slot]:
         return {"weight": Slot((rows, columns), FLOATS)}
+
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        pass
 
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         return tensors["weight"].float()

@@ -42,6 +42,11 @@ class GPTQ(Scheme):
         }
         return slots | ({"g_idx": Slot((columns,), (torch.int32,))} if "g_idx" in found else {})
 
+    def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        check_scales(tensors["scales"], "GPTQ's scales")
+        if not self._as_they_stand(tensors, columns):
+            self._group_of(tensors, columns)
+
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         shifts = self.bits * torch.arange(32 // self.bits, dtype=torch.int32)
         most = (1 << self.bits) - 1
@@ -52,9 +57,9 @@ class GPTQ(Scheme):
         return (tensors["scales"].float()[group] * (codes - zeros[group])).T
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
-        check_scales(tensors["scales"], "GPTQ's scales")
+        self.check(tensors, rows, columns)
         group, order, regular = self.group or columns, None, True
-        if "g_idx" in tensors and not torch.equal(tensors["g_idx"], _as_they_stand(columns, group)):
+        if not self._as_they_stand(tensors, columns):
             group_of = self._group_of(tensors, columns)
             order, regular = ordered(group_of, group)
         zeros = self._zeros(tensors["qzeros"])
@@ -79,6 +84,10 @@ class GPTQ(Scheme):
         zeros = (unpack4(stored) if self.bits == 4 else stored).T.contiguous() + self.zero_offset  # wraps at 256
         return zeros & 15 if self.bits == 4 else zeros
 
+    def _as_they_stand(self, tensors: Mapping[str, Tensor], columns: int) -> bool:
+        """Whether groups follow each other, as in most files."""
+        return "g_idx" not in tensors or torch.equal(tensors["g_idx"], _regular(columns, self.group or columns))
+
     def _group_of(self, tensors: Mapping[str, Tensor], columns: int) -> Tensor:
         """(K,) int64: the group of every input."""
         if "g_idx" not in tensors:
@@ -90,8 +99,8 @@ class GPTQ(Scheme):
 
 
 @lru_cache(maxsize=16)
-def _as_they_stand(columns: int, group: int) -> Tensor:
-    """`g_idx` where groups follow each other: of most matrices of a file."""
+def _regular(columns: int, group: int) -> Tensor:
+    """`g_idx` where groups follow each other."""
     return torch.arange(columns, dtype=torch.int32) // group
 
 

@@ -61,6 +61,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
+    def check(self) -> None:
+        self.scheme.check(self.tensors, self.out_features, self.in_features)
+
     def pack(self) -> Matrix:
         return self.scheme.pack(self.tensors, self.out_features, self.in_features)
 
