@@ -68,6 +68,9 @@ def weights_changed(**changes):
     (changed(FP8, weight_block_size=[128]), "weight_block_size"),
     (changed(FP8, weight_block_size=[128, 0]), "weight_block_size"),
     (changed(FP8, weight_block_size="128"), "not a list"),
+    (changed(FP8, weight_block_size=[10**30, 10**30]), "weight_block_size is .*, not two integers from 1 to 16777216"),
+    (weights_changed(type="float", num_bits=8, strategy="block"), "block_structure is missing"),
+    (weights_changed(type="float", num_bits=8, strategy="block", block_structure=[32, 1 << 40]), "block_structure is .*not two"),
     (changed(INT4, config_groups={}), "config_groups is empty"),
     (changed(INT4, config_groups=[1]), "not an object"),
     (changed(INT4, config_groups={"a": {**INT4["config_groups"]["group_0"], "targets": []}}), "config_groups has no targets"),
@@ -185,6 +188,23 @@ def test_a_bias_of_zeros_that_the_model_does_not_have_is_let_go(tmp_path, dequan
     checkpoint(tmp_path, "qwen3", "gptq-int4")
     rewrite(tmp_path, put("model.layers.1.mlp.down_proj.bias", lambda _: torch.zeros(96).half()))
     assert load_model(tmp_path, progress=False, dequantize=dequantize).model.layers[1].mlp.down_proj.bias is None
+
+
+def test_a_block_larger_than_its_matrix_takes_no_more_memory(tmp_path):
+    def one(tensors):
+        for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
+            tensors[name] = tensors[name][:1, :1]
+
+    checkpoint(tmp_path, "qwen3", "fp8")
+    rewrite(tmp_path, one)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"]["weight_block_size"] = [1 << 24, 1 << 24]  # repeated so often, one scale would be 10^15 bytes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    packed, plain = (load_model(tmp_path, dtype=torch.float32, progress=False, dequantize=expanded) for expanded in (False, True))
+    stored = load_file(tmp_path / "model.safetensors")
+    weight = stored[f"{Q}.weight"].float() * stored[f"{Q}.weight_scale_inv"]
+    for model in (packed, plain):
+        assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
 
 
 def test_a_group_size_that_does_not_divide_is_named(tmp_path):

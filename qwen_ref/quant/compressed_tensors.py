@@ -38,7 +38,7 @@ from .format import (
     spellings,
 )
 from .fp4 import MXFP4, NVFP4
-from .fp8 import FP8
+from .fp8 import FP8, block_size
 from .packed import NIBBLE_ZERO, Int4, Int8, pack4, unpack4
 
 
@@ -195,10 +195,10 @@ def _scheme(weights: Fields, encoding: Any, fields: Fields) -> Scheme:
     if weights.choice("type", ("int", "float"), "int") == "float":
         if bits != 8 or strategy == "group":
             raise weights.error("num_bits", f"is {bits} in {strategy} strategy; floats of 8 bits are implemented, not grouped")
-        block = weights.array("block_structure", []) if strategy == "block" else None
-        if block is not None and (len(block) != 2 or any(type(n) is not int or n < 1 for n in block)):
-            raise weights.error("block_structure", f"is {block!r}, not two positive integers")
-        return FP8(tuple(block) if block else None, "weight_scale")
+        block = block_size(weights, "block_structure") if strategy == "block" else None
+        if strategy == "block" and block is None:
+            raise weights.error("block_structure", "is missing")
+        return FP8(block, "weight_scale")
     if bits not in (4, 8) or (bits == 4 and encoding != "pack-quantized"):
         raise weights.error("num_bits", f"is {bits} in {encoding}; 4 and 8 packed, and 8 unpacked, are implemented")
     if strategy == "block":

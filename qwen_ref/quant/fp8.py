@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Fields
 from ..errors import CheckpointError
+from ..limits import LIMITS
 from .format import FLOATS, Format, Matrix, Scheme, Slot, check_scales, groups, patterns
 from .packed import Fp8
 
@@ -57,6 +58,7 @@ class FP8(Scheme):
         if self.block is None:
             return weight * (scale.view(-1, 1) if scale.dim() else scale)
         high, wide = self.block
+        high, wide = min(high, rows), min(wide, columns)
         return weight * scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
 
     def pack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Matrix:
@@ -76,8 +78,13 @@ def from_json(fields: Fields) -> Format:
     """The format of a config's `quantization_config`. ConfigError on what is not implemented."""
     fields.choice("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     fields.choice("activation_scheme", ("dynamic", "static"), "dynamic")
-    block = fields.array("weight_block_size", []) or None
-    if block is not None and (len(block) != 2 or any(type(n) is not int or n < 1 for n in block)):
-        raise fields.error("weight_block_size", f"is {block!r}, not two positive integers")
     skipped = patterns(fields, "modules_to_not_convert") + patterns(fields, "ignored_layers")
-    return Format(FP8(tuple(block) if block else None), ("lm_head", *skipped))
+    return Format(FP8(block_size(fields, "weight_block_size")), ("lm_head", *skipped))
+
+
+def block_size(fields: Fields, key: str) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None = all of them, where the config has no such field."""
+    block = fields.array(key, []) or None
+    if block is not None and (len(block) != 2 or any(type(n) is not int or not 1 <= n <= LIMITS.width for n in block)):
+        raise fields.error(key, f"is {block!r:.80}, not two integers from 1 to {LIMITS.width}")
+    return (block[0], block[1]) if block else None
