@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import subprocess
 import sys
@@ -146,6 +147,7 @@ DAMAGE = {
     "compressed scales that are NaN": ("compressed-int8", put(f"{Q}.weight_scale", nan), f"{Q}: weight_scale holds NaN"),
     "MXFP4 scales that are NaN": ("compressed-mxfp4", put(f"{Q}.weight_scale", lambda s: s.fill_(255)), "weight_scale holds NaN"),
     "NVFP4's scale is zero": ("compressed-nvfp4", put(f"{Q}.weight_global_scale", lambda s: s * 0), "weight_global_scale holds NaN"),
+    "NVFP4's scale is infinite": ("compressed-nvfp4", put(f"{Q}.weight_global_scale", lambda s: s * math.inf), "weight_global_scale holds NaN"),
     "bitsandbytes scales that are NaN": ("bnb-int8", put(f"{Q}.SCB", nan), f"{Q}: SCB holds NaN"),
     "NF4 scales that are NaN": ("bnb-nf4", put(f"{Q}.weight.absmax", nan), f"{Q}: weight.absmax holds NaN"),
     "a group that is not there": ("gptq-int4", put(f"{Q}.g_idx", lambda g: g.fill_(99)), f"{Q}: g_idx names a group outside"),

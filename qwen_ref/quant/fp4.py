@@ -72,7 +72,9 @@ class NVFP4(Scheme):
     def check(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
         check_scales(tensors["weight_scale"], "weight_scale")
         whole = tensors[self.global_name]
-        check_scales(1 / whole if self.divides else whole, self.global_name)
+        check_scales(whole, self.global_name)  # first: an infinite one has 0 as its inverse, and would make all weights 0
+        if self.divides:
+            check_scales(1 / whole, self.global_name)
 
     def dequantize(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         scale, whole = tensors["weight_scale"].float(), tensors[self.global_name].reshape(())
