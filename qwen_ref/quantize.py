@@ -137,6 +137,7 @@ class _Job:
 
     def __init__(self, source: Path, raw: dict[str, Any], out: Path, to: str, method: str, group: int,
                  calibration: str | None) -> None:  # fmt: skip
+        out = out.absolute()  # "." has no name to put ".partial" after
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} exists and is not empty; nothing is overwritten")
         self.source, self.raw, self.out, self.to, self.method = source, raw, out, to, method

@@ -23,6 +23,7 @@ from qwen_ref.loading import ASSETS
 from qwen_ref.models import module_for
 from qwen_ref.quant.gguf import GgufFile, ggml_name, official_name, open_gguf, repack
 from qwen_ref.quant.gguf_blocks import BLOCK
+from qwen_ref.quant.gguf_meta import _decimal
 from qwen_ref.quant.gguf_write import PRESETS, Source, kind_for, plan, write_gguf
 from qwen_ref.tokenizer import Tokenizer
 
@@ -281,6 +282,14 @@ def compare_tokenizers(ours: Tokenizer, official: Tokenizer) -> None:
             assert ours.decode(ids, skip_special=True) == official.decode(ids, skip_special=True)
     for name in ("added_tokens", "special_ids", "vocab_size", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(ours, name) == getattr(official, name), name
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 0.1, -0.1])
+def test_decimals_are_those_of_fp32(value):
+    """Of an fp64 that fp32 cannot hold there is no shorter one."""
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    assert _decimal(float(single) if np.isfinite(single) else value) == value
 
 
 def test_bundled_tokenizer_round_trip(tmp_path):

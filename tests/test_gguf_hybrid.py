@@ -261,6 +261,18 @@ def test_metadata_that_do_not_fit(tmp_path, monkeypatch, model_type):
             load_model(tmp_path / f"{i}.gguf", progress=False)
 
 
+def test_a_part_of_in_proj_qkvz_that_is_no_matrix(tmp_path, monkeypatch):
+    config, add = config_of("qwen3_next"), gguf.GGUFWriter.add_tensor
+
+    def deeper(self, name, tensor, **kwargs):
+        add(self, name, tensor[:, None] if name == "blk.0.attn_qkv.weight" else tensor, **kwargs)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", deeper)
+    library_file(tmp_path / "m.gguf", make_pair(config)[0], config, eight_bits)
+    with pytest.raises(CheckpointError, match="in_proj_qkv.weight' and .* are not both matrices"):
+        load_model(tmp_path / "m.gguf", progress=False)
+
+
 def test_sections_of_the_rotary_embedding_that_are_no_list(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.GGUFWriter, "add_rope_dimension_sections", lambda self, _: self.add_uint32("qwen35.rope.dimension_sections", 11))
     config = config_of("qwen3_5")

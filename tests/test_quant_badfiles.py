@@ -170,6 +170,8 @@ DAMAGE = {
     "blocks of nothing": ("bnb-nf4", put(STATE, state(lambda d: d.update(blocksize=0))), "blocksize is 0"),
     "blocks of another size": ("bnb-nf4", put(STATE, state(lambda d: d.update(blocksize=128))), "not one for each 128 weights"),
     "no offset": ("bnb-nf4-nested", put(STATE, state(lambda d: d.pop("nested_offset"))), "nested_offset is None"),
+    "an offset beyond fp32": (
+        "bnb-nf4-nested", put(STATE, state(lambda d: d.update(nested_offset=10**400))), "nested_offset is 1000.*not a number"),
 }  # fmt: skip
 
 

@@ -592,6 +592,13 @@ def test_nothing_is_overwritten(source, tmp_path):
     assert (tmp_path / "b.partial" / "mine").read_text() == (tmp_path / "out" / "mine").read_text() == "keep"
 
 
+def test_into_the_folder_one_is_in(source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    qr.quantize(source["qwen3"], ".", "int8", progress=False)
+    assert load_model(tmp_path / "here", progress=False).load_report.notes == [] and not (tmp_path / "here.partial").exists()
+
+
 def test_a_full_disk(source, tmp_path, monkeypatch):
     def full(path, tensors):
         path.write_bytes(b"x")

@@ -110,9 +110,9 @@ class Bnb4(Scheme):
         wide, nested = state.integer("nested_blocksize", high=4096), tensors["weight.nested_absmax"]
         if nested.numel() != -(-absmax.numel() // wide):
             raise CheckpointError(f"weight.nested_absmax has {nested.numel()} elements, not one for each {wide} of absmax")
-        offset = state.data.get("nested_offset")
-        if not isinstance(offset, int | float):
-            raise state.error("nested_offset", f"is {offset!r}, not a number")
+        offset: Any = state.data.get("nested_offset")
+        if type(offset) not in (int, float) or not abs(offset) < 3e38:
+            raise state.error("nested_offset", f"is {offset!r:.80}, not a number of fp32")
         values = tensors["weight.nested_quant_map"][absmax.long()]
         return values * nested.repeat_interleave(wide)[: absmax.numel()] + offset
 

@@ -235,6 +235,8 @@ class OfficialTensors(SafetensorsFile):
         if z not in self._owner:
             raise CheckpointError(f"{self.path}: {quote(qkv)} is there and {quote(z)} is missing")
         order, infos = self._heads.row_order(QKVZ), [self._owner[part].tensors[part] for part in (qkv, z)]
+        if any(len(info.shape) != 2 for info in infos):
+            raise CheckpointError(f"{self.path}: {quote(qkv)} and {quote(z)} are not both matrices")
         if [info.shape[0] for info in infos] != list(self._heads.parts) or self._columns(qkv) != self._columns(z):
             raise CheckpointError(f"{self.path}: {quote(qkv)} and {quote(z)} have other sizes than the metadata say")
         kinds = [self.kinds.pop(part, None) for part in (qkv, z)]

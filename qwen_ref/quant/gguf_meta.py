@@ -184,7 +184,7 @@ def _read_rope_scaling(f: Fields) -> dict[str, Any] | None:
 
 def _decimal(value: float) -> float:
     """The shortest decimal that is this number in fp32: 1e-06, where the nearest fp64 is 9.99999997e-07."""
-    if value > 3e38:
+    if abs(value) > 3e38:
         return value
     single = struct.pack("<f", value)
     return next((short for digits in range(1, 10)
