@@ -592,12 +592,14 @@ def test_blocked_equals_the_formula(dtype, monkeypatch):
         "int4": random_int(4, 37, 64, 32)[0],
         "int8": random_int(8, 37, 64, 16)[0],
         "fp8": Fp8(floats.to(torch.float8_e4m3fn), torch.rand(3, 2, generator=g) + 0.5, (16, 48)),
+        "fp8 whole": Fp8(floats.to(torch.float8_e4m3fn), torch.rand(1, 1, generator=g) + 0.5, (37, 64)),
+        "fp8 small": Fp8(floats.to(torch.float8_e4m3fn), torch.rand(19, 4, generator=g) + 0.5, (2, 16)),
         "code4": Code4(torch.randint(0, 256, (37, 32), dtype=torch.uint8), torch.rand(37, 4), torch.randn(16), 16),
     }
     monkeypatch.setattr(blocked, "BLOCK_BYTES", 64 * 4 * 5)
     x, bias = torch.randn(2, 3, 64, generator=g).to(dtype), torch.randn(37, generator=g).to(dtype)
     for name, weight in layouts.items():
-        formula = getattr(packed, f"linear_{name}")
+        formula = getattr(packed, f"linear_{name.split()[0]}")
         values = weight.dequantize(torch.float64, 64)
         for b in (None, bias):
             y = blocked.linear_blocked(x, weight, b)
@@ -615,18 +617,22 @@ def test_blocked_refuses_a_bias_of_another_length(length, monkeypatch):
         blocked.linear_blocked(torch.randn(2, 256), weight, torch.zeros(length))
 
 
-def test_blocked_holds_one_block(monkeypatch):
-    """No dequantised block is larger than BLOCK_BYTES, unless one scale's rows are."""
+@pytest.mark.parametrize("kind", [Int8, Fp8])
+def test_blocked_holds_one_block(monkeypatch, kind):
+    """No dequantised block is larger than BLOCK_BYTES, where one scale is for the whole matrix neither."""
     seen = []
-    real = Int8.dequantize
+    real = kind.dequantize
 
     def watched(self, dtype=torch.float32, columns=None):
         seen.append(self.codes.numel() * dtype.itemsize)
         return real(self, dtype, columns)
 
-    monkeypatch.setattr(Int8, "dequantize", watched)
+    monkeypatch.setattr(kind, "dequantize", watched)
     monkeypatch.setattr(blocked, "BLOCK_BYTES", 4096)
     weight, values = random_int(8, 100, 96, 32)
+    if kind is Fp8:
+        codes = torch.randn(100, 96).to(torch.float8_e4m3fn)
+        weight, values = Fp8(codes, torch.tensor([[0.3]]), (100, 96)), codes.double() * float(torch.tensor(0.3))
     x = torch.randn(2, 96)
     assert off(blocked.linear_blocked(x, weight), x, values) < 1e-5
     assert len(seen) > 5 and max(seen) <= 4096

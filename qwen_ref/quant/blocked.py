@@ -3,7 +3,7 @@ dequantise the whole matrix first. They need nothing and take every layout; `cpp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,21 @@ def linear_blocked(
     rows, columns = weight[0].shape[-2], x.shape[-1]
     high = weight.block[0] if isinstance(weight, packed.Fp8) else 1
     dtype = x.dtype if native(x.dtype) else torch.promote_types(x.dtype, torch.float32)
-    step = max(BLOCK_BYTES // (columns * dtype.itemsize) // high, 1) * high
+    most = max(BLOCK_BYTES // (columns * dtype.itemsize), 1)
     wide, bias = x.to(dtype), None if bias is None else bias.to(dtype).expand(rows)  # RuntimeError if it has another length
     blocks = []
-    for first in range(0, rows, step):
-        some = slice(first, min(first + step, rows))
+    for some in _spans(rows, high, most):
         block = dequantize(weight, some.start, some.stop, columns, dtype)  # (n, K)
         blocks.append(F.linear(wide, block, None if bias is None else bias[some]).to(x.dtype))
     return torch.cat(blocks, dim=-1)  # (..., N)
+
+
+def _spans(rows: int, high: int, most: int) -> Iterator[slice]:
+    """All rows, at most so many at a time: whole blocks of `high`, or parts of one where that is higher."""
+    whole, step = (rows, most // high * high) if high <= most else (high, most)
+    for start in range(0, rows, whole):
+        end = min(start + whole, rows)
+        yield from (slice(first, min(first + step, end)) for first in range(start, end, step))
 
 
 def moe_blocked(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, experts: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ Packed: TypeAlias = Int4 | Int8 | Fp8 | Code4 | Gguf
 
 
 def rows(weight: Packed, first: int, last: int) -> Packed:
-    """Rows first:last of a matrix; of Fp8, `first` must be where a block begins."""
+    """Rows first:last of a matrix; of Fp8, `first` must be where a block begins, or all of them in one block."""
     if isinstance(weight, Fp8):
         high = weight.block[0]
         scale = weight.scale[..., first // high : -(-last // high), :]
