@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import weakref
@@ -282,6 +283,25 @@ def compare_tokenizers(ours: Tokenizer, official: Tokenizer) -> None:
             assert ours.decode(ids, skip_special=True) == official.decode(ids, skip_special=True)
     for name in ("added_tokens", "special_ids", "vocab_size", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(ours, name) == getattr(official, name), name
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_somebody_makes_meanwhile_stays(tmp_path, monkeypatch, links):
+    def refused(*args):
+        raise OSError(errno.EPERM, "no links here")
+
+    def make():
+        (tmp_path / "m.gguf").write_text("somebody's")
+        return torch.zeros(4)
+
+    if not links:
+        monkeypatch.setattr("os.link", refused)
+    with pytest.raises(CheckpointError, match="m.gguf was made meanwhile"):
+        write_gguf(tmp_path / "m.gguf", config_of("qwen3"), tokenizer_files(), [Source("model.norm.weight", (4,), "F32", make)])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"] and (tmp_path / "m.gguf").read_text() == "somebody's"
+    (tmp_path / "m.gguf").unlink()
+    write_gguf(tmp_path / "m.gguf", config_of("qwen3"), tokenizer_files(), [])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 @pytest.mark.parametrize("value", [1e300, -1e300, 0.1, -0.1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 import uuid
@@ -135,11 +136,23 @@ def write_gguf(
             for source in tensors:
                 _write_tensor(file, source)
                 _pad(file)
-        temporary.rename(path)
+        _publish(temporary, path)
     except OSError as problem:
         raise CheckpointError(f"could not write {path}: {problem.strerror or problem}") from problem
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, which nobody must have taken meanwhile: `link` fails then, where `rename` would not."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise CheckpointError(f"{path} was made meanwhile; nothing is overwritten") from None
+    except OSError:  # a file system without links
+        if path.exists():
+            raise CheckpointError(f"{path} was made meanwhile; nothing is overwritten") from None
+        temporary.rename(path)
 
 
 def _metadata(
