@@ -265,7 +265,9 @@ class _Job:
             raise CheckpointError(f"{self.partial} exists and is not an unfinished run: nothing is overwritten")
         else:
             self.partial.mkdir(parents=True, exist_ok=True)
-            write_json(path, record)
+            unfinished = self.partial.with_name(f"{self.partial.name}.tmp")  # beside it: in it would be what no run began
+            write_json(unfinished, record)
+            unfinished.replace(path)
 
     def finish(self) -> Quantized:
         """Index, config and the files of the tokenizer; then the name it was asked for."""

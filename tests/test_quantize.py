@@ -550,6 +550,18 @@ def test_a_run_goes_on_where_it_was_killed(method, after, source, tmp_path, monk
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == finished  # not written again
 
 
+def test_a_run_goes_on_that_was_killed_as_it_wrote_its_record(source, tmp_path, monkeypatch):
+    def killed(path, value):
+        path.write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(making_module, "write_json", killed)
+        qr.quantize(source["qwen3"], tmp_path / "out", "int8", progress=False)
+    qr.quantize(source["qwen3"], tmp_path / "out", "int8", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_damaged_shard_is_made_again(source, tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
