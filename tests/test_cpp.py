@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -928,6 +931,24 @@ def test_the_library_is_kept_and_a_folder_others_write_to_is_not_trusted(monkeyp
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     path.parent.chmod(0o777)
     assert library._folder() != path.parent
+
+
+def test_without_a_cache_one_temporary_folder_serves_all_processes(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    temporary = tmp_path / f"qwen-ref-{os.getuid()}"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert library._folder() == library._folder() == temporary and not temporary.stat().st_mode & 0o077
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+    assert library._folder() == temporary
+    temporary.rmdir()
+    (tmp_path / "somebody's").mkdir(mode=0o700)
+    temporary.symlink_to(tmp_path / "somebody's")
+    assert library._folder() not in (temporary, tmp_path / "somebody's")
 
 
 def test_refusals(monkeypatch):

@@ -1,7 +1,7 @@
 """The compiled operations: `library.cpp` as a shared library, its calls, and lists of them that are made again at once.
 
 It is compiled when it is first asked for, if there is a C++ compiler and the CPU has AVX2, and kept in the user's cache
-folder: loading it again takes no time.
+folder, or a temporary one where there is none: loading it again takes no time.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -197,13 +199,21 @@ def _compile(compiler: list[str], flags: tuple[str, ...]) -> Path:
 
 
 def _folder() -> Path:
-    """The user's cache folder for what was compiled; one that others may write to is not trusted."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-ref"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-        if os.access(folder, os.W_OK) and not (state.st_mode & 0o022) and state.st_uid == os.getuid():
-            return folder
-    except OSError:
-        pass
+    """The user's folder for what was compiled: in the cache, or where that cannot be written, among temporary files."""
+    kept = Path(tempfile.gettempdir()) / f"qwen-ref-{os.getuid()}"
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-ref"
+        if _is_ours(cache):
+            return cache
+    with suppress(OSError):
+        if _is_ours(kept):
+            return kept
     return Path(tempfile.mkdtemp(prefix="qwen-ref-"))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether only this user can write to it. A link is not trusted: who made it may turn it to another folder."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.lstat()
+    is_own = stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022
+    return is_own and os.access(folder, os.W_OK)
