@@ -30,12 +30,14 @@ from .errors import NumericsError, RequestError
 from .loading import load
 from .models.common import LanguageModel
 from .quant.calibrated import quantize_model, windows_of
+from .quant.making import KINDS
 from .quantize import CALIBRATION
 from .tokenizer import Tokenizer
 
 WINDOW = 2048
 DECODED = 32  # tokens, for the speed
 REPEATS = 3
+GPTQ = "int4:gptq"
 SEPARATOR = "<|endoftext|>"
 _CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: a whole window's, with 150,000 tokens to choose from, would be 1.2 GB
 
@@ -116,6 +118,8 @@ def score(
     Raises: RequestError for a text without tokens, a window out of range, unknown formats, and two models with different
         vocabularies; NumericsError if a model answers with NaN.
     """
+    if unknown := [name for name in formats if name not in (*KINDS, GPTQ)]:
+        raise RequestError(f"cannot quantise to {unknown[0]!r}; there are {', '.join((*KINDS, GPTQ))}")
     reference, tokenizer = load(model if against is None else against, device=device, dtype=dtype, progress=progress)
     window = window or min(WINDOW, reference.config.max_position_embeddings)
     if not 2 <= window <= reference.config.max_position_embeddings:
@@ -233,7 +237,7 @@ def _now(device: torch.device) -> float:
 
 
 def _made(model: str | Path, name: str, calibration: str | None, device: str | None, dtype: str | None, progress: bool) -> Any:
-    if name != "int4:gptq":
+    if name != GPTQ:
         return load(model, device=device, dtype=dtype, quantize=name, progress=progress)[0]
     network, tokenizer = load(model, device=device, dtype=dtype, progress=progress)
     text = calibration if calibration is not None else CALIBRATION.read_text(encoding="utf-8")
