@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ def run_with_hooks(
 def active(model: Any, fwd_hooks: Iterable[tuple[Filter, Function]]) -> Iterator[None]:
     """Functions at points, for a while, in every forward of the model: prefill, cached decode, `generate`.
 
-    `fwd_hooks` pairs a name (or pattern, or several, or a function of the name) with a function.
+    `fwd_hooks` pairs a name (or pattern, or several, or a function of the name) with a function. Blocks nest: at a point the
+    outermost block's functions run first, and each sees what the one before it made. As with `torch.no_grad`, they are active
+    in the thread that opened the block.
     """
     with _active(model, [(name, fn) for names, fn in fwd_hooks for name in select(model, names)]):
         yield
@@ -172,9 +175,8 @@ class _Frame:
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-class _Frames(threading.local):  # another thread may run the same model, or another one, without hooks
-    def __init__(self) -> None:
-        self.stack: list[_Frame] = []
+# One of each model and thread, while it has functions: another thread may run the same model without them.
+_sessions: dict[tuple[nn.Module, int], _Session] = {}
 
 
 @contextmanager
@@ -182,35 +184,57 @@ def _active(model: nn.Module, functions: list[tuple[str, Function]]) -> Iterator
     if not functions:
         yield
         return
-    known, modules = points(model), dict(model.named_modules())
-    by_point: dict[str, list[Function]] = defaultdict(list)
-    for name, fn in functions:
-        by_point[name].append(fn)
-    chosen = {name: known.get(name, Point(name, name, "output", "")) for name in by_point}
-    session = _Session(by_point, chosen, _widths(model.config))
-    with ExitStack() as stack:
-        for operation in session.operations():
-            stack.enter_context(backend.intercept(operation, session.on_operation(operation)))
-        for path in session.framed():
-            enter = modules[path].register_forward_pre_hook(session.enter(path))
-            leave = modules[path].register_forward_hook(session.leave, always_call=True)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
-        for point in session.points.values():
-            if point.place in ("input", "residual"):
-                stack.callback(modules[point.path].register_forward_pre_hook(session.on_input(point)).remove)
-            elif point.place in ("output", "heads"):
-                stack.callback(modules[point.path].register_forward_hook(session.on_output(point)).remove)
-        session.say_what_runs_eagerly(next(model.parameters()))
+    key = model, threading.get_ident()
+    session = _sessions.setdefault(key, _Session(model))
+    session.say_what_runs_eagerly(name for name, _ in functions)
+    try:
+        session.install([*session.blocks, functions])
         yield
+    finally:
+        session.install([block for block in session.blocks if block is not functions])
+        if not session.blocks:
+            _sessions.pop(key, None)
 
 
 class _Session:
-    """The functions of one `active` block and the PyTorch hooks that call them."""
+    """All functions that a thread has active on a model, and the PyTorch hooks that call them.
 
-    def __init__(self, functions: dict[str, list[Function]], chosen: dict[str, Point], widths: dict[str, int]) -> None:
-        self.functions, self.points, self.widths, self.frames = functions, chosen, widths, _Frames()
-        self.by_place = {(point.path, point.short): point for point in chosen.values()}
+    Nested blocks share it, for what happens inside an operation can be computed once only: there every function, those of
+    the outermost block first, sees what the one before it made.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.widths, self.thread = model, _widths(model.config), threading.get_ident()
+        self.blocks: list[list[tuple[str, Function]]] = []
+        self.frames: list[_Frame] = []  # modules whose forward is running, innermost last
+        self.installed = ExitStack()
+
+    def install(self, blocks: list[list[tuple[str, Function]]]) -> None:
+        """Take these blocks of functions in place of those before, outermost first."""
+        self.installed.close()
+        self.blocks, self.functions = blocks, defaultdict(list)
+        for name, fn in chain.from_iterable(blocks):
+            self.functions[name].append(fn)
+        self.points = _points_of(self.model, self.functions)
+        self.by_place = {(point.path, point.short): point for point in self.points.values()}
+        modules = dict(self.model.named_modules())
+        for operation in self.operations():
+            self.installed.enter_context(backend.intercept(operation, self.on_operation(operation)))
+        for path in self.framed():
+            self._register(modules[path].register_forward_pre_hook, self.enter(path))
+            self._register(partial(modules[path].register_forward_hook, always_call=True), self.leave)
+        # What heads write is summed anew if it is edited, so it comes before what reads that sum.
+        for point in sorted(self.points.values(), key=lambda point: point.place != "heads"):
+            if point.place in ("input", "residual"):
+                self._register(modules[point.path].register_forward_pre_hook, self.on_input(point))
+            elif point.place in ("output", "heads"):
+                self._register(modules[point.path].register_forward_hook, self.on_output(point))
+
+    def _register(self, register: Callable[..., Any], hook: Callable[..., Any]) -> None:
+        def in_this_thread(*args: Any) -> Any:
+            return hook(*args) if threading.get_ident() == self.thread else None
+
+        self.installed.callback(register(in_this_thread).remove)
 
     # which modules and operations are concerned
 
@@ -224,9 +248,10 @@ class _Session:
         flattened = {p.path.rpartition(".")[0] for p in self.points.values() if ".mlp." in p.path and p.dims}
         return inside | flattened
 
-    def say_what_runs_eagerly(self, parameter: Tensor) -> None:
-        scored = [p for p in self.points.values() if p.place == "attention" and p.short in ("pattern", "attn_scores")]
-        layers = sorted({p.layer for p in scored}, key=str)
+    def say_what_runs_eagerly(self, names: Iterable[str]) -> None:
+        asked = _points_of(self.model, names).values()
+        layers = sorted({p.layer for p in asked if p.place == "attention" and p.short in ("pattern", "attn_scores")}, key=str)
+        parameter = next(self.model.parameters())
         implementation = backend.attention.resolve(parameter.device, parameter.dtype).name
         if layers and implementation != "eager":
             where = ", ".join(map(str, layers[:8])) + (" ..." if len(layers) > 8 else "")
@@ -261,13 +286,13 @@ class _Session:
 
     def enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.frames.stack.append(_Frame(path, args[0].shape[:-1]))
+            self.frames.append(_Frame(path, args[0].shape[:-1]))
 
         return hook
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.frames.stack:
-            self.frames.stack.pop()
+        if self.frames:
+            self.frames.pop()
 
     def on_input(self, point: Point) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
@@ -306,8 +331,8 @@ class _Session:
         """As the point's dims say: heads apart, and tokens in rows where a mixture of experts flattened them."""
         if point.dims in ("BTND", "BTKD") and x.dim() == 3:
             return x.unflatten(-1, (-1, self.widths["N"]))
-        if point.dims and x.dim() == 2 and self.frames.stack:
-            return x.unflatten(0, self.frames.stack[-1].lead)
+        if point.dims and x.dim() == 2 and self.frames:
+            return x.unflatten(0, self.frames[-1].lead)
         return x
 
     def _part_of_output(self, point: Point, part: Callable[[Tensor], Tensor], output: Tensor) -> Tensor | None:
@@ -343,7 +368,7 @@ class _Session:
         handle = handles[operation]
 
         def wrapper(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            frame = self.frames.stack[-1] if self.frames.stack else None
+            frame = self.frames[-1] if self.frames and threading.get_ident() == self.thread else None
             return handle(frame, run, *args, **kwargs) if frame else run(*args, **kwargs)
 
         return wrapper
@@ -461,6 +486,12 @@ def _stopping_before(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _points_of(model: nn.Module, names: Iterable[str]) -> dict[str, Point]:
+    """By name; a module's path is a point that stands for its output."""
+    known = points(model)
+    return {name: known.get(name, Point(name, name, "output", "")) for name in names}
 
 
 def _widths(config: Any) -> dict[str, int]:

@@ -292,6 +292,13 @@ def test_other_dtypes(dtype):
 # ------------------------------------------------------------------------------------------------- editing
 
 
+def _edited(value, hook):
+    """Something else that the point may hold."""
+    if hook.short in ("topk_idx", "rows", "index_blocks"):
+        return (value + 1) % 7
+    return -value if hook.short == "index_scores" else value * 0.5 + 0.1
+
+
 @pytest.mark.parametrize("config", ALL)
 def test_every_point_can_be_edited_and_an_identity_edit_changes_nothing(config):
     model, _ = make_pair(config)
@@ -308,17 +315,12 @@ def test_every_point_can_be_edited_and_an_identity_edit_changes_nothing(config):
         if name.endswith("attn.hook_state"):  # the next pass begins with it
             cache = model.make_cache()
             model(IDS[:, :4], cache=cache)
-            with model.hooks([(name, lambda value, hook: value * 0.5 + 0.1)]):
+            with model.hooks([(name, _edited)]):
                 again = model.make_cache()
                 model(IDS[:, :4], cache=again)
             assert not torch.allclose(model(IDS[:, 4:], cache=again), model(IDS[:, 4:], cache=cache), atol=1e-3)
             continue
-        if name.endswith("index_scores"):
-            edited = model.run_with_hooks(IDS, [(name, lambda value, hook: -value)])
-        elif name.endswith(("topk_idx", "hook_rows", "index_blocks")):
-            edited = model.run_with_hooks(IDS, [(name, lambda value, hook: (value + 1) % 7)])
-        else:
-            edited = model.run_with_hooks(IDS, [(name, lambda value, hook: value * 0.5 + 0.1)])
+        edited = model.run_with_hooks(IDS, [(name, _edited)])
         assert edited.isfinite().all() and not torch.allclose(edited, plain, atol=1e-3), name
     assert torch.equal(model(IDS), plain)
 
@@ -598,6 +600,85 @@ def test_nested_hooks(dense):
     torch.testing.assert_close(acts["z", 1], 2 * plain["z", 1])
     assert torch.equal(acts["rot_k", 1], plain["rot_k", 1])
     assert _clean(dense)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3", "qwen3_5", "qwen4_exp"])
+def test_a_block_inside_another_sees_its_edits(kind):
+    """At every kind of point, wherever its value comes from; and of all others the inner block sees what it would in one list."""
+    model, _ = make_pair(TINY[kind][1])
+    _, plain = model.run_with_cache(IDS, "*hook_*")
+    kinds = {(point.name.replace(f"blocks.{point.layer}", ""), point.place): name for name, point in points(model).items()}
+    for name in (name for name in kinds.values() if points(model)[name].editable):
+        together, before = {}, []
+        expected = model.run_with_hooks(IDS, [(name, _edited), ("*hook_*", lambda v, hook, to=together: to.update({hook.name: v}))])
+        with model.hooks([(name, _edited)]):
+            logits, acts = model.run_with_cache(IDS, "*hook_*")
+        assert torch.equal(acts[name], _edited(plain[name], points(model)[name])), name
+        assert torch.equal(logits, expected) and all(torch.equal(acts[other], together[other]) for other in plain), name
+        with model.hooks([(name, lambda value, hook, before=before: before.append(value))]):
+            assert torch.equal(model.run_with_hooks(IDS, [(name, _edited)]), expected), name
+        assert torch.equal(before[0], plain[name]), name
+    assert _clean(model)
+
+
+def test_blocks_that_end_in_another_order_leave_the_rest(dense):
+    first, second = (dense.hooks([("blocks.1.attn.hook_pattern", lambda v, hook, x=x: v * x)]) for x in (2.0, 3.0))
+    expected = dense.run_with_hooks(IDS, [("blocks.1.attn.hook_pattern", lambda v, hook: v * 3.0)])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(dense(IDS), expected)
+    second.__exit__(None, None, None)
+    assert _clean(dense)
+
+
+def test_a_block_may_open_in_the_middle_of_a_pass(dense):
+    """A function that runs the model itself, under a block of its own, is followed by the rest of the pass it is in."""
+    names, seen = ["blocks.1.attn.hook_rot_q", "blocks.1.attn.hook_pattern"], []
+
+    def look(value, hook):
+        if not seen:
+            seen.append(hook.name)
+            seen.append(dense.run_with_cache(IDS[:1, :4], "blocks.*.attn.hook_pattern")[1]["pattern", 2])
+        seen.append(hook.name)
+
+    plain = dense.run_with_hooks(IDS, [(names, lambda value, hook: None)])
+    expected = dense.run_with_cache(IDS[:1, :4], "blocks.*.attn.hook_pattern")[1]["pattern", 2]
+    assert torch.equal(dense.run_with_hooks(IDS, [(names, look)]), plain)
+    assert torch.equal(next(x for x in seen if isinstance(x, torch.Tensor)), expected)
+    assert [x for x in seen if isinstance(x, str)] == [names[0], *names, *names]
+    assert _clean(dense)
+
+
+def test_what_heads_write_and_what_reads_the_sum_are_edited_both(dense):
+    both = [("model.layers.1.self_attn.o_proj", lambda v, hook: v + 1), ("blocks.1.attn.hook_result", lambda v, hook: v * 2)]
+    _, plain = dense.run_with_cache(IDS, "blocks.1.hook_attn_out")
+    with dense.hooks(both):
+        _, acts = dense.run_with_cache(IDS, "blocks.1.hook_attn_out")
+    torch.testing.assert_close(acts["attn_out", 1], 2 * plain["attn_out", 1] + 1)
+
+
+def test_a_thread_with_the_same_model_is_left_alone(dense):
+    """Two threads run one model at once, each under functions of its own, one inside the other's pass."""
+    names, plain = ["blocks.*.attn.hook_pattern", "blocks.*.ln2.hook_scale", "blocks.*.hook_mlp_out"], dense(IDS)
+    expected = dense.run_with_cache(IDS.flip(1), names)[1]
+    threads, results = [], []
+
+    @torch.no_grad()
+    def run():
+        results.append(dense(IDS))
+        results.append(dense.run_with_cache(IDS.flip(1), names)[1])
+
+    def edit(value, hook):
+        if not threads:
+            threads.append(threading.Thread(target=run))
+            threads[0].start()
+            threads[0].join(30)
+        return value * 2
+
+    edited = dense.run_with_hooks(IDS, [(names, edit)])
+    assert torch.equal(results[0], plain) and all(torch.equal(results[1][name], expected[name]) for name in expected)
+    assert torch.equal(edited, dense.run_with_hooks(IDS, [(names, lambda value, hook: value * 2)])) and _clean(dense)
 
 
 def test_a_thread_with_another_model_is_left_alone(dense):
