@@ -68,29 +68,66 @@ def penalize(logits: Tensor, s: Sampling, prompt: set[int], generated: Counter[i
     return logits
 
 
-def distribution(logits: Tensor, s: Sampling) -> Tensor:
-    """Temperature, then top-k, top-p and min-p, each on what the one before left: (V,) fp32 -> probabilities (V,)."""
-    logits = logits / s.temperature
-    if 0 < s.top_k < logits.numel():
-        kth = logits.topk(s.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
+    """What temperature, top-k, top-p and min-p, each on what the one before left, leave of (V,) fp32 logits.
+
+    Returns the token ids (n,), ascending, and their probabilities (n,) as multiples of the best one's. Each filter looks only
+    at what it must: a vocabulary of 150,000 takes forty times as long to sort as to search for its best thousand.
+    """
+    ids = torch.arange(logits.numel(), device=logits.device)
+    if 0 < s.top_k < logits.numel():  # first, since dividing by the temperature keeps the order
+        ids = (logits >= logits.topk(s.top_k).values[-1]).nonzero()[:, 0]  # equals of the last one stay
+    scaled = (logits[ids] - logits.max()) / s.temperature
     if s.top_p < 1.0:
-        ordered, ids = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= s.top_p  # the probability before this token already suffices
-        logits = logits.index_fill(0, ids[beyond], -math.inf)
-    p = logits.softmax(-1)
+        kept = _nucleus(scaled, s.top_p)
+        ids, scaled = ids[kept], scaled[kept]
+    weights = scaled.exp()
     if s.min_p > 0.0:
-        p = p.masked_fill(p < s.min_p * p.max(), 0.0)
-        p = p / p.sum()
-    return p
+        kept = (weights >= s.min_p).nonzero()[:, 0]
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights
+
+
+def distribution(logits: Tensor, s: Sampling) -> Tensor:
+    """The probabilities that `choose` draws by: (V,) fp32 -> (V,)."""
+    ids, weights = candidates(logits, s)
+    return torch.zeros_like(logits).index_copy(0, ids, weights / weights.sum())
 
 
 def choose(logits: Tensor, s: Sampling, generator: torch.Generator) -> int:
-    """Draw the next token of one sequence from its penalised logits (V,) fp32."""
+    """The next token of one sequence from its penalised logits (V,) fp32: the first, in the order of the vocabulary, at which
+    the running sum of what is left passes its share, one uniform number of the generator, as in `ops.sample`."""
     if s.temperature == 0.0:
         return int(logits.argmax())
-    return int(torch.multinomial(distribution(logits, s), 1, generator=generator))
+    ids, weights = candidates(logits, s)
+    total = weights.cumsum(-1, dtype=torch.float64)  # in which a rare token too has numbers that hit it
+    uniform = torch.rand((), dtype=torch.float64, generator=generator, device=logits.device)  # in [0, 1)
+    return int(ids[torch.searchsorted(total, uniform * total[-1], right=True)])
+
+
+def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most likely tokens that holds top_p of the probability, of equals the first ones.
+
+    Args: scaled (n,) logits of which the largest is 0. Returns their indices, ascending.
+    """
+    enough = top_p * scaled.exp().sum(dtype=torch.float64)
+    best, total = _most_likely(scaled, enough)
+    count = int((total - best.exp() < enough).sum())  # the probability before the token does not suffice yet
+    least = best[count - 1]
+    equals = (scaled == least).nonzero()[:, 0]
+    above = (scaled > least).nonzero()[:, 0]
+    return torch.cat((above, equals[: count - len(above)])).sort().values
+
+
+def _most_likely(scaled: Tensor, enough: Tensor) -> tuple[Tensor, Tensor]:
+    """The best logits in descending order, at least as many as have `enough` weight, and the running sum of the weights."""
+    size = 1024  # holds almost every model's nucleus
+    while True:
+        best = scaled.topk(min(size, scaled.numel())).values
+        total = best.exp().cumsum(-1, dtype=torch.float64)
+        if size >= scaled.numel() or total[-1] >= enough:
+            return best, total
+        size *= 16
 
 
 def _columns(table: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:

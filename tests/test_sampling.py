@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qwen_ref import ops
 from qwen_ref.errors import RequestError
 from qwen_ref.sampling import Sampling, choose, distribution, penalize
 
@@ -42,6 +43,66 @@ def test_distribution_is_transformers(seed, temperature, top_k, top_p, min_p):
     ours = distribution(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
     torch.testing.assert_close(ours, scores.softmax(-1)[0], rtol=1e-4, atol=1e-6)
     assert torch.equal(logits, before)
+
+
+def by_sorting(logits, s):
+    """The filters by their definitions, in fp64 over the whole vocabulary. And how near top_p was to another choice."""
+    logits, near = logits.double() / s.temperature, math.inf
+    if 0 < s.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.sort(descending=True).values[s.top_k - 1], -math.inf)
+    if s.top_p < 1.0:
+        ordered, ids = logits.sort(descending=True, stable=True)
+        p = ordered.softmax(-1)
+        before = p.cumsum(-1) - p
+        near = float((before - s.top_p)[p > 0].abs().min())
+        logits = logits.index_fill(0, ids[before >= s.top_p], -math.inf)
+    p = logits.softmax(-1)
+    p = p.masked_fill(p < s.min_p * p.max(), 0.0)
+    return p / p.sum(), near
+
+
+@given(
+    seed=st.integers(0, 1 << 30),
+    vocabulary=st.sampled_from([1, 2, 50, 3000, 20000]),
+    spread=st.sampled_from([0, 1, 8, 120]),  # of logits in eighths: none to few of them equal
+    excluded=st.sampled_from([0.0, 0.3, 0.999]),
+    temperature=st.sampled_from([0.25, 1.0, 4.0]),
+    top_k=st.sampled_from([0, 1, 2, 20, 2000, 1 << 31]),
+    top_p=st.one_of(st.just(1.0), st.floats(1e-6, 1.0)),
+    min_p=st.one_of(st.just(0.0), st.just(1.0), st.floats(0.0, 1.0)),
+)
+@settings(max_examples=300, deadline=None)
+def test_distribution_is_that_of_a_full_sort(seed, vocabulary, spread, excluded, temperature, top_k, top_p, min_p):
+    """Vocabularies beyond the first search, equal logits at every edge, tokens that must not come."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-spread, spread + 1, (vocabulary,), generator=generator) / 8
+    logits[1:][torch.rand(vocabulary - 1, generator=generator) < excluded] = -math.inf
+    s = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected, near = by_sorting(logits, s)
+    assume(near > 1e-6 and not 0 < abs(min_p - 1) < 1e-6)
+    ours = distribution(logits, s)
+    assert torch.equal(ours > 1e-30, expected > 1e-30)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.8}])
+def test_draws_are_those_of_the_operation(options):
+    """One uniform number a token, and the token that `ops.sample` has for it."""
+    logits = torch.randn(4000, generator=torch.Generator().manual_seed(1)) * 3
+    s, uniforms = Sampling(temperature=0.7, **options), torch.Generator().manual_seed(2)
+    uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=uniforms) for _ in range(200)])
+    settings = torch.full((200,), s.temperature), torch.full((200,), s.top_k), torch.full((200,), s.top_p), uniform.float()
+    expected = ops.sample(logits.expand(200, -1), *settings).tolist()
+    drawn = torch.Generator().manual_seed(2)
+    assert [choose(logits, s, drawn) for _ in range(200)] == expected
+    assert len(set(expected)) > 5
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.25, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_draw_stay_on_tokens_that_may_come(monkeypatch, uniform, token):
+    monkeypatch.setattr(torch, "rand", lambda *size, **kind: torch.tensor(uniform, dtype=torch.float64))
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, math.log(3.0), -math.inf])
+    assert choose(logits, Sampling(temperature=1.0), torch.Generator()) == token
 
 
 def test_penalties():
