@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .errors import RequestError
 
+LIMITS = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,7 +22,7 @@ class Sampling:
     The steps run in the order of the fields, which is transformers' order. RequestError on values out of range.
     """
 
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit; -inf forbids it
     repetition_penalty: float = 1.0  # Keskar et al. 2019: logits of tokens seen (prompt too) move towards unlikely
     presence_penalty: float = 0.0  # subtracted once from every token generated before
     frequency_penalty: float = 0.0  # subtracted once per time it was generated
@@ -47,25 +49,33 @@ class Sampling:
         check("min_p", 0.0, 1.0)
         if not isinstance(self.top_k, int):
             raise RequestError(f"top_k is {self.top_k!r}; it must be an integer")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if type(token) is not int or isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
-                raise RequestError(f"logit_bias must map token ids to numbers; it holds {token!r}: {bias!r}")
+            number = isinstance(bias, int | float) and not isinstance(bias, bool) and bias < math.inf  # NaN is not either
+            if type(token) is not int or not number:
+                raise RequestError(f"logit_bias must map token ids to numbers or -inf; it holds {token!r}: {bias!r}")
 
 
 def penalize(logits: Tensor, s: Sampling, prompt: set[int], generated: Counter[int]) -> Tensor:
-    """Bias and penalties of one sequence: (V,) fp32 -> (V,) fp32. The argument is not changed."""
+    """Bias and penalties of one sequence: (V,) fp32 -> (V,) fp32, none above its range. The argument is not changed.
+
+    RequestError if logit_bias leaves no token.
+    """
     if s.logit_bias:
         ids, values = _columns(s.logit_bias, logits)
         logits = logits.index_add(0, ids, values)
     if s.repetition_penalty != 1.0 and (prompt or generated):
         seen = torch.tensor(sorted(prompt | generated.keys()), device=logits.device)
-        x = logits[seen]
-        moved = torch.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
+        x = logits[seen].double()  # a penalty may be a number that fp32 does not have
+        moved = torch.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty).to(logits.dtype)
         logits = logits.index_copy(0, seen, moved)
     if generated and (s.presence_penalty or s.frequency_penalty):
         ids, counts = _columns(generated, logits)
         logits = logits.index_add(0, ids, -(s.presence_penalty + s.frequency_penalty * counts))
-    return logits
+    if s.logit_bias and bool((logits == -math.inf).all()):
+        raise RequestError("logit_bias forbids every token (-inf); leave at least one that may come")
+    return logits.clamp(max=LIMITS.max)
 
 
 def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
@@ -77,7 +87,8 @@ def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     ids = torch.arange(logits.numel(), device=logits.device)
     if 0 < s.top_k < logits.numel():  # first, since dividing by the temperature keeps the order
         ids = (logits >= logits.topk(s.top_k).values[-1]).nonzero()[:, 0]  # equals of the last one stay
-    scaled = (logits[ids] - logits.max()) / s.temperature
+        logits = logits[ids]
+    scaled = (logits - logits.max()) / max(s.temperature, LIMITS.tiny)
     if s.top_p < 1.0:
         kept = _nucleus(scaled, s.top_p)
         ids, scaled = ids[kept], scaled[kept]
@@ -131,7 +142,7 @@ def _most_likely(scaled: Tensor, enough: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _columns(table: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
-    ids = torch.tensor(list(table), device=like.device)
-    if int(ids.min()) < 0 or int(ids.max()) >= like.numel():
+    if min(table) < 0 or max(table) >= like.numel():
         raise RequestError(f"logit_bias names a token id outside 0..{like.numel() - 1}")
-    return ids, torch.tensor(list(table.values()), dtype=like.dtype, device=like.device)
+    values = [value if value == -math.inf else min(max(value, LIMITS.min), LIMITS.max) for value in table.values()]
+    return torch.tensor(list(table), device=like.device), torch.tensor(values, dtype=like.dtype, device=like.device)

@@ -188,6 +188,13 @@ def test_defaults_come_from_generation_config(tiny):
     assert {tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|endoftext|>")} == set().union(*ends.values())
 
 
+def test_a_temperature_too_small_for_fp32_is_greedy(tiny, monkeypatch):
+    model, tokenizer = tiny
+    greedy = qr.generate(model, tokenizer, PROMPTS[0], temperature=0, max_tokens=8)[0].token_ids
+    monkeypatch.setattr(model, "generation_config", {**model.generation_config, "do_sample": True, "temperature": 1e-40})
+    assert qr.generate(model, tokenizer, PROMPTS[0], max_tokens=8)[0].token_ids == greedy
+
+
 def test_tool_arguments_as_servers_send_them(data, tmp_path):
     """OpenAI's API has `arguments` as a JSON string; templates want the object. Both give the same prompt."""
     (tmp_path / "tokenizer.json").write_bytes((data / "tokenizers" / "qwen3" / "tokenizer.json").read_bytes())

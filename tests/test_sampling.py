@@ -140,13 +140,37 @@ def test_greedy_and_seed():
     {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": True}, {"top_p": 0.0},
     {"top_p": 1.1}, {"top_p": "0.9"}, {"min_p": -0.1}, {"min_p": math.nan}, {"top_k": -1}, {"top_k": 2.0},
     {"repetition_penalty": 0.0}, {"presence_penalty": math.inf}, {"logit_bias": {"5": 1.0}}, {"logit_bias": {5: "x"}},
-    {"logit_bias": {5: math.nan}},
+    {"logit_bias": {5: math.nan}}, {"logit_bias": {5: math.inf}}, {"logit_bias": [5]}, {"logit_bias": {True: 1.0}},
 ])  # fmt: skip
 def test_bad_values_are_named(bad):
     with pytest.raises(RequestError, match=next(iter(bad))):
         Sampling(**bad)
 
 
-def test_logit_bias_outside_the_vocabulary():
-    with pytest.raises(RequestError, match="logit_bias"):
-        penalize(torch.zeros(4), Sampling(logit_bias={4: 1.0}), set(), Counter())
+@pytest.mark.parametrize("extreme", [
+    {"temperature": 1e-38}, {"temperature": 1e-45}, {"temperature": 5e-324}, {"temperature": 1e-40, "top_p": 0.5, "min_p": 0.1},
+    {"temperature": 1.0, "top_p": 1e-300}, {"temperature": 1.0, "top_p": 5e-324, "top_k": 3}, {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1.0, "logit_bias": {2: 1e39}}, {"temperature": 1.0, "logit_bias": {2: 10**400, 0: -(10**400)}},
+    {"temperature": 1.0, "logit_bias": {0: -math.inf, 1: -math.inf, 3: -math.inf}},
+    {"temperature": 0.0, "repetition_penalty": 1e-38}, {"temperature": 1e-40, "repetition_penalty": 5e-324},
+])  # fmt: skip
+def test_extreme_values_that_are_accepted_choose_the_best_token(extreme):
+    """Each leaves token 2 alone: the best one, the only one seen, or the one that the bias means."""
+    logits, s = torch.tensor([1.0, -2.0, 3.0, 2.5]), Sampling(**extreme)
+    penalised = penalize(logits, s, {2}, Counter({2: 1}))
+    for seed in range(20):
+        assert choose(penalised, s, torch.Generator().manual_seed(seed)) == 2
+    assert distribution(penalised, Sampling(**{**extreme, "temperature": 1e-40})).tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_that_leaves_no_token(temperature):
+    s = Sampling(temperature=temperature, logit_bias=dict.fromkeys(range(4), -math.inf))
+    with pytest.raises(RequestError, match="forbids every token"):
+        penalize(torch.zeros(4), s, set(), Counter())
+
+
+@pytest.mark.parametrize("token", [4, -1, 10**30])
+def test_logit_bias_outside_the_vocabulary(token):
+    with pytest.raises(RequestError, match=r"logit_bias names a token id outside 0\.\.3"):
+        penalize(torch.zeros(4), Sampling(logit_bias={token: 1.0}), set(), Counter())
