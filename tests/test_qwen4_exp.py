@@ -442,6 +442,22 @@ def test_sentences_in_any_passes(pair, run, padding):
         torch.testing.assert_close(whole[1, padding:], model(EDGES[1:, padding:])[0], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+@pytest.mark.parametrize("run", ["eager", "torch"])
+def test_a_sequence_that_is_all_padding_in_the_first_pass(pair, run, chunk):
+    """Prompts of 23, 9 and 3 tokens, read together in pieces, and alone in one pass."""
+    ids = torch.cat((EDGES, IDS[:1]))
+    padding = torch.tensor([0, 14, 20])[:, None]
+    positions = (torch.arange(23) - padding).clamp_min(-1)  # (3, 23)
+    with torch.no_grad(), backend.use({"sparse_block_attention": run}):
+        cache = pair[0].make_cache()
+        pieces = [(i, min(i + chunk, 23)) for i in range(0, 23, chunk)]
+        together = torch.cat([pair[0](ids[:, a:b], positions[:, a:b], cache) for a, b in pieces], 1)
+        for row, first in enumerate(padding[:, 0].tolist()):
+            alone = pair[0](ids[row : row + 1, first:])[0]
+            torch.testing.assert_close(together[row, first:], alone, rtol=1e-9, atol=1e-10)
+
+
 def test_no_sequence_sees_another(pair):
     """Rows taken over, doubled, snapshotted, cut back: as if each had been read alone."""
     model = pair[0]

@@ -23,13 +23,15 @@ from .dtypes import at_least_fp32
 def block_starts(length: int, ratio: int, starts: Tensor | None, device: torch.device) -> Tensor:
     """The index of the first token of every block that is complete in `length` tokens: (B or 1, P) int64.
 
-    P is that of the longest sequence; blocks that a padded one does not have are given the index of its last block.
+    P is that of the longest sequence; blocks that a padded one does not have are given the index of its last block, or, if it
+    has none, that of a token: a sequence may be all padding so far.
     """
     first = torch.zeros(1, dtype=torch.int64, device=device) if starts is None else starts  # (B or 1,)
     complete = (length - first) // ratio  # (B or 1,)
     count = length // ratio if starts is None else int(complete.max())
     blocks = torch.arange(count, device=device).expand(first.shape[0], -1)
-    return first[:, None] + ratio * torch.minimum(blocks, (complete - 1).clamp(min=0)[:, None])
+    found = first[:, None] + ratio * torch.minimum(blocks, (complete - 1).clamp(min=0)[:, None])
+    return found.clamp(max=length - 1)
 
 
 def block_means(keys: Tensor, first: Tensor, ratio: int) -> Tensor:
