@@ -80,11 +80,20 @@ class Session:
     began or stopped reading a prompt, the latest being at most 64 tokens before its end. Turns may speculate or not, in any
     mixture: what is kept, and what is read again, is the same. One turn at a time: a stream that is not at its end when the
     next turn begins raises RequestError if it is asked for more.
+
+    It is of this model, and of what `fuse` makes of it. What was read while hooks edited activations stays as it was read:
+    begin a new session after them.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self.cache = model.make_cache()
+        self.head = model.lm_head  # which a fused model shares with the one it was made of, and no other
         self.ids: list[int] = []  # the tokens in the cache
+
+    def check(self, model: LanguageModel) -> None:
+        """RequestError for a model that the cache is not of: its keys would be taken for this one's."""
+        if model.lm_head is not self.head:
+            raise RequestError("this session holds the cache of another model: make one for this model, Session(model)")
 
     def reuse(self, prompt: list[int]) -> int:
         """Cut back to a prefix of `prompt`, the longest one possible, leaving at least one token to read. Tokens kept."""
@@ -373,6 +382,8 @@ def _run(
     """`_loop`, with a session that is left in order however it ends."""
     if chunk < 1:
         raise RequestError(f"prefill_chunk is {chunk}; it must be at least 1")
+    if session is not None:
+        session.check(model)
     reader = _reader(model, model.make_cache() if session is None else session.cache, len(sequences), speculate)
     if session is None:
         yield from _loop(model, reader, sequences, chunk)

@@ -136,6 +136,24 @@ def test_session_reuses_the_common_prefix(tiny):
         qr.generate(model, tokenizer, PROMPTS, session=session)
 
 
+def test_a_session_is_of_one_model(tiny):
+    """Even of equal ones, for nobody compares weights; a fused one takes turns with the model it was made of."""
+    model, tokenizer = tiny
+    session, options = qr.Session(model), {"temperature": 0, "max_tokens": 8}
+    qr.generate(model, tokenizer, PROMPTS[0], session=session, **options)
+    others = [qr.load(name, dtype=dtype)[0] for name, dtype in (("tiny", torch.float32), ("tiny", torch.bfloat16),
+                                                                ("tiny-hybrid", torch.float32))]  # fmt: skip
+    for other in others:
+        with pytest.raises(RequestError, match="cache of another model"):
+            qr.generate(other, tokenizer, PROMPTS[0], session=session, **options)
+    fast, prompt = model.fuse(), PROMPTS[0]
+    for reader in (model, fast, model, fast):
+        prompt += " and a dog"
+        warm = qr.generate(reader, tokenizer, prompt, session=session, **options)[0]
+        assert warm.usage.cached_tokens > 2
+        assert warm.token_ids == qr.generate(model, tokenizer, prompt, **options)[0].token_ids
+
+
 def test_one_turn_at_a_time(tiny):
     """A stream whose session has gone on is refused, and does not disturb it; one that is at its end has merely ended."""
     session, options = qr.Session(tiny[0]), {"temperature": 0, "max_tokens": 6}
