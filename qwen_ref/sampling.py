@@ -107,9 +107,14 @@ def distribution(logits: Tensor, s: Sampling) -> Tensor:
 
 def choose(logits: Tensor, s: Sampling, generator: torch.Generator) -> int:
     """The next token of one sequence from its penalised logits (V,) fp32: the first, in the order of the vocabulary, at which
-    the running sum of what is left passes its share, one uniform number of the generator, as in `ops.sample`."""
+    the running sum of what is left passes its share, one uniform number of the generator, as in `ops.sample`.
+
+    RequestError for logits that hold NaN.
+    """
     if s.temperature == 0.0:
         return int(logits.argmax())
+    if bool(logits.isnan().any()):
+        raise RequestError("the model's logits hold NaN, of which no token can be drawn; load it in bfloat16 or float32")
     ids, weights = candidates(logits, s)
     total = weights.cumsum(-1, dtype=torch.float64)  # in which a rare token too has numbers that hit it
     uniform = torch.rand((), dtype=torch.float64, generator=generator, device=logits.device)  # in [0, 1)

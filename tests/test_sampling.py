@@ -174,3 +174,10 @@ def test_a_bias_that_leaves_no_token(temperature):
 def test_logit_bias_outside_the_vocabulary(token):
     with pytest.raises(RequestError, match=r"logit_bias names a token id outside 0\.\.3"):
         penalize(torch.zeros(4), Sampling(logit_bias={token: 1.0}), set(), Counter())
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_logits_that_are_no_numbers_are_refused(options):
+    logits = torch.tensor([1.0, math.nan, 3.0, 2.0])
+    with pytest.raises(RequestError, match="hold NaN"):
+        choose(logits, Sampling(temperature=1.0, **options), torch.Generator())
