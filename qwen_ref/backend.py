@@ -13,6 +13,7 @@ The Triton kernels are reached by name: neither `qwen_kernels` nor Triton is imp
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,12 +60,13 @@ class Operation:
     _resolved: dict[tuple[torch.device, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        run = self._resolved.get((x.device, x.dtype))
+        resolved = self._resolved  # of this choice: should another thread choose meanwhile, it has a table of its own
+        run = resolved.get((x.device, x.dtype))
         if run is None:
             run = self.resolve(x.device, x.dtype).run
             for wrapper in self.wrappers:
                 run = partial(wrapper, run)
-            self._resolved[x.device, x.dtype] = run
+            resolved[x.device, x.dtype] = run
         return run(x, *args, **kwargs)
 
     def resolve(self, device: torch.device, dtype: torch.dtype) -> Implementation:
@@ -85,11 +87,11 @@ class Operation:
                 f"operation {self.name} has no implementation {implementation!r}; it has {list(self.implementations)}"
             )
         self.forced, self.strict = implementation, strict
-        self._resolved.clear()
+        self._resolved = {}
 
     def wrap(self, wrappers: list[Callable[..., Any]]) -> None:
         self.wrappers = wrappers
-        self._resolved.clear()
+        self._resolved = {}
 
     def _candidates(self) -> Iterator[Implementation]:
         if self.forced is not None:
@@ -133,6 +135,9 @@ class use:
             OPERATIONS[name].choose(forced, strict)
 
 
+_wrapping = threading.Lock()
+
+
 @contextmanager
 def emulating(gpu: str) -> Iterator[None]:
     """For a while, Triton kernels may run on the CPU: `bench.emulator` runs there what is compiled for the GPU of this name."""
@@ -163,11 +168,13 @@ def intercept(operation: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     It is put in where implementations are resolved, so an operation nobody intercepts pays nothing.
     """
     op = _operation(operation)
-    op.wrap([*op.wrappers, wrapper])
+    with _wrapping:
+        op.wrap([*op.wrappers, wrapper])
     try:
         yield
     finally:
-        op.wrap([w for w in op.wrappers if w is not wrapper])
+        with _wrapping:
+            op.wrap([w for w in op.wrappers if w is not wrapper])
 
 
 def choices() -> tuple[Any, ...] | None:

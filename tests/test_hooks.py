@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 
@@ -746,3 +747,27 @@ def test_sliding_window_patterns(dense):
     _, acts = model.run_with_cache(IDS, "*pattern")
     assert acts["pattern", 0][..., 8, 0].min() > 0 and acts["pattern", 1].tril(-4).abs().max() == 0
     assert points(model).keys() == points(dense).keys()
+
+
+def test_threads_intercept_one_operation_at_once():
+    """Each finds its own wrapper in every call between its `with` and its end, and none is left."""
+    missed, x = [], torch.ones(2)
+
+    def run():
+        for _ in range(2000):
+            calls = []
+            with backend.intercept("swiglu", lambda run, *args, calls=calls: (calls.append(1), run(*args))[1]):
+                backend.swiglu(x, x)
+            missed.append(not calls)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(missed) == 8000 and not any(missed) and not backend.swiglu.wrappers
