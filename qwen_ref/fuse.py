@@ -215,8 +215,11 @@ class Decoder(nn.Module):
         attention = next((block.self_attn for block in blocks if hasattr(block, "self_attn")), None)
         self.head_dim = 1 if attention is None else attention.head_dim
         self.kv_heads = 1 if attention is None else attention.k_proj.out_features // self.head_dim
-        self._hooks, mine = _hooks_of(self.modules()), set(self.modules())
-        self._skipped = _hooks_of(module for module in decoder.modules() if module not in mine)
+        mine = set(self.modules())
+        # The first norm is called; the others go with a sum or a rotation, and only their weights are read.
+        folded = {module for module in mine if isinstance(module, RMSNorm | ZeroCentredRMSNorm) and module is not self.norm}
+        self._hooks = _hooks_of(mine)
+        self._skipped = _hooks_of(module for module in decoder.modules() if module not in mine - folded)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from qwen_ref.cpp import library
 from qwen_ref.cpp import operations as cpp
 from qwen_ref.errors import QwenRefError
 from qwen_ref.fuse import Together, fuse
+from qwen_ref.hook_points import points
 from qwen_ref.layers import Linear
 from qwen_ref.loading import load_model, locate
 from qwen_ref.models import qwen1, qwen2
@@ -238,6 +239,38 @@ def test_a_fused_pass_does_not_pass_by_a_hook_in_silence(name):
     with ours.hooks([("hook_embed", lambda x, hook: seen.append(hook))]):
         fast(IDS)
     assert len(seen) == 2 and off(fast(IDS), ours(IDS)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-hybrid"])
+def test_every_point_is_reached_or_refused(name):
+    """Of block 0, whose first norm is called, and of every kind of the others: what is edited there has the same effect as in
+    the model, on a prompt and on the token after it, or the pass says that it has not the place."""
+    model, tokenizer = qr.load(name, dtype=torch.float32)
+    ids, fast = torch.tensor([tokenizer.encode("Once upon a time, there")]), model.fuse()
+    pieces = ids.split([ids.shape[1] - 1, 1], dim=1)
+    plain, seen, refused = read(model, pieces), [], set()
+    kinds = {(point.layer == 0, point.name.replace(f"blocks.{point.layer}", ""), point.place): point
+             for point in points(model).values()}
+
+    def edit(x, hook):
+        seen.append(hook.name)
+        return None if not hook.editable else (x + 1) % 7 if hook.short == "topk_idx" else x * 0.5 + 0.1
+
+    for point in kinds.values():
+        with backend.use("eager"), model.hooks([(point.name, edit)]):
+            expected, count = read(model, pieces), len(seen)
+            try:
+                got = read(fast, pieces)
+            except QwenRefError as error:
+                refused.add(point.name)
+                assert "run that model itself" in str(error)
+            else:
+                assert off(got, expected) < 1e-4 and len(seen) == 2 * count, point.name
+                assert not point.editable or off(expected, plain) > 1e-4 or point.short == "state", point.name
+        seen.clear()
+    norms = {f"blocks.{i}.{norm}.hook_{what}" for i, norm in ((1, "ln1"), (0, "ln2")) for what in ("scale", "normalized", "out")}
+    assert norms & {point.name for point in kinds.values()} <= refused and "ln_final.hook_out" in refused
+    assert not refused & {"hook_embed", "blocks.0.ln1.hook_scale", "blocks.0.ln1.hook_out", "hook_logits"}
 
 
 @pytest.mark.parametrize("point", ["hook_attn_out", "attn.hook_state", "attn.hook_beta"])
