@@ -12,11 +12,20 @@ from conftest import TINY, make_pair
 import qwen_ref as qr
 from qwen_ref import backend
 from qwen_ref.errors import RequestError
+from qwen_ref.models import qwen1
 from qwen_ref.study import attribution, heads, logit_lens, patching, profiles, routing
 
 ALL = [pytest.param(config, id=name) for name, (_, config) in TINY.items()]
-ONE_STREAM = [case for case in ALL if "hc_count" not in case.values[0]]
+FAMILIES = {**{name: config for name, (_, config) in TINY.items()}, "qwen1": qwen1.TINY}
 IDS = torch.randint(0, 211, (11,), generator=torch.Generator().manual_seed(5))
+
+
+def network(kind):
+    """A model of any family; transformers has no Qwen 1 to be paired with."""
+    if kind != "qwen1":
+        return make_pair(FAMILIES[kind])[0]
+    torch.manual_seed(0)
+    return qwen1.Model(qwen1.Config.from_json(qwen1.TINY)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +93,9 @@ def test_depths_can_be_chosen(dense):
 
 
 @pytest.mark.parametrize("dtype,close", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
-@pytest.mark.parametrize("config", ONE_STREAM)
-def test_shares_sum_to_the_logit(config, dtype, close):
-    model, _ = make_pair(config, dtype)
+@pytest.mark.parametrize("kind", [kind for kind, config in FAMILIES.items() if "hc_count" not in config])
+def test_shares_sum_to_the_logit(kind, dtype, close):
+    model, config = network(kind).to(dtype), FAMILIES[kind]
     for position, versus in ((-1, None), (4, 9)):
         result = attribution.attribute(model, IDS, 30, versus, position)
         with torch.no_grad():
@@ -334,9 +343,23 @@ def test_routing_of_a_model(kind):
         routing.route(ours)
 
 
-def test_routing_of_a_dense_model_is_refused(dense):
-    with pytest.raises(RequestError, match="dense"):
-        routing.route(dense, IDS)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_routing_of_every_family(kind):
+    """What the gates of a forward said, in the layers that have one; a model without any is refused."""
+    model, logits = network(kind), []
+    gates = {i: block.mlp.gate for i, block in enumerate(model.model.layers) if hasattr(block.mlp, "experts")}
+    assert bool(gates) == ("num_experts" in FAMILIES[kind])
+    if not gates:
+        with pytest.raises(RequestError, match=f"{model.config.model_type} model is dense: it has no router"):
+            routing.route(model, IDS)
+        return
+    for gate in gates.values():
+        gate.register_forward_hook(lambda module, args, output: logits.append(output.view(11, -1)))
+    with torch.no_grad():
+        model(IDS[None])
+    result = routing.route(model, IDS)
+    assert result.layers == tuple(gates)
+    assert torch.equal(result.probs, torch.stack(logits[: len(gates)]).softmax(-1))
 
 
 # ------------------------------------------------------------------------------------------------- profiles

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import RequestError
+from ..hook_points import points
 from ..hooks import run_with_cache
 from ..layers import ZeroCentredRMSNorm
 from .inputs import Ids, head_of, one_position, one_sequence, one_token
@@ -73,14 +74,11 @@ def attribute(model: Any, ids: Ids, token: int, versus: int | None = None, posit
     logits, acts = run_with_cache(model, row, names, pos_slice=at)
     read = {name: value[0, 0].to(direction.dtype) for name, value in acts.items()}
     direction = direction / read["ln_final.hook_scale"]
-    count = len(model.model.layers)
-    outputs = [
-        block.linear_attn.out_proj if hasattr(block, "linear_attn") else block.self_attn.o_proj for block in model.model.layers
-    ]
+    outputs = [model.get_submodule(point.path) for point in points(model).values() if point.place == "heads"]
     heads = [_heads(read[f"blocks.{i}.attn.hook_z"], o_proj, direction) for i, o_proj in enumerate(outputs)]
     bias = [o_proj.bias.to(direction.dtype) @ direction if o_proj.bias is not None else direction.new_zeros(())
             for o_proj in outputs]  # fmt: skip
-    mlp = [read[f"blocks.{i}.hook_mlp_out"] @ direction for i in range(count)]
+    mlp = [read[f"blocks.{i}.hook_mlp_out"] @ direction for i in range(len(outputs))]
     logit = logits[0, at, token] - (logits[0, at, versus] if versus is not None else 0)
     return Attribution(
         embed=(read["blocks.0.hook_resid_pre"] @ direction).cpu(),

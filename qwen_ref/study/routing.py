@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..hook_points import points
 from ..hooks import run_with_cache
 from .inputs import Ids, one_sequence
 
@@ -71,7 +72,8 @@ def route(model: Any, *sequences: Ids) -> Routing:
 
     Raises: RequestError: a model without routers, no sequence, ids that are not one sequence.
     """
-    layers = tuple(i for i, sparse in enumerate(model.config.sparse_layers) if sparse)
+    routers = [point for point in points(model).values() if point.short == "router_probs"]
+    layers = tuple(point.layer for point in routers if point.layer is not None)
     if not layers:
         raise RequestError(f"this {model.config.model_type} model is dense: it has no router")
     if not sequences:
