@@ -39,7 +39,7 @@ class KVCache:
         """The buffer of keys and values, (2, B, K, capacity, D), with room behind `length` for tokens `like` these
         (B, K, T, D). Who writes them there himself says so by `extend`."""
         end = self.length + like.shape[2]
-        if self._buffer is None or end > self._buffer.shape[3]:
+        if self._buffer is None or end > self._buffer.shape[3] or like.shape[0] != self._buffer.shape[1]:
             self._grow(like, end)
         return self._buffer  # type: ignore[return-value]
 
@@ -56,8 +56,8 @@ class KVCache:
         batch, heads, _, dim = like.shape
         capacity = max(needed, 2 * self.length, 64)
         buffer = empty((2, batch, heads, capacity, dim), like.dtype, like.device)
-        if self._buffer is not None:
-            buffer[:, :, :, : self.length] = self._buffer[:, :, :, : self.length]
+        if self.length:
+            buffer[:, :, :, : self.length] = self._buffer[:, :, :, : self.length]  # type: ignore[index]
         self._buffer = buffer
 
     def reachable(self, length: int) -> int:
@@ -134,10 +134,10 @@ class IndexedKVCache(KVCache):
     def append_index(self, keys: Tensor) -> Tensor:
         """Add keys (B, T, d) of tokens that `append` has not seen yet; return all (B, S + T, d), a view."""
         end = self.length + keys.shape[1]
-        if self._index is None or end > self._index.shape[1]:
+        if self._index is None or end > self._index.shape[1] or keys.shape[0] != self._index.shape[0]:
             buffer = keys.new_empty(keys.shape[0], max(end, 2 * self.length, 64), keys.shape[2])
-            if self._index is not None:
-                buffer[:, : self.length] = self._index[:, : self.length]
+            if self.length:
+                buffer[:, : self.length] = self._index[:, : self.length]  # type: ignore[index]
             self._index = buffer
         self._index[:, self.length : end] = keys
         return self._index[:, :end]
@@ -288,6 +288,7 @@ class Cache:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
+        self.rows: int | None = None  # sequences, once something was read
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
         self.expected: list[int] | None = None  # see `expect`
         self.step: Any = None  # what a fused model has recorded over these very buffers
@@ -307,6 +308,13 @@ class Cache:
     def contiguous(self) -> bool:
         """True while the keys are exactly the positions 0..length-1 of every sequence."""
         return self._positions is None
+
+    def admit(self, rows: int) -> None:
+        """RequestError for a pass over another number of sequences than are held, whose keys would be repeated for it."""
+        if self.length and rows != self.rows:
+            raise RequestError(f"the cache holds {self.rows} sequences and is given tokens of {rows}: `select` takes rows of it "
+                               "over, a new one begins with any number")
+        self.rows = rows
 
     def next_positions(self, count: int, device: torch.device) -> Tensor:
         """Positions of the `count` tokens that follow: (1, T), or (B, T) after padding."""
@@ -387,6 +395,7 @@ class Cache:
         for layer in self.layers:
             layer.select(rows)
         self.draft = None  # which is of one sequence
+        self.rows = rows.numel()
         if self._positions is not None:
             self._positions = self._positions[rows]
         if self.expected is not None:

@@ -206,6 +206,8 @@ def stand(tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tupl
     Returns: positions (B or 1, T); those of all keys (B or 1, S); whether these are simply 0..S-1.
     """
     count, device = tokens.shape[1], tokens.device
+    if cache is not None:
+        cache.admit(tokens.shape[0])
     contiguous = positions is None and (cache is None or cache.contiguous)
     if positions is None:
         positions = cache.next_positions(count, device) if cache is not None else torch.arange(count, device=device)[None]

@@ -58,6 +58,21 @@ def test_token_by_token(name):
     torch.testing.assert_close(torch.cat(steps, 1), model(IDS), **close(name))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("held", "given"), [(2, 1), (1, 2), (3, 2)])
+def test_another_number_of_sequences_is_refused(name, held, given):
+    """And leaves the cache as it was; rows taken over, or nothing held, are a beginning."""
+    model, cache = MODELS[name], MODELS[name].make_cache()
+    model(IDS[:held, :9], cache=cache)
+    with pytest.raises(RequestError, match=f"holds {held} sequences and is given tokens of {given}"):
+        model(IDS[:given, 9:], cache=cache)
+    torch.testing.assert_close(model(IDS[:held, 9:], cache=cache), model(IDS[:held])[:, 9:], **close(name))
+    cache.select(torch.zeros(given, dtype=torch.int64))
+    assert model(IDS[:given, :1], cache=cache).shape[0] == given
+    cache.truncate(0)
+    torch.testing.assert_close(model(IDS[:held], cache=cache), model(IDS[:held]), **close(name))
+
+
 @given(cuts=st.lists(st.integers(1, 16), max_size=5, unique=True), padding=st.integers(0, 6), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_moe sliding", "qwen3_next", "qwen3_5", "qwen4_exp"])
