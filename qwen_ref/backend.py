@@ -81,11 +81,15 @@ class Operation:
                 break
         raise RequestError(f"operation {self.name} cannot run on {device} in {dtype}: {'; '.join(refusals)}")
 
-    def choose(self, implementation: str | None, strict: bool) -> None:
+    def check(self, implementation: str | None) -> None:
+        """RequestError for an implementation it does not have."""
         if implementation is not None and implementation not in self.implementations:
             raise RequestError(
                 f"operation {self.name} has no implementation {implementation!r}; it has {list(self.implementations)}"
             )
+
+    def choose(self, implementation: str | None, strict: bool) -> None:
+        self.check(implementation)
         self.forced, self.strict = implementation, strict
         self._resolved = {}
 
@@ -123,7 +127,9 @@ class use:
             choice = {op.name: choice for op in OPERATIONS.values() if choice in op.implementations}
             if not choice:
                 raise RequestError("no operation has that implementation; see backend.report()")
-        self._before = {name: (_operation(name).forced, _operation(name).strict) for name in choice}
+        for name, implementation in choice.items():  # all of them before any takes effect
+            _operation(name).check(implementation)
+        self._before = {name: (OPERATIONS[name].forced, OPERATIONS[name].strict) for name in choice}
         for name, implementation in choice.items():
             OPERATIONS[name].choose(implementation, strict)
 

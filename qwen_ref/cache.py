@@ -312,8 +312,8 @@ class Cache:
     def admit(self, rows: int) -> None:
         """RequestError for a pass over another number of sequences than are held, whose keys would be repeated for it."""
         if self.length and rows != self.rows:
-            raise RequestError(f"the cache holds {self.rows} sequences and is given tokens of {rows}: `select` takes rows of it "
-                               "over, a new one begins with any number")
+            raise RequestError(f"the cache holds {self.rows} sequences and is given tokens of {rows}: `select` takes over rows "
+                               "of it, a new one begins with any number")
         self.rows = rows
 
     def next_positions(self, count: int, device: torch.device) -> Tensor:

@@ -144,5 +144,9 @@ def test_backend_chooses_restores_refuses_and_reports():
             backend.use({"swiglu": "absent"})
         with pytest.raises(RequestError, match="no operation 'swigloo'"):
             backend.use({"swigloo": "eager"})
+        for half_wrong in ({"swiglu": "test_only", "rope": "absent"}, {"swiglu": "test_only", "swigloo": "eager"}):
+            with pytest.raises(RequestError):
+                backend.use(half_wrong, strict=True)
+            assert (backend.swiglu.forced, backend.swiglu.strict) == (None, False)  # nothing of a refused choice stays
     finally:
         del backend.OPERATIONS["swiglu"].implementations["test_only"]
