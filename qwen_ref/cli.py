@@ -35,9 +35,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import __version__
     from .bench.cli import add_commands as add_kernel_commands
 
     parser = argparse.ArgumentParser(prog="qwen-ref", description="Run, inspect and verify Qwen models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, json_file: bool = False) -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ from .text import Reasoning, TextSplitter
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+_TEMPLATE_ARGUMENTS = ("self", "messages", "tools", "allow_special")
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,18 @@ def encode_prompt(
             messages = decode_arguments(messages)
         if enable_thinking is not None:
             variables = {"enable_thinking": enable_thinking, **(variables or {})}
-        ids = tokenizer.encode_chat(messages, tools, allow_special=allow_special, **(variables or {}))
+        ids = tokenizer.encode_chat(messages, tools, allow_special=allow_special, **_checked_variables(variables or {}))
     else:
         ids = [int(i) for i in prompt]  # type: ignore[arg-type]
     if not ids:
         raise RequestError("the prompt is empty: a model continues at least one token")
     return ids
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    if taken := [name for name in variables if not isinstance(name, str) or name in _TEMPLATE_ARGUMENTS]:
+        raise RequestError(f"a variable of the chat template cannot be named {taken[0]!r}: that is an argument of its own")
+    return variables
 
 
 def end_tokens(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, list[int]]:

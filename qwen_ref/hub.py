@@ -33,7 +33,10 @@ def find(
         metadata_only: leave the weights out.
     Raises: CheckpointError that says what to do.
     """
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as problem:
+        raise CheckpointError(f"{quote(str(model))}: {problem}; give the whole path") from problem
     if os.path.isdir(folder):  # False, where Path.is_dir raises, for a name the system cannot hold
         if revision is not None:
             raise CheckpointError(f"{model} is a folder, which has no revision {revision!r}; leave the revision out")

@@ -87,7 +87,7 @@ def load_model(
     place it changes the weights, as under every reader that maps. Replaced by rename, as the hub's cache does it, it
     does no harm. `mapped=False` reads everything into memory of its own. Writing to a weight never reaches the file.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with opened(path) as (raw, format, checkpoint):
         if quantize is not None and format is not None:
             raise RequestError(f"{path} is quantised already: load it without quantize={quantize!r}, or quantise the "
@@ -167,6 +167,8 @@ def locate(model: str | Path, *, revision: str | None = None, offline: bool | No
            metadata_only: bool = False) -> Path:
     """The folder of a bundled name, a path or a hub id, downloaded if need be (without weights if `metadata_only`)."""
     if str(model) in BUNDLED and not Path(model).is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{model} is bundled and has no revision {revision!r}; leave the revision out")
         return ASSETS / str(model)
     return find(model, revision=revision, offline=offline, metadata_only=metadata_only)
 
@@ -229,10 +231,16 @@ def materialize(model: nn.Module, device: torch.device, views: Mapping[str, Tens
                 module._parameters[name] = made[parameter]
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """RequestError unless tensors can be made on it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch's: an unknown name, no such GPU, built without it
+        raise RequestError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]:.120}") from error
+
+
 def pick_dtype(dtype: torch.dtype | str | None, raw: dict[str, Any]) -> torch.dtype:
     """The dtype asked for, else the one config.json names, else float32."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     name = str(dtype or raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")

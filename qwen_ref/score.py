@@ -121,9 +121,10 @@ def score(
     if unknown := [name for name in formats if name not in (*KINDS, GPTQ)]:
         raise RequestError(f"cannot quantise to {unknown[0]!r}; there are {', '.join((*KINDS, GPTQ))}")
     reference, tokenizer = load(model if against is None else against, device=device, dtype=dtype, progress=progress)
-    window = window or min(WINDOW, reference.config.max_position_embeddings)
-    if not 2 <= window <= reference.config.max_position_embeddings:
-        raise RequestError(f"window is {window}; it must be from 2 to {reference.config.max_position_embeddings}, the "
+    if window is None:
+        window = min(WINDOW, reference.config.max_position_embeddings)
+    if type(window) is not int or not 2 <= window <= reference.config.max_position_embeddings:
+        raise RequestError(f"window is {window!r}; it must be from 2 to {reference.config.max_position_embeddings}, the "
                            "positions the model was made for")
     documents = split(text, tokenizer)
     windows = [piece for ids, scored in documents for piece in cut(ids, scored, window)]

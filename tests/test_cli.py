@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 
 import qwen_ref as qr
+from qwen_ref import cli
 from qwen_ref.cache import RecurrentCache
 from qwen_ref.describe import describe
 from qwen_ref.models import module_for
@@ -128,6 +129,27 @@ def test_verify_exit_status(tmp_path):
     data = json.loads(run("verify", "tiny-moe", "--json", "--prompt", "Lily saw").stdout)
     assert data["ok"] and data["rows"]
     assert run("verify", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.parametrize("args,message", [
+    (["generate", "A", "--device", "foo"], "device 'foo' cannot be used here"),
+    (["generate", "A", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["generate", "A", "--revision", "main"], "tiny is bundled and has no revision 'main'"),
+    (["inspect", "--model", "~nosuchuser/x"], "give the whole path"),
+    (["verify", "tiny", "--backend", "foo"], "no operation has an implementation 'foo'"),
+    (["verify", "tiny", "--device", "foo"], "device 'foo' cannot be used here"),
+    (["score", "tiny", "--text", __file__, "--window", "0"], "window is 0; it must be from 2 to"),
+    *((["generate", "A", "--chat-template-config", json.dumps({name: 1})], f"cannot be named '{name}'")
+      for name in ("messages", "tools", "self", "allow_special")),
+])  # fmt: skip
+def test_refusals_that_need_no_process_of_their_own(args, message, capsys):
+    assert cli.main(args) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_module_is_the_command():
+    out = subprocess.run([sys.executable, "-m", "qwen_ref", "--version"], capture_output=True, text=True, timeout=120)
+    assert (out.returncode, out.stdout) == (0, f"qwen-ref {qr.__version__}\n")
 
 
 @pytest.mark.parametrize("args,message", [

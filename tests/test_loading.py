@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
 from qwen_ref.checkpoint import INDEX, Checkpoint, save_model
-from qwen_ref.errors import CheckpointError
+from qwen_ref.errors import CheckpointError, ConfigError, RequestError
 from qwen_ref.loading import build, load_model, materialize, read_config
 from qwen_ref.safetensors_file import SafetensorsFile
 
@@ -325,3 +325,12 @@ def test_every_open_file_is_closed_again(tmp_path):
         kept.append(caught)
     assert sys.platform != "linux" or len(os.listdir("/proc/self/fd")) == before
     assert read_config(tmp_path / "m")["model_type"] == "qwen3"
+
+
+def test_a_dtype_or_device_no_model_runs_in():
+    for dtype in (torch.int8, torch.complex64, "int3"):
+        with pytest.raises(ConfigError, match="is not one of bfloat16"):
+            qr.load("tiny", dtype=dtype)
+    for device in ("foo", "cuda:99", 1.5):
+        with pytest.raises(RequestError, match="cannot be used here"):
+            qr.load("tiny", device=device)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from .. import backend as backends
 from ..errors import CheckpointError, RequestError
-from ..loading import build, extra_files, load_model, load_tokenizer, locate, opened, pick_dtype
+from ..loading import build, extra_files, load_model, load_tokenizer, locate, opened, pick_dtype, usable_device
 from ..models.common import LanguageModel
 from ..tokenizer import Tokenizer
 from . import bundle, levels, memory, operations, oracle, streaming
@@ -98,7 +98,7 @@ def verify(
         oracle.require()
     elif prompts is not None:
         raise RequestError(f"{against} holds the prompts it was written for; leave out prompts")
-    source = _open(model, dtype or (file.dtype if file else None), _device(device))
+    source = _open(model, dtype or (file.dtype if file else None), usable_device(device))
     if file is None and {"L0", "L2", "L3", "L4"} & set(wanted):
         oracle.check_knows(source.config.model_type)
     ids = _prompts(prompts, source, seed) if file is None else [row.to(source.device) for row in file.prompts]
@@ -140,7 +140,7 @@ def write_oracle(
     every token would read all weights anew: a check against it has no L4.
     """
     oracle.require()
-    source = _open(model, dtype, _device(device))
+    source = _open(model, dtype, usable_device(device))
     oracle.check_knows(source.config.model_type)
     ids = _prompts(prompts, source, seed)
     streamed = _streams(source, ("L2",), streaming, live=True)
@@ -278,14 +278,6 @@ def _open(model: LanguageModel | str | Path, dtype: torch.dtype | str | None, de
     return _Source(str(model), path, skeleton, raw, pick_dtype(dtype or torch.float32, raw), device, quantised)
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """RequestError unless tensors can be made on it."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's: an unknown name, no such GPU, built without it
-        raise RequestError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]:.120}") from error
-
-
 def _prompts(prompts: Prompts | None, source: _Source, seed: int) -> list[Tensor]:
     vocab, tokenizer = source.config.vocab_size, source.tokenizer()
     if prompts is None and tokenizer is None:
@@ -339,8 +331,9 @@ def _choice(backend: Mapping[str, str] | str | None) -> dict[str, str]:
                                f"`qwen-ref kernels check {operation}` tests the operation itself")
         if implementation not in known.get(operation, ()):
             available = sorted({name for those in known.values() for name in those})
-            raise RequestError(f"operation {operation!r} has no implementation {implementation!r}; operations: "
-                               f"{', '.join(known)}; implementations: {', '.join(available)}")
+            where = f"operation {operation!r} has no" if operation else "no operation has an"
+            raise RequestError(f"{where} implementation {implementation!r}; operations: {', '.join(known)}; "
+                               f"implementations: {', '.join(available)}")
     return choice
 
 
