@@ -98,7 +98,7 @@ def _by_vectors(table: Table, x: Tensor, w: Operands, bias: Tensor | None, out: 
     launch = {**tuned(table, x.device, (padded, "narrow" if columns <= 2048 else "wide"))}
     launch["BLOCK_N"] = max(1, launch["BLOCK_N"] * 2 // x.element_size())  # as many bytes of x in fp32
     width, wide = w.width(inner), constants["WIDE"]
-    launch["CHUNKS"] = chunks = min(launch["CHUNKS"], triton.next_power_of_2(triton.cdiv(width, wide)))
+    launch["CHUNKS"] = chunks = few_chunks(launch["CHUNKS"], width, wide)
     _few_rows[(triton.cdiv(columns, launch["BLOCK_N"]),)](
         x, w.codes, w.scale, w.extra, bias, out, count, columns, width, x.stride(0), *w.strides(), _step(bias),
         **constants, EVEN=width % (chunks * wide) == 0, ROWS=padded, **launch, num_warps=max(1, min(4, chunks // 32)),
@@ -159,6 +159,15 @@ def dense(table: Table, weight: Packed, inner: int, like: Tensor) -> Tensor:
     return out
 
 
+def few_chunks(most: int, width: int, wide: int) -> int:
+    """How many chunks of `wide` bytes a program has at once; a warp's worth at least, though a row may have fewer.
+
+    Were there fewer, words and bytes of a chunk would lie on threads of a warp apart from each other, and Triton 3.7 adds up
+    other threads than those where both are reshaped to one axis and summed.
+    """
+    return min(most, max(32, triton.next_power_of_2(triton.cdiv(width, wide))))
+
+
 def _step(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.stride(0)
 
@@ -201,6 +210,7 @@ def add_chunks(
     Five axes from the pointers on, (M, N, words, bytes, C). With the chunks last neighbouring threads get neighbouring
     chunks, each a whole one, of whatever is loaded: nothing moves between threads until the end.
     """
+    shape: tl.constexpr = (total.shape[0], total.shape[1], WIDE, total.shape[2])
     c = first + tl.arange(0, total.shape[2])[None, None, None, None, :]
     w = tl.arange(0, WIDE // BYTES)[None, None, :, None, None]
     j = tl.arange(0, BYTES)[None, None, None, :, None]
@@ -212,17 +222,10 @@ def add_chunks(
     left, right, s = DECODE(
         codes, scale, extra, line, c, w, j, width, c1, s1, e1, GROUP, HIGH, KIND, SPAN, WIDE, BYTES, WORDS, EVEN
     )
-    part = _chunk_sum(left * even.to(tl.float32))
+    part = tl.sum(tl.reshape(left * even.to(tl.float32), shape), axis=2)
     if NIBBLES:
-        part += _chunk_sum(right * (odd.to(tl.float32) * SECOND))
-    return total + part * _chunk_sum(s)
-
-
-@triton.jit
-def _chunk_sum(values):
-    """(M, N, words, bytes, C) to (M, N, C), one axis after the other: Triton 3.7 adds up the wrong threads where one axis is
-    made of two and these are not neighbours in a warp."""
-    return tl.sum(tl.sum(values, axis=3), axis=2)
+        part += tl.sum(tl.reshape(right * (odd.to(tl.float32) * SECOND), shape), axis=2)
+    return total + part * tl.sum(tl.sum(s, axis=2), axis=2)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from qwen_ref.quant.packed import Packed
 
 from .launch import ANY, INSTINCT, on, require, tuned
 from .moe_experts import MOST_VECTORS, _add_slots, _sorted, find, swiglu
-from .packed_linear import Table, add_chunks, check, even, multiply
+from .packed_linear import Table, add_chunks, check, even, few_chunks, multiply
 from .unpack import Operands, operands
 
 # (device, (class, bits of a number)) -> tiles. Otherwise than "gate_up" and "down" by vectors, whose ROWS are those of the
@@ -87,7 +87,7 @@ def _vector_launch(table: Table, name: str, w: Operands, width: int, x: Tensor) 
     launch: dict[str, Any] = {**tuned(table, x.device, (name, 8 * x.element_size()))}
     launch.update(w.constants(w.vector(x.element_size())))
     wide = launch["WIDE"]
-    launch["CHUNKS"] = chunks = min(launch["CHUNKS"], triton.next_power_of_2(triton.cdiv(width, wide)))
+    launch["CHUNKS"] = chunks = few_chunks(launch["CHUNKS"], width, wide)
     return {**launch, "EVEN": width % (chunks * wide) == 0, "num_warps": max(1, min(4, chunks // 32))}
 
 
