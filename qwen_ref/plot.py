@@ -485,9 +485,9 @@ def rope_frequencies(configs: Mapping[str, Any], *, title: str = "", theme: str 
 def kv_bytes(config: Any, contexts: Sequence[int], itemsize: int = 2) -> list[int]:
     """Bytes of keys and values of one sequence at each context length: 2 K D itemsize per layer and token held.
 
-    A sliding layer stops growing at its window.
+    A sliding layer stops growing at its window. Where blocks of keys are chosen, so is a token's key by which its block is.
     """
-    token = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    token = (2 * config.num_key_value_heads * config.head_dim + getattr(config, "indexer_head_dim", 0)) * itemsize
     return [token * sum(n if w is None else min(n, w) for w in config.windows) for n in contexts]
 
 

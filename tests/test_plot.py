@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, make_pair
 
 from qwen_ref import plot
+from qwen_ref.cache import KVCache
 from qwen_ref.errors import RequestError
 from qwen_ref.models import qwen2, qwen3
 from qwen_ref.study.attribution import Attribution
@@ -415,12 +416,14 @@ def test_kv_bytes_closed_form():
     assert plot.kv_bytes(slides, [64, 65, 512]) == [token * 3 * 64, token * (65 + 2 * 64), token * (512 + 2 * 64)]
 
 
-def test_kv_bytes_is_what_a_cache_holds():
-    model, _ = make_pair(TINY["qwen2"][1])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5", "qwen4_exp"])
+def test_kv_bytes_is_what_a_cache_holds(kind):
+    model, _ = make_pair(TINY[kind][1])
     cache = model.make_cache()
     with torch.no_grad():
         model(torch.arange(64)[None], cache=cache)  # 64 tokens fill the buffers exactly
-    assert plot.kv_bytes(model.config, [64], itemsize=4) == [cache.nbytes()]
+    held = sum(layer.nbytes() for layer in cache.layers if isinstance(layer, KVCache))
+    assert plot.kv_bytes(model.config, [64], itemsize=4) == [held]
 
 
 def test_kv_bytes_of_an_official_config(data):
