@@ -141,10 +141,13 @@ def active(model: Any, fwd_hooks: Iterable[tuple[Filter, Function]]) -> Iterator
 
 def select(model: nn.Module, names: Filter) -> list[str]:
     """The names of points (or paths of modules) a filter means. RequestError, with near names, if one means nothing."""
-    known = [*points(model), *(path for path, _ in model.named_modules() if path)]
     if callable(names):
-        return [name for name in points(model) if names(name)]
-    chosen: dict[str, None] = {}
+        by_function = [name for name in points(model) if names(name)]
+        if not by_function:
+            raise RequestError("the function of names chose none of them; model.list_hooks() has all")
+        return by_function
+    called = (path for path, module in model.named_modules() if path and not isinstance(module, nn.ModuleList))
+    known, chosen = [*points(model), *called], dict[str, None]()
     for pattern in [names] if isinstance(names, str) else names:
         matches = [name for name in known if name == pattern or fnmatchcase(name, pattern)]
         if not matches:

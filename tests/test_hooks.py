@@ -16,6 +16,7 @@ import qwen_ref as qr
 from qwen_ref import backend, ops
 from qwen_ref.errors import RequestError
 from qwen_ref.hook_points import final_path, points
+from qwen_ref.hooks import select
 from qwen_ref.verify import capture
 
 ALL = [pytest.param(config, id=name) for name, (_, config) in TINY.items()]
@@ -439,6 +440,7 @@ def test_filters(dense):
     assert [*acts] == [f"blocks.{i}.attn.hook_z" for i in range(3)]
     assert acts.stack("z").shape == (3, 2, 9, 6, 20)
     assert torch.equal(acts["z", 1], acts["blocks.1.attn.hook_z"])
+    assert dense.run_with_cache(IDS, [])[1] == {}  # nothing asked for
     with pytest.raises(RequestError, match=r"hook_z"):
         acts["zz", 1]
     with pytest.raises(RequestError, match="no layer"):
@@ -500,6 +502,24 @@ def test_the_byte_estimate_counts_cached_keys(dense):
 
 
 # ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_a_name_that_is_taken_is_called(config):
+    """Points and modules alike: what a pass never calls is refused, for a function there would never be heard of."""
+    model, _ = make_pair(config)
+    called, taken = set(), []
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, path=path: called.add(path))
+    model(IDS)
+    for path, _ in model.named_modules():
+        try:
+            taken += select(model, path)
+        except RequestError as error:
+            assert path not in called - {""} and "there is no hook" in str(error)
+    assert {*taken} == called - {""} and "model.layers" not in taken
+    with pytest.raises(RequestError, match="chose none"), model.hooks([(lambda name: "patern" in name, print)]):
+        pass
 
 
 def test_unknown_names_are_refused_with_near_ones(dense):

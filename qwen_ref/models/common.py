@@ -200,7 +200,8 @@ class LanguageModel(nn.Module):
         """(logits, activations by name): see `hooks.run_with_cache` for the options."""
         from .. import hooks
 
-        return hooks.run_with_cache(self, input_ids, names_filter or hooks.DEFAULT_FILTER, **options)
+        names_filter = hooks.DEFAULT_FILTER if names_filter is None else names_filter
+        return hooks.run_with_cache(self, input_ids, names_filter, **options)
 
     def run_with_hooks(self, input_ids: Tensor, fwd_hooks: Any, **options: Any) -> Tensor:
         """The logits with functions active at named points: see `hooks.run_with_hooks`."""
