@@ -87,8 +87,10 @@ def run_with_cache(
         pos_slice: keep only these query positions, in every activation.
         device, dtype: where and as what captured tensors are kept; default as they are.
         max_bytes: refuse, before anything runs, to keep more than this.
-    Raises: RequestError: unknown name (near ones are given), too many bytes, stop_at_layer out of range.
+    Raises: RequestError: unknown name (near ones are given), too many bytes, stop_at_layer out of range, ids that are none,
+        an embedding model (which has no logits) without stop_at_layer.
     """
+    _check_ids(model, input_ids)
     known = points(model)
     chosen = select(model, names_filter)
     positions_kept = slice(pos_slice, pos_slice + 1 or None) if isinstance(pos_slice, int) else pos_slice
@@ -103,6 +105,8 @@ def run_with_cache(
         acts[hook.name] = value.detach().to(device or value.device, as_dtype or value.dtype, copy=True)
 
     stop = None if stop_at_layer is None else _block_index(model, stop_at_layer)
+    if stop is None:
+        _check_head(model)
     if stop is not None and cache is not None:
         raise RequestError("stop_at_layer would leave the cache with the first layers' keys only; leave one of them out")
     with _active(model, [(name, _Reader(keep)) for name in chosen]), ExitStack() as stack:
@@ -123,6 +127,8 @@ def run_with_hooks(
     cache: Cache | None = None,
 ) -> Tensor:
     """`model(input_ids, positions, cache)` with functions active: the logits they lead to."""
+    _check_ids(model, input_ids)
+    _check_head(model)
     with active(model, fwd_hooks):
         return model(input_ids, positions, cache)
 
@@ -500,6 +506,21 @@ def _points_of(model: nn.Module, names: Iterable[str]) -> dict[str, Point]:
 def _widths(config: Any) -> dict[str, int]:
     """Numbers per head, for each kind of head."""
     return {"N": config.head_dim, "P": getattr(config, "linear_value_head_dim", 0)}
+
+
+def _check_ids(model: Any, ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        got = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise RequestError(f"input_ids must be (B, T) int64, as torch.tensor([tokenizer.encode(text)]); this is {got}")
+    last = model.config.vocab_size - 1
+    if ids.numel() and not ids.is_meta and (int(ids.min()) < 0 or int(ids.max()) > last):
+        raise RequestError(f"ids must be within 0..{last}; these go from {int(ids.min())} to {int(ids.max())}")
+
+
+def _check_head(model: Any) -> None:
+    if model.lm_head is None:
+        raise RequestError("this is an embedding model without an output head, so a pass of it has no logits: call model.model "
+                           "inside model.hooks(...), or give stop_at_layer")
 
 
 def _block_index(model: Any, layer: int) -> int:

@@ -532,6 +532,30 @@ def test_unknown_names_are_refused_with_near_ones(dense):
             pass
 
 
+@pytest.mark.parametrize("ids,message", [
+    (IDS[0], r"\(B, T\) int64, .*tokenizer.encode.* this is torch.int64 of shape \[9\]"), ([1, 2], "a list"), ("Once", "a str"),
+    (None, "a NoneType"), (IDS.float(), "torch.float32"), (IDS + 211, "within 0..210; these go from"), (IDS - 300, "within 0..210"),
+])  # fmt: skip
+def test_ids_that_are_none_are_refused(dense, ids, message):
+    for call in (lambda: dense.run_with_cache(ids), lambda: dense.run_with_hooks(ids, [])):
+        with pytest.raises(RequestError, match=message):
+            call()
+    assert torch.equal(dense.run_with_hooks(IDS.int(), []), dense(IDS))
+
+
+def test_an_embedding_model_says_where_its_activations_are(dense):
+    model, _ = make_pair(TINY["qwen3"][1])
+    model.lm_head = None
+    for call in (lambda: model.run_with_cache(IDS), lambda: model.run_with_hooks(IDS, [])):
+        with pytest.raises(RequestError, match=r"no logits: call model.model inside model.hooks"):
+            call()
+    expected, seen = dense.run_with_cache(IDS)[1], []
+    with model.hooks([("ln_final.hook_out", lambda value, hook: seen.append(value))]):
+        assert torch.equal(model.model(IDS), seen[0])
+    assert torch.equal(seen[0], expected["ln_final.hook_out"])
+    assert torch.equal(model.run_with_cache(IDS, [], stop_at_layer=-1)[0], expected["resid_post", 1])
+
+
 @pytest.mark.parametrize(
     "wrong,message",
     [

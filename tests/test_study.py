@@ -407,6 +407,7 @@ def test_massive_activations_are_found(dense):
 @pytest.mark.parametrize(
     "ids,message",
     [([], "at least"), ([[1, 2], [3, 4]], "one sequence"), ([1.5, 2], "one sequence"), ([True, False], "one sequence"),
+     ("text", "this str is none"), (None, "this NoneType is none"), ([[1, 2], [3]], "this list is none"), ([1 << 70], "this list"),
      ([3, 211], "0..210"), ([-1, 3], "0..210"), (torch.zeros(513, dtype=torch.long), "context of 512")],
 )  # fmt: skip
 def test_ids_that_are_not_one_sequence_are_refused(dense, ids, message):
@@ -417,9 +418,31 @@ def test_ids_that_are_not_one_sequence_are_refused(dense, ids, message):
 
 def test_tokens_and_positions_that_do_not_exist_are_refused(dense):
     for options, message in (({"token": 211}, "token is 211"), ({"token": 3, "versus": -1}, "versus is -1"),
+                             ({"token": "a"}, "token is 'a'; it must be a whole"), ({"token": 1.5}, "token is 1.5; it must"),
+                             ({"token": 3, "versus": "b"}, "versus is 'b'"), ({"token": 3, "position": [1]}, "position is"),
                              ({"token": 3, "position": 11}, "position is 11"), ({"token": 3, "position": -12}, "11 tokens")):  # fmt: skip
         with pytest.raises(RequestError, match=message):
             attribution.attribute(dense, IDS, **options)
+
+
+def test_numbers_that_are_none_are_refused(dense):
+    def patch(**options):
+        return patching.patch(dense, IDS, IDS.flip(0), "hook_embed", patching.logit_difference(dense, 3, 4), **options)
+
+    for call, message in ((lambda: logit_lens.lens(dense, IDS, layers=3), r"layers is 3; it must be a list, as \[3\]"),
+                          (lambda: logit_lens.lens(dense, IDS, layers="ab"), "one of layers is 'a'; it must be a whole number"),
+                          (lambda: logit_lens.lens(dense, IDS, top="a"), "top is 'a'"),
+                          (lambda: patch(positions=1), r"positions is 1; it must be a list, as \[1\]"),
+                          (lambda: patch(positions=torch.tensor(1)), "positions is .*must be a list"),
+                          (lambda: patch(positions=[0.5]), "one of positions is 0.5"),
+                          (lambda: patching.logit_difference(dense, "a", 3), "answer is 'a'"),
+                          (lambda: patching.logit_difference(dense, 4, 3, "last"), "position is 'last'"),
+                          (lambda: heads.summary(dense, IDS, period=2.5), "period is 2.5")):  # fmt: skip
+        with pytest.raises(RequestError, match=message):
+            call()
+    seven, places = torch.tensor(7), torch.tensor([1, -1])  # what stands for whole numbers
+    assert attribution.attribute(dense, IDS, seven).logit == attribution.attribute(dense, IDS, 7).logit
+    assert patch(positions=places).columns == (1, 10)
 
 
 def test_a_model_without_a_head_is_refused():

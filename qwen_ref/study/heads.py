@@ -20,7 +20,7 @@ from .. import backend
 from ..errors import RequestError
 from ..hook_points import points
 from ..hooks import run_with_cache
-from .inputs import Ids, one_sequence
+from .inputs import Ids, one_sequence, whole
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def pattern_names(model: Any) -> list[str]:
 
 def repeated_tokens(vocab: int, period: int = 32, *, seed: int = 0) -> Tensor:
     """`period` random ids, twice: (2 * period,) int64. Nothing but the repetition predicts the second half."""
+    period = whole(period, "period")
     if vocab < 1 or period < 2:
         raise RequestError(f"a repetition needs a vocabulary and at least 2 tokens; got vocab={vocab}, period={period}")
     once = torch.randint(vocab, (period,), generator=torch.Generator().manual_seed(seed))

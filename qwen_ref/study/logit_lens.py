@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..hook_points import final_path
 from ..hooks import run_with_cache
-from .inputs import Ids, head_of, one_sequence
+from .inputs import Ids, head_of, one_sequence, several, whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def lens(model: Any, ids: Ids, layers: Sequence[int] | None = None, top: int = 5
     head_of(model)
     row = one_sequence(model, ids)
     depths = _depths(len(model.model.layers), layers)
+    top = whole(top, "top")
     if not 1 <= top <= model.config.vocab_size:
         raise RequestError(f"top is {top}; it must be within 1..{model.config.vocab_size}")
     logits, acts = run_with_cache(model, row, ("blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"))
@@ -76,7 +77,8 @@ def _log_softmax(logits: Tensor) -> Tensor:
 def _depths(blocks: int, layers: Sequence[int] | None) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(blocks + 1))
-    for depth in layers:
+    chosen = several(layers, "layers")
+    for depth in chosen:
         if not -blocks - 1 <= depth <= blocks:
             raise RequestError(f"there is no depth {depth}: 0 is the embedding, {blocks} (or -1) the last block's output")
-    return tuple(depth % (blocks + 1) for depth in layers)
+    return tuple(depth % (blocks + 1) for depth in chosen)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..hook_points import Point, letter_sizes, points
 from ..hooks import Filter, run_with_cache, run_with_hooks, select
-from .inputs import Ids, one_position, one_sequence, one_token
+from .inputs import Ids, one_position, one_sequence, one_token, several, whole
 
 Metric = Callable[[Tensor], Tensor | float]  # logits (T, V) of one sequence -> a number
 HEADS = "NKGP"  # letters of axes that are heads
@@ -40,6 +40,7 @@ class Patching:
 def logit_difference(model: Any, answer: int, wrong: int, position: int = -1) -> Metric:
     """The usual metric: logit(answer) - logit(wrong) at one position."""
     answer, wrong = one_token(model, answer, "answer"), one_token(model, wrong, "wrong")
+    position = whole(position, "position")
     return lambda logits: logits[position, answer] - logits[position, wrong]
 
 
@@ -146,4 +147,5 @@ def _positions(clean: Tensor, corrupted: Tensor, positions: Sequence[int] | None
     length = clean.shape[1]
     if corrupted.shape[1] != length:
         raise RequestError(f"the clean prompt has {length} tokens, the corrupted one {corrupted.shape[1]}; they must match")
-    return [one_position(length, at, "positions") for at in (range(length) if positions is None else positions)]
+    chosen = range(length) if positions is None else several(positions, "positions")
+    return [one_position(length, at, "positions") for at in chosen]
