@@ -8,11 +8,14 @@ A string is continued as it stands; a list of messages goes through the chat tem
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -138,6 +141,7 @@ def generate(
     tools: list[dict[str, Any]] | None = None,
     enable_thinking: bool | None = None,
     allow_special: bool = False,
+    variables: Mapping[str, Any] | None = None,
     chat: bool | None = None,
     prefill_chunk: int = 512,
     speculate: int = 0,
@@ -148,7 +152,7 @@ def generate(
     Args:
         prompts: text to continue, a list of messages, a list of ids, or a list of any of these.
         session: keeps the cache between calls (one prompt only), see `Session`.
-        tools, enable_thinking: for the chat template. allow_special: let text name control tokens.
+        tools, enable_thinking, variables: for the chat template. allow_special: let text name control tokens.
         chat: whether an answer may open with reasoning; by default, whether the prompt is messages.
         prefill_chunk: tokens of the prompt per forward pass; bounds memory, changes no result beyond rounding.
         speculate: how many tokens the draft layer guesses at a time (one prompt only); 0 = it is not used. Changes no
@@ -159,29 +163,47 @@ def generate(
             logprobs (0..n: report the chosen token's, and the n most likely); thinking_budget (tokens, then `</think>`).
     Raises: RequestError for arguments out of range, NumericsError for NaN or infinite logits.
     """
-    batch = _as_batch(prompts)
-    if session is not None and len(batch) != 1:
-        raise RequestError(f"a session holds one conversation, but there are {len(batch)} prompts")
-    seeds = _seeds(options.pop("seed", None), len(batch))
-    sequences = []
-    for prompt, seed in zip(batch, seeds, strict=True):
-        ids = encode_prompt(tokenizer, prompt, tools, enable_thinking, allow_special)
-        settings = resolve_options(model, tokenizer, seed=seed, **options)
-        is_chat = _is_messages(prompt) if chat is None else chat
-        sequences.append(_Sequence(model, tokenizer, ids, settings, chat=is_chat))
-    for _ in _run(model, sequences, session, prefill_chunk, speculate):
+    sequences, pieces = _begin(
+        model, tokenizer, _as_batch(prompts), session=session, chat=chat, prefill_chunk=prefill_chunk, speculate=speculate,
+        tools=tools, enable_thinking=enable_thinking, allow_special=allow_special, variables=variables, **options,
+    )  # fmt: skip
+    for _ in pieces:
         pass
     return [s.result for s in sequences]  # type: ignore[misc]
 
 
 def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt, **arguments: Any) -> Iterator[Piece]:
-    """`generate` for one prompt, piece by piece: never half a character, never a part of a stop string."""
-    loop = arguments.pop("session", None), arguments.pop("prefill_chunk", 512), arguments.pop("speculate", 0)
-    named = {k: arguments.pop(k) for k in ("tools", "enable_thinking", "allow_special", "variables") if k in arguments}
-    chat = arguments.pop("chat", _is_messages(prompt))
-    ids = encode_prompt(tokenizer, prompt, **named)
-    sequence = _Sequence(model, tokenizer, ids, resolve_options(model, tokenizer, **arguments), chat=chat)
-    return (piece for _, piece in _run(model, [sequence], *loop))
+    """`generate` for one prompt, with its arguments, piece by piece: never half a character, never a part of a stop string."""
+    _, pieces = _begin(model, tokenizer, [prompt], **arguments)
+    return (piece for _, piece in pieces)
+
+
+def _begin(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    batch: list[Prompt],
+    *,
+    session: Session | None = None,
+    chat: bool | None = None,
+    prefill_chunk: int = 512,
+    speculate: int = 0,
+    seed: Any = None,
+    tools: list[dict[str, Any]] | None = None,
+    enable_thinking: bool | None = None,
+    allow_special: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[list[_Sequence], Iterator[tuple[int, Piece]]]:
+    """Everything checked: the requests, and the loop over them, which has not begun."""
+    if session is not None and len(batch) != 1:
+        raise RequestError(f"a session holds one conversation, but there are {len(batch)} prompts")
+    chunk, sequences = _integer("prefill_chunk", prefill_chunk, 1, 1 << 40), []
+    for prompt, own_seed in zip(batch, _seeds(seed, len(batch)), strict=True):
+        ids = encode_prompt(tokenizer, prompt, tools, enable_thinking, allow_special, variables)
+        settings = resolve_options(model, tokenizer, seed=own_seed, **options)
+        is_chat = _is_messages(prompt) if chat is None else chat
+        sequences.append(_Sequence(model, tokenizer, ids, settings, chat=is_chat))
+    return sequences, _run(model, sequences, session, chunk, speculate)
 
 
 def encode_prompt(
@@ -203,7 +225,7 @@ def encode_prompt(
             variables = {"enable_thinking": enable_thinking, **(variables or {})}
         ids = tokenizer.encode_chat(messages, tools, allow_special=allow_special, **_checked_variables(variables or {}))
     else:
-        ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+        ids = _as_ids(prompt)
     if not ids:
         raise RequestError("the prompt is empty: a model continues at least one token")
     return ids
@@ -243,34 +265,59 @@ def resolve_options(
     *,
     max_tokens: int = 512,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
+    stop: str | Iterable[str] | None = None,
+    stop_ids: Iterable[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | None = None,
     thinking_budget: int | None = None,
     **sampling: Any,
 ) -> Options:
     """Fill what the caller left out from generation_config.json. RequestError on unknown names and bad values."""
-    defaults = sampling_defaults(model.generation_config)
-    known = {f for f in Sampling.__dataclass_fields__}
-    if unknown := sampling.keys() - known:
-        raise RequestError(f"unknown option {', '.join(sorted(unknown))}; sampling takes {', '.join(sorted(known))}")
-    given = {name: value for name, value in sampling.items() if value is not None}
-    for name, value, low, high in (
-        ("max_tokens", max_tokens, 1, 1 << 40),
-        ("seed", seed, -(1 << 63), (1 << 64) - 1),
-        ("logprobs", logprobs, 0, 1000),
-        ("thinking_budget", thinking_budget, 0, 1 << 40),
-    ):
-        if value is not None and (type(value) is not int or not low <= value <= high):
-            raise RequestError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
+        raise _unknown_option(min(unknown))
+    stops = [stop] if isinstance(stop, str) else _listed("stop", stop)
     if any(not isinstance(s, str) or not s for s in stops):
         raise RequestError(f"stop is {stop!r}; it must be a non-empty string or a list of them")
-    ends = set(stop_ids) if ignore_eos else set(stop_ids).union(*end_tokens(model, tokenizer).values())
+    vocab = model.config.vocab_size
+    ends = {_integer("an id of stop_ids", i, 0, vocab - 1) for i in _listed("stop_ids", stop_ids)}
+    given = {name: value for name, value in sampling.items() if value is not None}
     return Options(
-        Sampling(**{**defaults, **given}), max_tokens, seed, stops, frozenset(ends), logprobs, thinking_budget
+        Sampling(**{**sampling_defaults(model.generation_config), **given}),
+        _integer("max_tokens", max_tokens, 1, 1 << 40),
+        None if seed is None else _integer("seed", seed, -(1 << 63), (1 << 64) - 1),
+        tuple(stops),
+        frozenset(ends if ignore_eos else ends.union(*end_tokens(model, tokenizer).values())),
+        None if logprobs is None else _integer("logprobs", logprobs, 0, 1000),
+        None if thinking_budget is None else _integer("thinking_budget", thinking_budget, 0, 1 << 40),
     )
+
+
+def _unknown_option(name: str) -> RequestError:
+    own = [*(field for field in Options.__dataclass_fields__ if field != "sampling"), "ignore_eos"]
+    meant = get_close_matches(name, [*own, *Sampling.__dataclass_fields__], n=1)
+    advice = f", did you mean {meant[0]}" if meant else ""
+    return RequestError(f"unknown option {name}{advice}; there are {', '.join(own)}, and for sampling "
+                        f"{', '.join(Sampling.__dataclass_fields__)}")
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    """An integer of any kind, NumPy's too, as Python's. RequestError if it is none, or out of range."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise RequestError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+    return number
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """Several values; None for none of them."""
+    if values is None:
+        return []
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} is {values!r}; it must be a list")
+    return list(values)
 
 
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
@@ -387,8 +434,6 @@ def _run(
     model: LanguageModel, sequences: list[_Sequence], session: Session | None, chunk: int, speculate: int
 ) -> Iterator[tuple[int, Piece]]:
     """`_loop`, with a session that is left in order however it ends."""
-    if chunk < 1:
-        raise RequestError(f"prefill_chunk is {chunk}; it must be at least 1")
     if session is not None:
         session.check(model)
     reader = _reader(model, model.make_cache() if session is None else session.cache, len(sequences), speculate)
@@ -507,19 +552,40 @@ def token_logprob(logits: Tensor, token: int, n: int) -> TokenLogprob:
 
 
 def _is_messages(prompt: Any) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    return _is_sequence(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _as_list(value: Any) -> Any:
+    """A tensor or an array as the lists it stands for; all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _as_batch(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str) or _is_messages(prompts) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    prompts = _as_list(prompts)
+    if not _is_sequence(prompts) or _is_messages(prompts):
         return [prompts]
     if len(prompts) == 0:
         raise RequestError("there are no prompts")
-    return list(prompts)
+    return [prompts] if isinstance(prompts[0], Integral) else list(prompts)
 
 
-def _seeds(seed: Any, count: int) -> list[int | None]:
-    if seed is None or isinstance(seed, int):
+def _as_ids(prompt: Any) -> list[int]:
+    if isinstance(prompt, Mapping):
+        raise RequestError("a single message is no prompt: give a list of messages, [message]")
+    prompt = _as_list(prompt)
+    if not _is_sequence(prompt):
+        raise RequestError(f"a prompt is text, a list of messages or a list of token ids, not {prompt!r:.80}")
+    return [_integer("a token id of the prompt", i, 0, (1 << 31) - 1) for i in prompt]
+
+
+def _seeds(seed: Any, count: int) -> list[Any]:
+    """One for every prompt, of which `resolve_options` asks that it be an integer."""
+    seed = _as_list(seed)
+    if not _is_sequence(seed):
         return [seed] * count
     if len(seed) != count:
         raise RequestError(f"there are {len(seed)} seeds for {count} prompts")

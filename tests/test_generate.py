@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -237,16 +238,52 @@ def test_context_is_a_bound(tiny):
 
 
 @pytest.mark.parametrize("prompt,options,match", [
-    ("", {}, "prompt is empty"), ([], {}, "no prompts"), ([4096], {}, "outside 0..4095"), ([-1, 5], {}, "outside"),
+    ("", {}, "prompt is empty"), ([], {}, "no prompts"), ([4096], {}, "outside 0..4095"), ([-1, 5], {}, "prompt is -1"),
     ("A", {"max_tokens": 0}, "max_tokens"), ("A", {"max_tokens": True}, "max_tokens"), ("A", {"stop": ""}, "stop"),
     ("A", {"stop": [3]}, "stop"), ("A", {"temperature": -1.0}, "temperature"), ("A", {"seed": 2**64}, "seed"),
     ("A", {"logprobs": -1}, "logprobs"), ("A", {"temprature": 1.0}, "unknown option temprature"),
     ("A", {"thinking_budget": -1}, "thinking_budget"), (["A", "B"], {"seed": [1]}, "1 seeds for 2 prompts"),
     ("A", {"prefill_chunk": 0}, "prefill_chunk"), ("A", {"logit_bias": {4096: 1.0}}, "logit_bias"),
+    ("A", {"prefill_chunk": "a"}, "prefill_chunk is 'a'"), ("A", {"max_tokens": None}, "max_tokens is None"),
+    ("A", {"seed": 1.5}, "seed is 1.5"), ("A", {"seed": "7"}, "seed is '7'"), ("A", {"stop": 3}, "stop is 3"),
+    ("A", {"stop_ids": 3}, "stop_ids is 3"), ("A", {"stop_ids": ["<|im_end|>"]}, "stop_ids is '<|im_end|>'"),
+    ("A", {"stop_ids": [4096]}, r"stop_ids is 4096; it must be an integer from 0 to 4095"),
+    ("A", {"max_new_tokens": 5}, "did you mean max_tokens; there are max_tokens, seed, stop, stop_ids"),
+    (CHAT, {"variables": {"messages": []}}, "cannot be named 'messages'"),
+    (None, {}, "not None"), (5, {}, "not 5"), (b"abc", {}, "not b'abc'"), (CHAT[0], {}, r"give a list of messages"),
+    ([["a", "b"]], {}, "token id of the prompt is"), ([[1.7, 2.2]], {}, "token id of the prompt is"),
+    ([3, 4.5], {}, "prompt is 4.5"), (torch.tensor([1.5]), {}, "not 1.5"), ([True], {}, "prompt is True"),
 ])  # fmt: skip
-def test_bad_requests_are_named(tiny, prompt, options, match):
+@pytest.mark.parametrize("call", [qr.generate, qr.stream])
+def test_bad_requests_are_named(tiny, call, prompt, options, match):
+    """By both alike, but that a stream is of one prompt."""
+    if call is qr.stream and match in ("no prompts", "1 seeds for 2 prompts", "not 1.5"):
+        match = "prompt is"
     with pytest.raises(RequestError, match=match):
-        qr.generate(*tiny, prompt, **options)
+        list(call(*tiny, prompt, **options))
+
+
+def test_integers_and_ids_of_any_kind(tiny):
+    model, tokenizer = tiny
+    ids, options = tokenizer.encode(PROMPTS[0]), {"temperature": 1.0, "max_tokens": 8}
+    expected = qr.generate(model, tokenizer, ids, seed=3, **options)[0].token_ids
+    for prompt in (np.array(ids), torch.tensor(ids), list(np.array(ids)), tuple(ids), torch.tensor([ids]), [np.array(ids)]):
+        for seed in (np.int64(3), np.array([3])):
+            assert qr.generate(model, tokenizer, prompt, seed=seed, stop=None, stop_ids=None, **options)[0].token_ids == expected
+    more = {"max_tokens": np.int32(8), "prefill_chunk": np.int64(2), "stop_ids": np.array([expected[4]]), "logprobs": np.int8(1)}
+    stopped = qr.generate(model, tokenizer, ids, seed=3, **{**options, **more})[0]
+    assert stopped.token_ids == expected[: expected.index(expected[4]) + 1] and stopped.logprobs is not None
+
+
+def test_variables_reach_the_template(tiny):
+    model, tokenizer = tiny
+    options = {"temperature": 0, "max_tokens": 4}
+    expected = qr.generate(model, tokenizer, CHAT, enable_thinking=False, **options)[0]
+    variables = {"enable_thinking": False}
+    whole = qr.generate(model, tokenizer, CHAT, variables=variables, **options)[0]
+    streamed = list(qr.stream(model, tokenizer, CHAT, variables=variables, **options))[-1].result
+    assert whole.usage == streamed.usage == expected.usage
+    assert whole.usage.prompt_tokens != qr.generate(model, tokenizer, CHAT, **options)[0].usage.prompt_tokens
 
 
 def test_non_finite_logits_name_the_first_bad_layer():
