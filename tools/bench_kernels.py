@@ -110,7 +110,9 @@ def ask(operation: str, what: str, args: argparse.Namespace, until: float) -> An
 
 def checked(args: argparse.Namespace) -> Answer:
     """The faults of a kernel in every dtype with its own launch parameters, and with every other entry of its table."""
-    (operation,), said, wrong = args.operations, [], []
+    (operation,) = args.operations
+    said: list[str] = []
+    wrong: list[str] = []
 
     def look(dtype: torch.dtype, seeds: int, launch: str = "") -> None:
         report = check(operation, "triton", dtype=dtype, device="cpu" if args.emulate else "cuda", model=args.model,

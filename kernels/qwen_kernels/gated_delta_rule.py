@@ -271,7 +271,7 @@ def _steps(
     v, out = v + batch * v0 + head * v2, out + batch * o0 + head * o2
     g, beta = g + batch * g0 + head * g2, beta + batch * b0 + head * b2
     for token in range(0, length):
-        time = token.to(tl.int64)
+        time = tl.cast(token, tl.int64)
         query = tl.load(q + time * q1 + d * q3, mask=d < DK, other=0.0).to(tl.float32)
         key = tl.load(k + time * k1 + d * k3, mask=d < DK, other=0.0).to(tl.float32)
         value = tl.load(v + time * v1 + e * v3, mask=e < DV, other=0.0).to(tl.float32)
