@@ -195,8 +195,8 @@ def _active(model: nn.Module, functions: list[tuple[str, Function]]) -> Iterator
         return
     key = model, threading.get_ident()
     session = _sessions.setdefault(key, _Session(model))
-    session.say_what_runs_eagerly(name for name, _ in functions)
     try:
+        session.say_what_runs_eagerly(name for name, _ in functions)
         session.install([*session.blocks, functions])
         yield
     finally:

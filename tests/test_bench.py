@@ -268,7 +268,7 @@ def test_an_error_is_held_against_a_kernel_after_a_second_look(monkeypatch, plan
     planted("swiglu", ops.swiglu)
     looks = []
 
-    def examine(what, run, args, deterministic):
+    def examine(what, run, args, deterministic, **rest):
         looks.append(args[0])
         own = 1e-6 if len(looks) <= 5 else later
         return Finding((), ((Error(3e-6, 3e-6), Error(own, own)),))
@@ -352,7 +352,7 @@ def test_bench_times_the_right_and_refuses_the_wrong(planted, monkeypatch):
 def test_what_does_not_fit_the_memory_gets_no_time_and_is_not_called_wrong(planted, monkeypatch):
     from qwen_ref.bench import measure
 
-    def examine(what, run, args):
+    def examine(what, run, args, **rest):
         raise torch.OutOfMemoryError("the formula in fp64")
 
     monkeypatch.setattr(measure, "roofline", lambda device, dtype: measure.Roofline(bandwidth=1e9, compute=1e8))
@@ -454,3 +454,16 @@ def test_cli(planted, capsys):
     assert json.loads(capsys.readouterr().out)["ok"] is False
     with pytest.raises(RequestError):
         run_cli("check", "swiglu", "--impl", "absent")
+
+
+def test_what_is_called_compiled_was_compiled(monkeypatch):
+    """Dynamo gives a function up for good that it first meets inside a dispatch mode, as the poisoned memory is one."""
+    from torch._dynamo.utils import counters
+
+    from qwen_ref.bench import measure
+
+    monkeypatch.setattr(measure, "roofline", lambda device, dtype: measure.Roofline(bandwidth=1e9, compute=1e8))
+    counters.clear()
+    options = {"model": "tiny", "dtype": torch.float32, "tokens": [3], "seconds": 0.01, "device": "cpu"}
+    (row,) = bench("swiglu", implementations=["compiled"], **options).rows
+    assert row.median > 0 and counters["stats"]["unique_graphs"] == 1

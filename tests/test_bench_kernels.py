@@ -70,7 +70,7 @@ def test_it_checks_on_an_emulated_gpu_what_it_would_check_on_one(tmp_path, monke
     assert "everything checked is right" in capsys.readouterr().out
     (page,) = tmp_path.glob("sm_80-emulated-*.md")
     said = [line for line in page.read_text().splitlines() if line.startswith("- swiglu by triton in")]
-    assert [line.split()[4] for line in said] == ["bfloat16", "float16", "float32", "bfloat16"] and "launched with" in said[3]
+    assert [line.split()[5] for line in said] == ["bfloat16", "float16", "float32", "bfloat16"] and "launched with" in said[3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

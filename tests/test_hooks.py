@@ -13,7 +13,7 @@ from conftest import TINY, casts_lifted, make_pair
 from torch import nn
 
 import qwen_ref as qr
-from qwen_ref import backend, ops
+from qwen_ref import backend, hooks, ops
 from qwen_ref.errors import RequestError
 from qwen_ref.hook_points import final_path, points
 from qwen_ref.hooks import select
@@ -586,7 +586,7 @@ def test_a_wrong_shape_inside_an_operation_is_refused(dense, name):
 
 def _clean(model: nn.Module) -> bool:
     left = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called]
-    return not left and not any(op.wrappers for op in backend.OPERATIONS.values())
+    return not left and not hooks._sessions and not any(op.wrappers for op in backend.OPERATIONS.values())
 
 
 @pytest.mark.parametrize("name", ["*hook_*"])
@@ -815,3 +815,11 @@ def test_threads_intercept_one_operation_at_once():
     finally:
         sys.setswitchinterval(interval)
     assert len(missed) == 8000 and not any(missed) and not backend.swiglu.wrappers
+
+
+def test_a_warning_that_is_an_error_leaves_nothing(dense):
+    with backend.use({"attention": "torch"}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="runs eagerly"):
+            dense.run_with_cache(IDS, "blocks.1.attn.hook_pattern")
+    assert _clean(dense)
