@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import qwen_ref as qr
+from qwen_ref import retrieval
 from qwen_ref.errors import RequestError
 from qwen_ref.loading import ASSETS
 from qwen_ref.retrieval import JUDGE, TASK, instruct
@@ -95,3 +96,35 @@ def test_too_long_and_empty(pair):
         qr.embed(model, tokenizer, [])
     with pytest.raises(RequestError, match="context holds 1024"):
         qr.embed(model, tokenizer, ["word " * 2000])
+
+
+@torch.no_grad()
+def test_many_texts_in_batches_of_like_lengths(pair, monkeypatch):
+    """In the caller's order, each as if alone, and no pass of more than the bound; what is longer goes alone."""
+    model, tokenizer, _ = pair
+    texts = ["The dog sleeps in the house. " * count for count in (3, 1, 9, 2, 1, 12, 5, 0, 3)]
+    alone = torch.cat([qr.embed(model, tokenizer, [text]) for text in texts])
+    scores = torch.cat([qr.rerank(model, WithYesAndNo(tokenizer), "Where?", [text]) for text in texts])
+    passes = []
+    handle = model.model.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape))
+    monkeypatch.setattr(retrieval, "TOKENS", 60)
+    try:
+        torch.testing.assert_close(qr.embed(model, tokenizer, texts), alone, rtol=1e-4, atol=1e-5)
+        assert len(passes) > 3 and sum(rows for rows, _ in passes) == len(texts)
+        assert all(rows == 1 or rows * wide <= 60 for rows, wide in passes) and max(rows for rows, _ in passes) > 1
+        reranked = qr.rerank(model, WithYesAndNo(tokenizer), "Where?", texts)
+        torch.testing.assert_close(reranked, scores, rtol=1e-3, atol=1e-6)
+    finally:
+        handle.remove()
+
+
+def test_one_text_is_not_a_list_of_letters(pair):
+    model, tokenizer, _ = pair
+    for one in ("hello", None, 5):
+        with pytest.raises(RequestError, match=r"texts is .*it must be a list of texts"):
+            qr.embed(model, tokenizer, one)
+        with pytest.raises(RequestError, match=r"documents is .*it must be a list of texts"):
+            qr.rerank(model, WithYesAndNo(tokenizer), "q", one)
+    for dimensions in (0, -3, 2000, 1.5, True):
+        with pytest.raises(RequestError, match=f"dimensions is {dimensions}; it must be an integer from 1 to"):
+            qr.embed(model, tokenizer, ["hello"], dimensions=dimensions)
