@@ -129,7 +129,7 @@ ALLOWED = {
                  "quant.compressed_tensors", "quant.format", "quant.gguf_write", "quant.making", "quant.packed", "quant.store", "tokenizer"},
     "score": {"backend", "describe", "errors", "loading", "models.common", "quant.calibrated", "quant.making", "quantize", "tokenizer"},
     "__main__": {"cli"},
-    "cli": {"backend", "bench.cli", "errors", "generate", "loading", "describe", "quantize", "score", "verify", "verify.report"},
+    "cli": {"__version__", "backend", "bench.cli", "errors", "generate", "loading", "describe", "quantize", "score", "verify", "verify.report"},
 }
 
 
