@@ -162,7 +162,7 @@ def test_the_model_goes_on_and_nothing_is_held_twice():
 # Act-order shuffles each matrix's columns in its own way; one scale for a whole matrix, or FP8 blocks that end elsewhere than
 # it, would need other scales when joined.
 APART = {"gptq-int4-act-order", "gptq-int8-act-order", "fp8", "fp8-tensor", "compressed-fp8-tensor", "modelopt-fp8",
-         "compressed-nvfp4", "modelopt-nvfp4"}  # fmt: skip
+         "compressed-nvfp4", "modelopt-nvfp4", "fp8-tensor-autofp8", "compressed-int4-tensor"}  # fmt: skip
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -167,9 +167,9 @@ def _down_vectors(
     d0, d1, d2,
     SLOTS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)  # the first axis of a grid: the others end at 65535
+    token = tl.program_id(1).to(tl.int64)
     slot = tl.arange(0, SLOTS)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     chosen = slot < slots
     expert = tl.load(experts + token * slots + slot, mask=chosen, other=0).to(tl.int64)
     weight = tl.load(weights + token * slots + slot, mask=chosen, other=0.0).to(tl.float32)
