@@ -440,11 +440,10 @@ def test_products_of_tiles_are_pytorchs(triton_kernels, target, dtype, turned):
 
 
 @needs_triton
-@pytest.mark.parametrize("removed, kwargs", [
-    (r"bar\.sync\s+0;", {}), (r"cp\.async\.wait_group\s+\d;", {}), (r"fence\.proxy\.async\S*;", {}),
-    (r"wgmma\.wait_group\S*\s+\d;", {}),
+@pytest.mark.parametrize("removed", [
+    r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\d;", r"fence\.proxy\.async\S*;", r"wgmma\.wait_group\S*\s+\d;",
 ])  # fmt: skip
-def test_machine_code_without_its_synchronisation_is_seen(triton_kernels, removed, kwargs):
+def test_machine_code_without_its_synchronisation_is_seen(triton_kernels, removed):
     torch.manual_seed(4)
     a, b, out = torch.randn(64, 192).bfloat16(), torch.randn(192, 32).bfloat16(), torch.empty(64, 32)
     with emulate("sm_90"):

@@ -23,7 +23,6 @@ from .ptx import END, Address, Bits, Instruction, Operand, Program
 
 LANES = 1 << 14  # threads that run together: larger arrays leave the processor's cache
 SHARED = 64 << 20  # bytes of shared memory at once
-SPECIAL = ("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid", "%warpid", "%clusterid", "%cluster_ctaid", "%cluster_nctaid")
 
 
 def run(program: Program, grid: tuple[int, int, int], threads: int, shared: int, arguments: Sequence[Any]) -> None:

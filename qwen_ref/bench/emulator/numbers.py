@@ -15,7 +15,6 @@ import torch
 Array = np.ndarray[Any, Any]
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-FLOATS = ("f16", "bf16", "f32", "f64")
 
 
 @cache
