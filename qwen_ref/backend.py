@@ -141,7 +141,7 @@ class use:
             OPERATIONS[name].choose(forced, strict)
 
 
-_wrapping = threading.Lock()
+_emulated: str | None = None
 
 
 @contextmanager
@@ -165,6 +165,9 @@ def emulated() -> str | None:
 def _forget() -> None:
     for op in OPERATIONS.values():
         op.choose(op.forced, op.strict)
+
+
+_wrapping = threading.Lock()
 
 
 @contextmanager
@@ -244,9 +247,6 @@ def _with_kernel(operation: Operation) -> Operation:
 
     operation.implementations["triton"] = Implementation("triton", lambda: module().run, supports)
     return operation
-
-
-_emulated: str | None = None
 
 
 def _why_no_triton(device: torch.device) -> str | None:
