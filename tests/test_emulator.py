@@ -217,6 +217,15 @@ def test_threads_that_part_meet_again():
     assert out.tolist() == [steps(n) for n in range(1, 65)]
 
 
+def test_threads_that_parted_meet_before_a_barrier():
+    """At the first place that all pass, not at the end, which all pass too."""
+    skip = "setp.lt.s32 %p1, %r1, {};\n@%p1 bra $next{};\nadd.s32 %r4, %r4, 1;\n$next{}:\n"
+    out = torch.zeros(32, dtype=torch.int32)
+    run("mov.b32 %r4, 0;\n" + skip.format(5, 1, 1) + "bar.sync 0;\n" + skip.format(9, 2, 2)
+        + "mad.wide.u32 %rd3, %r1, 4, %rd1;\nst.global.b32 [%rd3], %r4;", out)  # fmt: skip
+    assert out.tolist() == [0] * 5 + [1] * 4 + [2] * 23
+
+
 def test_a_grid_has_three_axes_and_blocks_beyond_one_run():
     out = torch.zeros(3, 50, 40, dtype=torch.int32)
     run("""
@@ -290,6 +299,9 @@ def test_warps_that_share_memory_need_a_barrier_before_and_after():
                                   ("bar.sync 0;", "", "writes shared memory that another warp read"),
                                   ("bar.warp.sync -1;", "bar.sync 0;", "reads shared memory that another warp wrote")):  # fmt: skip
         expect_fault(REVERSED.format(barrier=barrier, second=second), text, out, threads=64)
+    both = "mov.b32 %r3, global_smem;\nld.shared.b32 %r4, [%r3];\nsetp.eq.s32 %p1, %r1, {};\n@%p1 st.shared.b32 [%r3], %r1;"
+    for writer in (0, 32):  # what two warps have read neither of them may write
+        expect_fault(both.format(writer), "writes shared memory that another warp read", out, threads=64)
     run(REVERSED.replace("63", "31").format(barrier="", second=""), out)  # one warp needs none
     expect_fault("setp.lt.s32 %p1, %r1, 5;\n@%p1 bra $some;\nbra.uni $end;\n$some:\nbar.sync 0;\n$end:\n", "do not reach")
 
@@ -315,6 +327,9 @@ def test_a_copy_arrives_when_it_is_waited_for():
     assert torch.equal(out, given.flip(0))
     run(COPIED.format(wait="cp.async.wait_group 1;", barrier="bar.sync 0;", lane=63), given, out, threads=64)
     assert out.isnan().all()  # it may still be on its way
+    before = SLOT + "st.shared.b32 [%r2], %r1;\nbar.sync 0;\n"
+    run(COPIED.replace(SLOT, before).format(wait="cp.async.wait_group 1;", barrier="bar.sync 0;", lane=63), given, out, threads=64)
+    assert out.isnan().all()  # and what was there is no longer
     expect_fault(COPIED.format(wait="cp.async.wait_group 0;", barrier="", lane=63), "another warp wrote", given, out, threads=64)
 
 
