@@ -358,6 +358,43 @@ for name in ("NVIDIA H200", "AMD Radeon RX 7900 XTX", "AMD Instinct MI300X", "AM
     assert python(code, interpret=False).splitlines() == ["16 4", "16 4", "8 4", "2 4"]
 
 
+GRIDS = """
+import json, sys, torch
+from qwen_ref.bench import compile as _
+compile = sys.modules["qwen_ref.bench.compile"]
+largest = {{}}
+def noted(self, grid):
+    largest[self.kernel.fn.__name__] = max(largest.get(self.kernel.fn.__name__, 0), *grid[1:], 1)
+    return self.note
+compile._Recorder.__getitem__ = noted
+for operation in {kernels}:
+    compile.launches(operation, {models}, (70000,), (torch.bfloat16,))
+print(json.dumps(largest))
+"""
+
+
+@needs_triton
+def test_grids_of_long_prompts_are_within_what_a_gpu_launches():
+    """The second and third axis of a grid end at 65535."""
+    models = ("Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3.5-27B", "Qwen/Qwen4-Exp")
+    largest = json.loads(python(GRIDS.format(kernels=KERNELS, models=models), interpret=False))
+    assert largest.keys() >= {"_add_slots", "_attention", "_prepare"} and max(largest.values()) <= 65535, largest
+
+
+@needs_triton
+def test_a_router_without_numbers_names_experts_that_are_there():
+    """An index outside would make the experts' kernels read outside the weights."""
+    code = """
+import torch
+from qwen_kernels import router_topk
+logits = torch.randn(3, 37)
+logits[0], logits[1, 5] = float("nan"), float("nan")
+_, experts = router_topk.run(logits, 4, True)
+print(int(experts.min()) >= 0 and int(experts.max()) < 37, bool((experts[2] == logits[2].topk(4).indices).all()))
+"""
+    assert python(code, interpret=True).split() == ["True", "True"]
+
+
 # The code, ahead of time
 
 COMPILE = """

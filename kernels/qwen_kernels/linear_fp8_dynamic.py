@@ -68,7 +68,7 @@ def run(x: Tensor, weight: Fp8, bias: Tensor | None = None) -> Tensor:
             packed_linear._by_vectors(TUNED, rounded, found, bias, out, columns, inner)
             return out
         block = math.gcd(found.group or 128, 128 if x.element_size() == 2 else 32)
-        if block < 32 and (block < 16 or x.element_size() == 2):  # tl.dot of FP8 wants 32 columns
+        if block < 16:
             return packed.linear_fp8_dynamic(x, weight, bias)
         return _by_tiles(flat, found, bias, columns, group, block).view(*x.shape[:-1], columns)
 
@@ -91,6 +91,7 @@ def _by_tiles(x: Tensor, w: Operands, bias: Tensor | None, columns: int, group: 
     count, inner = x.shape
     rows = min(128, max(16, triton.next_power_of_2(count)))
     launch = {**tuned(TUNED, x.device, rows if x.element_size() == 2 else (rows, "fp32"))}
+    launch["FP8"] &= block >= 32  # tl.dot of FP8 wants 32 columns, of 16 bits 16
     codes, scales = _rounded(x, group, torch.float8_e4m3fn if launch["FP8"] else x.dtype)
     tiles = triton.cdiv(columns, launch["BLOCK_N"]) * triton.cdiv(count, rows)
     splits = max(1, min(launch.pop("PROGRAMS") // tiles, inner // (4 * block)))
