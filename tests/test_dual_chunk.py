@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qwen_ref as qr
 from qwen_ref import backend, ops
 from qwen_ref.errors import ConfigError
+from qwen_ref.generate import Session
 from qwen_ref.loading import ASSETS, build, load_model
 from qwen_ref.models import qwen2
 from qwen_ref.quant.gguf_meta import write_config
@@ -314,6 +315,19 @@ def test_generate_reads_the_prompt_in_chunks_at_its_whole_length():
     for chunk in (512, 7):
         results = qr.generate(model, tokenizer, prompts, max_tokens=8, temperature=0, ignore_eos=True, prefill_chunk=chunk)
         assert [r.token_ids for r in results] == expected
+
+
+def test_a_session_keeps_no_token_read_with_another_scale():
+    """Trained to 13: up to there every turn takes over the one before, beyond it only one of a prompt as long."""
+    tokenizer = Tokenizer.load(ASSETS / "tiny")
+    model = make({"vocab_size": tokenizer.vocab_size})
+    session, options = Session(model), {"max_tokens": 3, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    ids = [3 + 5 * i % 200 for i in range(30)]
+    for length, cached in ((6, 0), (9, 6), (13, 9), (18, 0), (18, 17), (25, 0), (12, 0), (30, 0)):
+        [result] = qr.generate(model, tokenizer, [ids[:length]], session=session, **options)
+        [alone] = qr.generate(model, tokenizer, [ids[:length]], **options)
+        assert [t.logprob for t in result.logprobs] == pytest.approx([t.logprob for t in alone.logprobs], abs=1e-5)
+        assert result.usage.cached_tokens == cached
 
 
 # ------------------------------------------------------------------------------------------------- hooks and verify

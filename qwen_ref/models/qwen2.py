@@ -256,6 +256,39 @@ class Decoder(nn.Module):
         return self.norm(x)  # (B, T, H)
 
 
+class ScaledCache(Cache):
+    """Keys and values, and the scale of scores each token was read with (B or 1, S): what follows a token depends on it."""
+
+    def __init__(self, layers: list[KVCache], original_context: int) -> None:
+        super().__init__(layers)
+        self.original_context = original_context
+        self.scales: Tensor | None = None  # until the first token is read
+
+    def note(self, scale: Tensor, count: int) -> None:
+        """`count` tokens are read with this scale, (B or 1,)."""
+        before = scale.new_empty(1, 0) if self.scales is None else self.scales
+        rows = max(len(before), len(scale))
+        self.scales = torch.cat((before.expand(rows, -1), scale[:, None].expand(rows, count)), dim=1)
+
+    def reachable(self, length: int) -> int:
+        """Where a prompt is expected whose length asks for another scale, none of the tokens read with the old one."""
+        if self.expected is not None and self.scales is not None:
+            wanted = ops.length_scale(torch.tensor(self.expected, device=self.scales.device), self.original_context)  # (B,)
+            same = (self.scales == wanted[:, None]).all(0)  # (S,)
+            length = min(length, int(same.long().cumprod(0).sum()))
+        return super().reachable(length)
+
+    def truncate(self, length: int) -> None:
+        super().truncate(length)
+        if self.scales is not None:
+            self.scales = self.scales[:, :length] if length else None
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self.scales is not None and len(self.scales) > 1:
+            self.scales = self.scales[rows]
+
+
 class DualChunkDecoder(Decoder):
     """The decoder of Qwen2.5-1M: plain attention within the first chunk and the original context, then dual chunk attention.
 
@@ -270,12 +303,17 @@ class DualChunkDecoder(Decoder):
         super().__init__(config)
         self.chunks = chunks
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: ScaledCache | None = None) -> Tensor:
         if self._is_plain(input_ids, positions, cache):
-            return super().forward(input_ids, positions, cache)
+            hidden = super().forward(input_ids, positions, cache)  # (B, T, H)
+            if cache is not None:
+                cache.note(torch.ones(1, device=input_ids.device), input_ids.shape[1])
+            return hidden
         x = self.embed_tokens(input_ids)  # (B, T, H)
         positions, keys, _ = stand(x, positions, cache)  # (B or 1, T), (B or 1, S)
         rope = self._chunked_rope(positions, keys, x.dtype, cache)
+        if cache is not None:
+            cache.note(rope.scale, x.shape[1])
         for i, block in enumerate(self.layers):
             x = block(x, rope, None, cache.layers[i] if cache is not None else None)
         return self.norm(x)  # (B, T, H)
@@ -320,6 +358,8 @@ class Model(LanguageModel):
         return self.lm_head(self.model(input_ids, positions, cache))
 
     def make_cache(self, rewind: int = 0) -> Cache:
+        if self.config.dual_chunk:
+            return ScaledCache([KVCache() for _ in self.model.layers], self.config.dual_chunk.original_context)
         return Cache([KVCache() if w is None else SlidingKVCache(w) for w in self.config.windows])
 
 
