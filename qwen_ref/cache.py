@@ -157,8 +157,7 @@ class IndexedKVCache(KVCache):
 
 
 class RecurrentCache:
-    """The state of a layer that keeps no keys: tensors (B, ...) that a pass replaces, and writes to only if nobody else has
-    them (see `writable`).
+    """The state of a layer that keeps no keys: tensors (B, ...) that a pass replaces, or writes over (see `ahead`).
 
     So a state costs nothing to remember, and going back is going back to one that was remembered: by `mark`, or
     because it is one of the last `rewind` tokens' (then a pass of few tokens is made one by one, see `pieces`).
@@ -174,6 +173,7 @@ class RecurrentCache:
         self._lent = False  # to a pass that writes over it: no longer that of `length`, until the pass has ended
         self._marks: dict[int, tuple[Tensor, ...] | None] = {}  # length -> the state there
         self._recent: dict[int, tuple[Tensor, ...] | None] = {}
+        self._ring: list[tuple[Tensor, ...]] = []  # memory that `ahead` gives, again and again: some of the above are in it
 
     def pieces(self, count: int) -> Iterator[slice]:
         """The parts of a pass of `count` tokens after each of which `advance` is called."""
@@ -188,25 +188,48 @@ class RecurrentCache:
         self.state, self._lent = state, False
         self.remember(self.rewind)
 
-    def writable(self) -> tuple[Tensor, ...] | None:
-        """The state in memory that is nowhere else, so that the one after the next tokens can be written over it, by whoever
-        says so by `extend`. Until then it is not to be come back to. None before the first token."""
-        if self.rewind and not self._lent:
-            self._recent[self.length], self._own = self.state, None
-        if self.state is not None and self.state is not self._own:
-            self.state = self._own = tuple(x.clone(memory_format=torch.contiguous_format) for x in self.state)
-        self._lent = self.state is not None
-        return self.state
+    def ahead(self, count: int) -> list[tuple[Tensor, ...]]:
+        """The state, and memory for those after each of the next `count` tokens, for who writes them there and then says so by
+        `follow`. Of a single token that is not to be taken back both are the same: the state is in memory that is nowhere
+        else, to be written over, and not to be come back to meanwhile. Else nothing remembered is written over, and what
+        will be too far back to be remembered is forgotten at once.
+        """
+        if self.state is None:
+            return []
+        if not self.rewind and count == 1:
+            if self.state is not self._own:
+                self.state = self._own = tuple(x.clone(memory_format=torch.contiguous_format) for x in self.state)
+            self._lent = True
+            return [self.state, self.state]
+        self._forget(self.length + count - self.rewind)
+        return [self.state, *self._free(count)]
 
-    def extend(self, count: int) -> None:
-        """Count tokens whose state was written over what `writable` gave."""
-        self.length += count
-        self._lent = False
+    def follow(self, states: Sequence[tuple[Tensor, ...]]) -> None:
+        """Count the tokens whose states were written where `ahead` said."""
+        for after in states[1:]:
+            if self.rewind:
+                self._recent[self.length] = self.state
+            self.length += 1
+            self.state, self._lent = after, False
         self.remember(self.rewind)
+
+    def _free(self, count: int) -> list[tuple[Tensor, ...]]:
+        """Of the ring, `count` that hold nothing, the first behind the state: in the same order whenever they come round."""
+        like: tuple[Tensor, ...] = self.state  # type: ignore[assignment]
+        if any(mine.shape != x.shape for memory in self._ring for mine, x in zip(memory, like, strict=True)):
+            self._ring = []
+        used = [id(state) for state in (like, *self._marks.values(), *self._recent.values())]
+        for _ in range(count - sum(id(memory) not in used for memory in self._ring)):
+            self._ring.append(tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like))
+        here = next((i + 1 for i, memory in enumerate(self._ring) if memory is like), 0)
+        return [memory for memory in (*self._ring[here:], *self._ring[:here]) if id(memory) not in used][:count]
 
     def remember(self, count: int) -> None:
         self.rewind = count
-        self._recent = {at: kept for at, kept in self._recent.items() if self.length - count <= at < self.length}
+        self._forget(self.length - count)
+
+    def _forget(self, before: int) -> None:
+        self._recent = {at: state for at, state in self._recent.items() if before <= at < self.length}
 
     def mark(self) -> None:
         self._marks[self.length], self._own = self.state, None
@@ -230,16 +253,17 @@ class RecurrentCache:
 
         self.state = chosen(self.state)
         self._marks, self._recent = ({at: chosen(s) for at, s in kept.items()} for kept in (self._marks, self._recent))
+        self._ring = []
 
     def copy(self) -> RecurrentCache:
-        self._own = None
+        self._own, self._ring = None, []  # what is held is the other's too
         other = copy.copy(self)
-        other._marks, other._recent = dict(self._marks), dict(self._recent)
+        other._ring, other._marks, other._recent = [], dict(self._marks), dict(self._recent)
         return other
 
     def nbytes(self) -> int:
-        """Of the states, those remembered included."""
-        states = (self.state, *self._marks.values(), *self._recent.values())
+        """Of the states, those remembered and the memory for more included."""
+        states = (self.state, *self._marks.values(), *self._recent.values(), *self._ring)
         return sum({x.data_ptr(): x.nbytes for state in states if state is not None for x in state}.values())
 
 
@@ -291,13 +315,13 @@ class Cache:
         self.rows: int | None = None  # sequences, once something was read
         self._positions: Tensor | None = None  # (B, S), only once they are not simply 0..S-1
         self.expected: list[int] | None = None  # see `expect`
-        self.step: Any = None  # what a fused model has recorded over these very buffers
+        self.steps: list[Any] = []  # what a fused model has recorded over these very buffers
         self.draft: Any = None  # what the draft layer has read of these tokens: a `speculative.Draft`
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the record, for a copy has buffers of its own, and without the draft: neither decides a result, and a copy
+        """Without the records, for a copy has buffers of its own, and without the draft: neither decides a result, and a copy
         need not copy the model."""
-        return {**vars(self), "step": None, "draft": None}
+        return {**vars(self), "steps": [], "draft": None}
 
     @property
     def length(self) -> int:

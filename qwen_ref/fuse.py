@@ -11,7 +11,8 @@ whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have 
 
 With cpp, a pass of one token for every sequence is also recorded, once for every cache, and from then on is one call: the
 calls of `cpp.library`, made again with the same memory. What Python and PyTorch did between them took as long as a fast
-product. Another choice in `backend`, a hook, or a cache that has grown: it is recorded anew, or runs as ever.
+product. So are passes of a few tokens that a hybrid reads as guesses, once for each way through the memory of the states
+after them. Another choice in `backend`, a hook, or a cache that has grown: it is recorded anew, or runs as ever.
 
 The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
 joined one. So it is the one to save and to hook (a fused pass does not pass by a hook in silence); and once it was moved
@@ -21,11 +22,11 @@ or converted, it has to be fused again. A fused model only runs, without gradien
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ from .quant.packed import Packed, rows
 
 ATTENTIONS = (qwen2.Attention, qwen3.Attention, qwen3_next.Attention, qwen3_5.Attention)
 DELTA_NETS = (qwen3_next.GatedDeltaNet, qwen3_5.GatedDeltaNet)
+Held: TypeAlias = list[list[tuple[Tensor, ...]]]  # of every layer: the room for keys and values, or the states before and after
+MOST_RECORDED = 8  # tokens of a pass
+MOST_STEPS = MOST_RECORDED + 2  # records of a cache: k tokens go round memory for k + 1 states, and come from elsewhere first
 MIXTURES = (qwen2.SparseMoE, qwen3_next.SparseMoE, qwen3_5.SparseMoE)
 
 
@@ -60,13 +64,11 @@ class State(NamedTuple):
 
     real: Tensor | None  # (B, T), False for padding; None = all are
     cache: RecurrentCache | None
-    own: tuple[Tensor, Tensor] | None = None  # of one token whose cache is elsewhere: what `cache.writable` would give
+    states: Sequence[tuple[Tensor, ...]] = ()  # of tokens whose cache is elsewhere: what its `ahead` has given
 
     def stepwise(self, count: int) -> bool:
         """Whether there is a state, and the cache takes so many tokens one by one."""
-        if self.cache is None or self.cache.state is None:
-            return self.own is not None
-        return all(piece.stop - piece.start == 1 for piece in self.cache.pieces(count))
+        return bool(self.states) or (self.cache is not None and self.cache.state is not None and _steps(self.cache, count))
 
 
 class Together(nn.Module):
@@ -152,18 +154,22 @@ class GatedDeltaNet(nn.Module):
             return net(x, state.real, state.cache)
         if state.real is not None:
             x = x * state.real[..., None]
-        parts = self._project(x)
-        outs = [self._step(state, *(part[:, t] for part in parts)) for t in range(count)]  # (B, P Dv) each
-        return net.out_proj(outs[0][:, None] if count == 1 else torch.stack(outs, dim=1))
-
-    def _step(self, state: State, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        """One token, (B, C), (B, P, Dv), (B, P) twice -> (B, P Dv)."""
-        net, (window, memory) = self.net, state.own or state.cache.writable()  # type: ignore[union-attr, misc]
-        out = backend.gated_delta_step(mixed, window, net.conv1d.weight[:, 0], a, b, net.A_log, net.dt_bias, z, net.norm.weight,
-                                       net.norm.eps, memory, net.norm.activation)  # fmt: skip
+        parts, states = self._project(x), state.states or state.cache.ahead(count)  # type: ignore[union-attr]
+        outs = []
+        for t, (before, after) in enumerate(pairwise(states)):
+            if after is not before:
+                for mine, last in zip(after, before, strict=True):
+                    mine.copy_(last)
+            outs.append(self._step(after, *(part[:, t] for part in parts)))  # (B, P Dv)
         if state.cache is not None:
-            state.cache.extend(1)
-        return out
+            state.cache.follow(states)
+        return net.out_proj(_side_by_side(outs))
+
+    def _step(self, state: Sequence[Tensor], mixed: Tensor, z: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        """One token, (B, C), (B, P, Dv), (B, P) twice -> (B, P Dv); its state is written over the one before."""
+        net, (window, memory) = self.net, state
+        return backend.gated_delta_step(mixed, window, net.conv1d.weight[:, 0], a, b, net.A_log, net.dt_bias, z,
+                                        net.norm.weight, net.norm.eps, memory, net.norm.activation)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, T, H) -> (B, T, C), (B, T, P, Dv), (B, T, P) twice
         """`net.project`; where it puts columns in order, in one operation for each projection."""
@@ -201,35 +207,36 @@ class Block(nn.Module):
         return _add_norm(self.mlp(normed), x, self.following)
 
 
-class Decoder(nn.Module):
-    """Token ids to final hidden states."""
+class Stack(nn.Module):
+    """Blocks, one after the other."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, blocks: Sequence[Any], last: RMSNorm | ZeroCentredRMSNorm, windows: Sequence[int | None]) -> None:
         super().__init__()
-        self.embed_tokens, self.rotary_emb = decoder.embed_tokens, decoder.rotary_emb
-        blocks: list[Any] = list(decoder.layers)
-        self.windows = getattr(decoder, "windows", [None] * len(blocks))
+        self.windows = windows
         self.norm = blocks[0].input_layernorm
-        following = [*(block.input_layernorm for block in blocks[1:]), decoder.norm]
-        self.layers = nn.ModuleList(map(Block, blocks, following))
+        self.layers = nn.ModuleList(map(Block, blocks, [*(block.input_layernorm for block in blocks[1:]), last]))
         attention = next((block.self_attn for block in blocks if hasattr(block, "self_attn")), None)
         self.head_dim = 1 if attention is None else attention.head_dim
         self.kv_heads = 1 if attention is None else attention.k_proj.out_features // self.head_dim
+        self.guesses = any(block.linear for block in self.layers)  # whether passes of a few tokens come again and again
+
+    def watch(self, replaced: nn.Module, *norms: nn.Module) -> None:
+        """Mind the hooks of all modules here, and of those of `replaced` that are not called: of norms other than these only
+        the weight is read, for they go with a sum or a rotation."""
         mine = set(self.modules())
-        # The first norm is called; the others go with a sum or a rotation, and only their weights are read.
-        folded = {module for module in mine if isinstance(module, RMSNorm | ZeroCentredRMSNorm) and module is not self.norm}
+        called = {module for module in mine if not isinstance(module, RMSNorm | ZeroCentredRMSNorm)}.union(norms)
         self._hooks = _hooks_of(mine)
-        self._skipped = _hooks_of(module for module in decoder.modules() if module not in mine - folded)
+        self._skipped = _hooks_of(module for module in replaced.modules() if module not in called)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def read(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], masks: Mapping[int | None, Tensor | None],
+             cache: Cache | None) -> Tensor:  # fmt: skip
+        """(B, T, H) -> (B, T, H), normed; positions, tables and masks as `layers.place` and `layers.Rotary` give them."""
         if any(self._skipped):
             raise RequestError("the model this one was made of has hooks on modules that a fused pass has not: run that model "
                                "itself while they are there")
-        x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
-        cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in self.rotary_emb(positions, x.dtype))  # (M, R)
-        if cache is not None and x.shape[1] == 1 and set(self.windows) == {None} and masks[None] is None:
+        cos, sin = (table.expand(x.shape[0], -1, -1).flatten(0, 1) for table in rope)  # (M, R)
+        if cache is not None and set(self.windows) == {None} and masks[None] is None and self._steps_through(x, cache):
             y = self._recorded(x, cos, sin, cache)
             if y is not None:
                 return y
@@ -262,55 +269,98 @@ class Decoder(nn.Module):
         """One layer's new keys, as to shape and type."""
         return x.new_empty(1).expand(x.shape[0], self.kv_heads, x.shape[1], self.head_dim)
 
-    def _recorded(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
-        """The pass of one token for every sequence, (B, 1, H) -> (B, 1, H), recorded the first time; None if it cannot be.
+    def _steps_through(self, x: Tensor, cache: Cache) -> bool:
+        """Whether x (B, T, H) is a token of every sequence, or a few of one, as guesses are read, that leave a state each."""
+        rows, count = x.shape[:2]
+        states = [layer for block, layer in zip(self.layers, cache.layers, strict=True) if block.linear]
+        if any(layer.state is None or not _steps(layer, count) for layer in states):
+            return False
+        return count == 1 or (rows == 1 and 1 < count <= MOST_RECORDED and self.guesses)
 
-        All its shapes are those of the token before. So where cpp has all the operations, they are made in one call, without
+    def _recorded(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor | None:
+        """The pass of such tokens, (B, T, H) -> (B, T, H), recorded the first time; None if it cannot be.
+
+        All its shapes are those of the pass before. So where cpp has all the operations, they are made in one call, without
         what Python and PyTorch cost between them.
         """
         choices = backend.choices()
         if choices is None or any(self._hooks) or backend.attention_decode.resolve(x.device, x.dtype).name != "cpp":
             return None
-        states = [layer for block, layer in zip(self.layers, cache.layers, strict=True) if block.linear]
-        if any(layer.state is None or layer.rewind for layer in states):
-            return None  # there is none yet, or it is remembered after every token, and so not written to
-        new = self._new_keys(x)
-        held = [layer.writable() if layer in states else (layer.reserve(new),) for layer in cache.layers]
-        rooms = [(layer.length, of[0].shape[3]) for layer, of in zip(cache.layers, held, strict=True) if layer not in states]
-        if len(set(rooms)) != 1:
+        new, (rows, count) = self._new_keys(x), x.shape[:2]
+        layers = list(zip(self.layers, cache.layers, strict=True))
+        held: Held = [layer.ahead(count) if block.linear else [(layer.reserve(new),)] for block, layer in layers]
+        rooms = {(layer.length, of[0][0].shape[3]) for (block, layer), of in zip(layers, held, strict=True) if not block.linear}
+        if len(rooms) != 1:
             return None
-        lengths = torch.full((x.shape[0],), cache.length + 1, dtype=torch.int32)
-        inputs, step = (x, cos, sin, _slots(x, *rooms[0]), lengths), cache.step
-        if not isinstance(step, Step) or not step.serves(self, held, choices, x):
-            cache.step = step = Step(Tape(partial(self._decode, held), *inputs), self, held, choices, x.dtype)
+        lengths = torch.arange(cache.length + 1, cache.length + 1 + count, dtype=torch.int32).repeat(rows)  # (M,)
+        inputs = (x, cos, sin, _slots(x, *rooms.pop()), lengths)
+        step = next((step for step in cache.steps if step.serves(self, held, choices, x)), None)
+        if step is None:
+            step = Step(Tape(partial(self._decode, held), *inputs), self, held, choices, x.dtype, x.shape)
             y = step.tape.output()
         elif step.tape.whole:
             y = step.tape.replay(*inputs)
         else:
             return None
-        for layer in cache.layers:
-            layer.extend(1)
+        cache.steps = [*(other for other in cache.steps if other is not step and other.is_beside(step)), step][-MOST_STEPS:]
+        for (block, layer), of in zip(layers, held, strict=True):
+            layer.follow(of) if block.linear else layer.extend(count)
         return y
 
-    def _decode(self, held: list[Any], x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+    def _decode(self, held: Held, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
         attend = partial(_attend_decoding, lengths=lengths)
-        return self._through(x, (State(None, None, of_layer) if block.linear else Place((cos, sin), of_layer[0], slots, attend)
-                                 for block, of_layer in zip(self.layers, held, strict=True)))  # fmt: skip
+        return self._through(x, (State(None, None, of) if block.linear else Place((cos, sin), of[0][0], slots, attend)
+                                 for block, of in zip(self.layers, held, strict=True)))  # fmt: skip
 
 
 class Step(NamedTuple):
-    """What is recorded of a decoder's pass over a cache."""
+    """What is recorded of a pass over a cache."""
 
     tape: Tape
-    decoder: Decoder
-    held: list[tuple[Tensor, ...]]  # of every layer: the room for keys and values, or the state
+    stack: Stack
+    held: Held
     choices: tuple[Any, ...]
     dtype: torch.dtype
+    shape: torch.Size
 
-    def serves(self, decoder: Decoder, held: list[tuple[Tensor, ...]], choices: tuple[Any, ...], x: Tensor) -> bool:
-        """Whether it is of this decoder and this very memory, and the same operations would run."""
-        here = self.decoder is decoder and self.choices == choices and self.dtype == x.dtype
-        return here and all(a is b for layers in zip(self.held, held, strict=True) for a, b in zip(*layers, strict=True))
+    def serves(self, stack: Stack, held: Held, choices: tuple[Any, ...], x: Tensor) -> bool:
+        """Whether it is of these blocks and this very memory, and the same operations would run."""
+        here = self.stack is stack and self.choices == choices and (self.dtype, self.shape) == (x.dtype, x.shape)
+        return here and all(a is b for a, b in zip(_tensors(self.held), _tensors(held), strict=True))
+
+    def is_beside(self, other: Step) -> bool:
+        """Whether its keys are in the same memory: else this one would keep memory that is not used any more."""
+        return all(len(mine) > 1 or mine[0][0] is of[0][0] for mine, of in zip(self.held, other.held, strict=True))
+
+
+class Decoder(Stack):
+    """Token ids to final hidden states."""
+
+    def __init__(self, decoder: Any) -> None:
+        blocks = list(decoder.layers)
+        super().__init__(blocks, decoder.norm, getattr(decoder, "windows", [None] * len(blocks)))
+        self.embed_tokens, self.rotary_emb = decoder.embed_tokens, decoder.rotary_emb
+        self.watch(decoder, self.norm)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
+        return self.read(x, positions, self.rotary_emb(positions, x.dtype), masks, cache)
+
+
+class MultiTokenPrediction(Stack):
+    """The draft layer."""
+
+    def __init__(self, mtp: layers.MultiTokenPrediction) -> None:
+        super().__init__(list(mtp.layers), mtp.norm, [None])
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden, self.fc = mtp.pre_fc_norm_embedding, mtp.pre_fc_norm_hidden, mtp.fc
+        self.guesses = True
+        self.watch(mtp, self.norm, self.pre_fc_norm_embedding, self.pre_fc_norm_hidden)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, *where: Any) -> Tensor:
+        """States of t and embeddings of t + 1, (B, T, H) each, and what else `read` takes -> (B, T, H)."""
+        x = torch.cat((self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)), dim=-1)  # (B, T, 2 H)
+        return self.read(self.fc(x), *where)
 
 
 class Fused(LanguageModel):
@@ -319,13 +369,23 @@ class Fused(LanguageModel):
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model.config)
         self.model, self.lm_head, self.make_cache = Decoder(model.model), model.lm_head, model.make_cache  # type: ignore[method-assign]
-        self.mtp = model.mtp  # as it is
+        self.mtp = None if model.mtp is None else MultiTokenPrediction(model.mtp)
         self.raw_config, self.generation_config, self.extra_files = model.raw_config, model.generation_config, model.extra_files
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Next-token logits of every position, as the model's own `forward` gives them, and without gradients."""
         return self.lm_head(self.model(input_ids, positions, cache))
+
+    @torch.no_grad()
+    def draft(
+        self, hidden: Tensor, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        if self.mtp is None:
+            return super().draft(hidden, input_ids, positions, cache)  # which says so
+        x = self.model.embed_tokens(input_ids)  # (B, T, H)
+        positions, masks = place(x, positions, cache, {None})  # (B or 1, T)
+        return self.mtp(hidden, x, positions, self.model.rotary_emb(positions, x.dtype), masks, cache)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         raise RequestError("a fused model's matrices are joined and have no official names; save the model it was made of")
@@ -359,6 +419,25 @@ def _mixer(block: Any) -> nn.Module | None:
     return getattr(block, "linear_attn", None) or getattr(block, "self_attn", None)
 
 
+def _steps(cache: RecurrentCache, count: int) -> bool:
+    """Whether so many tokens are taken one by one."""
+    return all(piece.stop - piece.start == 1 for piece in cache.pieces(count))
+
+
+def _tensors(held: Held) -> Iterator[Tensor]:
+    return (tensor for layer in held for tensors in layer for tensor in tensors)
+
+
+def _side_by_side(tokens: list[Tensor]) -> Tensor:
+    """T times (B, W) -> (B, T, W), by copies, which a tape holds."""
+    if len(tokens) == 1:
+        return tokens[0][:, None]
+    out = tokens[0].new_empty(tokens[0].shape[0], len(tokens), tokens[0].shape[1])
+    for t, token in enumerate(tokens):
+        out[:, t].copy_(token)
+    return out
+
+
 def _slots(x: Tensor, start: int, capacity: int) -> Tensor:
     """The places of the tokens x (B, T, H) from `start` on in a buffer with `capacity` for each sequence, (B T,)."""
     tokens = torch.arange(start, start + x.shape[1], device=x.device)
@@ -376,8 +455,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, batch: int, mask: Tensor | 
     return backend.attention(q, keys, values, mask).transpose(1, 2)
 
 
-def _attend_decoding(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
-    return backend.attention_decode(q, keys, values, lengths)
+def _attend_decoding(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:  # (M, N, D) -> (M, N, D)
+    """Every token as the last of a sequence; of one sequence, they share the room."""
+    return backend.attention_decode(q, *(room.expand(len(q), -1, -1, -1) for room in (keys, values)), lengths)
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: RMSNorm | ZeroCentredRMSNorm) -> tuple[Tensor, Tensor]:

@@ -190,15 +190,18 @@ def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
                 history += range(len(history), len(history) + piece.stop - piece.start)
                 cache.advance(piece.stop - piece.start, state(history))
         elif step == "write":
-            memory = cache.writable()[0]
-            history.append(len(history))
-            memory.copy_(state(history))
-            cache.extend(1)
+            states = cache.ahead(min(n, rewind) or 1)
+            for (memory,) in states[1:]:
+                history.append(len(history))
+                memory.copy_(state(history))
+            cache.follow(states)
             assert cache.state[0] is memory and (rewind or cache._own[0] is memory)  # no new memory for every token
+            assert len(cache._ring) <= rewind + 1 + len(cache._marks)
         elif step == "break" and cache.state is not None:  # a pass that has written, and does not come to its end
-            cache.writable()[0].fill_(-5)
+            for (memory,) in cache.ahead(min(n, rewind) or 1)[1:]:
+                memory.fill_(-5)
             length = cache.reachable(len(history))
-            assert length < len(history) or rewind or length in (0, *cache._marks)
+            assert length == len(history) if rewind else length < len(history) or length in (0, *cache._marks)
             cache.truncate(length)
             history = history[:length]
         elif step == "copy":

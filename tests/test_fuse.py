@@ -12,6 +12,7 @@ from conftest import TINY, casts_lifted, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantised import FORMATS, checkpoint
+from test_mtp import HYBRIDS, with_draft_layer
 from test_parity import IDS, VARIANTS
 
 import qwen_ref as qr
@@ -139,6 +140,29 @@ def test_a_fused_hybrid_speculates_and_takes_turns(choice):
             turn = qr.generate(fast, tokenizer, prompt, session=session, **asked, **more)[0]
             assert turn.token_ids == qr.generate(model, tokenizer, prompt, session=apart, **asked)[0].token_ids
         assert turn.usage.cached_tokens > 50
+
+
+@pytest.mark.parametrize("variant", HYBRIDS)
+@pytest.mark.parametrize("choice", ["eager", pytest.param("cpp", marks=compiled)])
+def test_the_draft_layer_is_fused_too(variant, choice):
+    """Several entries at once, then one by one from its own states, some of them taken back: as the model's own, which goes on."""
+    ours, _ = with_draft_layer(variant)
+    fast = ours.fuse()
+    hidden, ids = torch.randn(1, 30, ours.config.hidden_size), torch.randint(0, 211, (1, 30))
+    with torch.inference_mode(), backend.use(choice):
+        caches, recorded = (fast.make_draft_cache(), ours.make_draft_cache()), 0
+        for count, kept in ((9, 9), *[(2, 1), (1, 1), (3, 3)] * 4):
+            at, known = caches[0].length, len(caches[0].steps)
+            here = slice(at, at + count)
+            mine, theirs = (m.draft(hidden[:, here], ids[:, here], cache=c) for m, c in zip((fast, ours), caches, strict=True))
+            assert off(mine, theirs) < 2e-5
+            for cache in caches:
+                cache.truncate(at + kept)
+            recorded += len(caches[0].steps) - known
+        assert recorded == (3 if choice == "cpp" else 0) and all(step.tape.whole for step in caches[0].steps)
+        assert caches[0].length == caches[1].length == 29
+    with ours.mtp.norm.register_forward_hook(lambda *_: None) and pytest.raises(QwenRefError, match="run that model itself"):
+        fast.draft(hidden[:, :1], ids[:, :1])
 
 
 # ---------------------------------------------------------------- memory
@@ -294,7 +318,7 @@ def test_a_step_that_is_interrupted_is_not_come_back_to(monkeypatch):
     """Ctrl-C when the states are written and not all layers have said so: a session goes on from where it knows them."""
     model, tokenizer = qr.load("tiny-hybrid", dtype=torch.float32)
     fast, asked = model.fuse(), {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    prompt, whole = "Tim and the dog saw a big red ball in the park. " * 6, RecurrentCache.extend
+    prompt, whole = "Tim and the dog saw a big red ball in the park. " * 6, RecurrentCache.follow
     expected = [qr.generate(model, tokenizer, text, **asked)[0].token_ids for text in (prompt, prompt + "Then")]
     with backend.use("cpp"):
         for count in (1, 4, 7, 20):
@@ -306,7 +330,7 @@ def test_a_step_that_is_interrupted_is_not_come_back_to(monkeypatch):
                     raise KeyboardInterrupt
                 whole(self, tokens)
 
-            monkeypatch.setattr(RecurrentCache, "extend", interrupt)
+            monkeypatch.setattr(RecurrentCache, "follow", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 qr.generate(fast, tokenizer, prompt, session=session, **asked)
             monkeypatch.undo()
@@ -355,7 +379,7 @@ def in_cpp():
 
 
 def is_recorded(cache) -> bool:
-    return cache.step is not None and cache.step.tape.whole
+    return bool(cache.steps) and cache.steps[-1].tape.whole
 
 
 @compiled
@@ -368,7 +392,7 @@ def test_recorded_steps_are_transformers(in_cpp, variant):
     cache, out = fast.make_cache(), []
     for piece in ids.split([9, *[1] * 131], dim=1):
         out.append(fast(piece, None, cache))
-        assert is_recorded(cache) == (cache.length > 9)
+        assert is_recorded(cache) == (cache.length > 9) and len(cache.steps) <= 1  # none keeps memory that was outgrown
     with casts_lifted(theirs):
         assert off(torch.cat(out, dim=1), theirs(ids).logits) < (1e-4 if variant.startswith(HYBRID) else 5e-6)
 
@@ -481,9 +505,9 @@ def test_two_caches_and_two_models_in_turn(in_cpp):
     cache = one.make_cache()
     one(IDS[:, :5], None, cache)
     two(IDS[:, 5:6], None, cache)  # another model's step over the same buffers
-    assert cache.step.decoder is two.model
+    assert cache.steps[-1].stack is two.model
     one(IDS[:, 6:7], None, cache)
-    assert cache.step.decoder is one.model
+    assert cache.steps[-1].stack is one.model
 
 
 @compiled
@@ -516,7 +540,7 @@ def test_a_copied_cache_has_a_record_of_its_own(in_cpp, copied):
     for t in range(3):
         fast(IDS[:1, t : t + 1], None, cache)
     other, out = copied(cache), ([], [])
-    assert other.step is None  # which knows the model, and would take a copy of it along
+    assert other.steps == []  # which knows the model, and would take a copy of it along
     for t in range(3, 9):
         for states, row, held in zip(out, (0, 1), (cache, other), strict=True):
             states.append(fast.model(IDS[row : row + 1, t : t + 1], None, held))
@@ -537,24 +561,25 @@ def test_what_cpp_has_not_is_never_recorded(in_cpp):
     fast = recordable().double().fuse()
     cache = fast.make_cache()
     fast(IDS[:, :1], None, cache)
-    assert cache.step is None
+    assert cache.steps == []
 
 
 @compiled
-def test_what_is_remembered_after_every_token_is_not_recorded(in_cpp):
-    """A state that each step leaves behind would be recorded anew each time."""
+def test_states_that_are_remembered_are_recorded_once_for_each_way_through_their_memory(in_cpp):
     ours = recordable("qwen3_5")
     fast = ours.fuse()
     cache, out = fast.make_cache(rewind=2), []
     for t in range(9):
         out.append(fast(IDS[:, t : t + 1], None, cache))
-    assert cache.step is None
+    first = cache.steps[0].held[0][0]
+    assert is_recorded(cache) and len(cache.steps) == 4  # from the prompt's state, then round a ring of three
     cache.truncate(7)
     out[7:] = [fast(IDS[:, t : t + 1], None, cache) for t in (7, 8)]
-    assert off(torch.cat(out, dim=1), ours(IDS[:, :9])) < 1e-4
+    assert off(torch.cat(out, dim=1), ours(IDS[:, :9])) < 1e-4 and len(cache.steps) == 4
+    assert cache.steps[0].held[0][0] is first and all(len(layer._ring) == 3 for layer in cache.layers if hasattr(layer, "_ring"))
     cache.remember(0)
     fast(IDS[:, 9:10], None, cache)
-    assert is_recorded(cache)
+    assert is_recorded(cache) and len(cache.steps) == 5
 
 
 @pytest.mark.parametrize("name", HYBRID)
@@ -587,18 +612,25 @@ def test_a_few_tokens_are_stepped_through_and_taken_back(name, choice):
 @pytest.mark.parametrize("name", HYBRID)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_tokens_in_one_pass_have_the_bits_of_single_ones(in_cpp, name, dtype):
-    """So guesses cannot change an answer."""
-    fast, ids = recordable(name, dtype).fuse(), IDS[:1]
+    """So guesses cannot change an answer. Passes of two to four tokens, recorded or replayed, the last of them taken back."""
+    fast, ids = recordable(name, dtype).fuse(), torch.randint(3, 211, (1, 60), generator=torch.Generator().manual_seed(4))
     cache = fast.make_cache()
     fast(ids[:, :8], None, cache)
-    alone = torch.cat([fast(ids[:, t : t + 1], None, cache) for t in range(8, 20)], dim=1)
+    alone = torch.cat([fast(ids[:, t : t + 1], None, cache) for t in range(8, 60)], dim=1)
     assert is_recorded(cache)
-    cache, out = fast.make_cache(), []
-    fast(ids[:, :8], None, cache)
-    for count in (2, 3, 4, 3):
+    for count in (2, 3, 4):
+        cache, out, replayed = fast.make_cache(), [], 0
+        fast(ids[:, :8], None, cache)
         cache.remember(count)
-        out.append(fast(ids[:, cache.length : cache.length + count], None, cache))
-    assert torch.equal(torch.cat(out, dim=1), alone)
+        while (start := cache.length) < 56:
+            guesses, right, known = ids[:, start : start + count].clone(), 1 + 7 * start % count, len(cache.steps)
+            guesses[:, right:] = 1
+            out.append(fast(guesses, None, cache)[:, :right])
+            cache.truncate(start + right)
+            assert is_recorded(cache) and cache.steps[-1].shape[1] == count
+            replayed += len(cache.steps) == known
+        assert torch.equal(torch.cat(out, dim=1), alone[:, : cache.length - 8])
+        assert len(cache.steps) <= count + 2 and replayed > 4
 
 
 @compiled

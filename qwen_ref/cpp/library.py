@@ -132,7 +132,8 @@ _recording: ContextVar[Tape | None] = ContextVar("recording", default=None)
 
 
 class _Watch(TorchDispatchMode):
-    """Sees what PyTorch computes meanwhile, which no tape holds: views and new memory are not computed."""
+    """Sees what PyTorch computes meanwhile, which no tape holds: views and new memory are not computed, and a plain copy
+    becomes a call."""
 
     MEMORY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided)
 
@@ -145,9 +146,18 @@ class _Watch(TorchDispatchMode):
         self.tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and _same_bytes(*args[:2]):
+            call("copy", *args[:2], args[0].nbytes)
+            return args[0]
         if not func.is_view and func.overloadpacket not in self.MEMORY:
             self.tape.whole = False
         return func(*args, **(kwargs or {}))
+
+
+def _same_bytes(to: Tensor, source: Tensor) -> bool:
+    """Whether copying the one to the other is copying its memory."""
+    return (to.dtype, to.shape, to.device.type) == (source.dtype, source.shape, "cpu") and source.is_cpu and (
+        to.is_contiguous() and source.is_contiguous())
 
 
 # ------------------------------------------------------------------------------------------------- compiling

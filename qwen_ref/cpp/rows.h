@@ -158,6 +158,15 @@ void swiglu(const void* gate, const void* up, int type, int64_t rows, int64_t co
     });
 }
 
+// Bytes from one place to another, where a tape holds what PyTorch copied.
+void copy(void* to, const void* from, int64_t bytes) {
+    constexpr int64_t PAGE = 4096;
+    share((bytes + PAGE - 1) / PAGE, bytes / 4, [&](int64_t page, int64_t last) {
+        int64_t first = page * PAGE;
+        std::memcpy(static_cast<uint8_t*>(to) + first, static_cast<const uint8_t*>(from) + first, std::min(last * PAGE, bytes) - first);
+    });
+}
+
 // `ops.take_columns` of x (rows, columns), contiguous. 1 if a column is named that there is not: nothing is done then.
 int take_columns(const void* x, int type, int64_t rows, int64_t columns, const int64_t* order, int64_t count, void* out) {
     for (int64_t i = 0; i < count; i++)

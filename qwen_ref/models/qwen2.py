@@ -303,7 +303,7 @@ class DualChunkDecoder(Decoder):
         super().__init__(config)
         self.chunks = chunks
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: ScaledCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:  # a ScaledCache
         if self._is_plain(input_ids, positions, cache):
             hidden = super().forward(input_ids, positions, cache)  # (B, T, H)
             if cache is not None:
