@@ -173,7 +173,7 @@ class RecurrentCache:
         self._lent = False  # to a pass that writes over it: no longer that of `length`, until the pass has ended
         self._marks: dict[int, tuple[Tensor, ...] | None] = {}  # length -> the state there
         self._recent: dict[int, tuple[Tensor, ...] | None] = {}
-        self._ring: list[tuple[Tensor, ...]] = []  # memory that `ahead` gives, again and again: some of the above are in it
+        self._pool: list[tuple[Tensor, ...]] = []  # memory that `ahead` gives, again and again: some of the above are in it
 
     def pieces(self, count: int) -> Iterator[slice]:
         """The parts of a pass of `count` tokens after each of which `advance` is called."""
@@ -214,15 +214,16 @@ class RecurrentCache:
         self.remember(self.rewind)
 
     def _free(self, count: int) -> list[tuple[Tensor, ...]]:
-        """Of the ring, `count` that hold nothing, the first behind the state: in the same order whenever they come round."""
+        """Memory for `count` states in which nothing is remembered."""
         like: tuple[Tensor, ...] = self.state  # type: ignore[assignment]
-        if any(mine.shape != x.shape for memory in self._ring for mine, x in zip(memory, like, strict=True)):
-            self._ring = []
+        if any(mine.shape != x.shape for memory in self._pool for mine, x in zip(memory, like, strict=True)):
+            self._pool = []
         used = [id(state) for state in (like, *self._marks.values(), *self._recent.values())]
-        for _ in range(count - sum(id(memory) not in used for memory in self._ring)):
-            self._ring.append(tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like))
-        here = next((i + 1 for i, memory in enumerate(self._ring) if memory is like), 0)
-        return [memory for memory in (*self._ring[here:], *self._ring[:here]) if id(memory) not in used][:count]
+        free = [memory for memory in self._pool if id(memory) not in used][:count]
+        while len(free) < count:
+            free.append(tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like))
+            self._pool.append(free[-1])
+        return free
 
     def remember(self, count: int) -> None:
         self.rewind = count
@@ -253,17 +254,17 @@ class RecurrentCache:
 
         self.state = chosen(self.state)
         self._marks, self._recent = ({at: chosen(s) for at, s in kept.items()} for kept in (self._marks, self._recent))
-        self._ring = []
+        self._pool = []
 
     def copy(self) -> RecurrentCache:
-        self._own, self._ring = None, []  # what is held is the other's too
+        self._own, self._pool = None, []  # what is held is the other's too
         other = copy.copy(self)
-        other._ring, other._marks, other._recent = [], dict(self._marks), dict(self._recent)
+        other._pool, other._marks, other._recent = [], dict(self._marks), dict(self._recent)
         return other
 
     def nbytes(self) -> int:
         """Of the states, those remembered and the memory for more included."""
-        states = (self.state, *self._marks.values(), *self._recent.values(), *self._ring)
+        states = (self.state, *self._marks.values(), *self._recent.values(), *self._pool)
         return sum({x.data_ptr(): x.nbytes for state in states if state is not None for x in state}.values())
 
 

@@ -11,8 +11,8 @@ whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have 
 
 With cpp, a pass of one token for every sequence is also recorded, once for every cache, and from then on is one call: the
 calls of `cpp.library`, made again with the same memory. What Python and PyTorch did between them took as long as a fast
-product. So are passes of a few tokens that a hybrid reads as guesses, once for each way through the memory of the states
-after them. Another choice in `backend`, a hook, or a cache that has grown: it is recorded anew, or runs as ever.
+product. So are passes of a few tokens that a hybrid, or its draft layer, reads as guesses. Another choice in `backend`, a hook,
+or a cache that has grown: it is recorded anew, or runs as ever.
 
 The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
 joined one. So it is the one to save and to hook (a fused pass does not pass by a hook in silence); and once it was moved
@@ -46,7 +46,6 @@ ATTENTIONS = (qwen2.Attention, qwen3.Attention, qwen3_next.Attention, qwen3_5.At
 DELTA_NETS = (qwen3_next.GatedDeltaNet, qwen3_5.GatedDeltaNet)
 Held: TypeAlias = list[list[tuple[Tensor, ...]]]  # of every layer: the room for keys and values, or the states before and after
 MOST_RECORDED = 8  # tokens of a pass
-MOST_STEPS = MOST_RECORDED + 2  # records of a cache: k tokens go round memory for k + 1 states, and come from elsewhere first
 MIXTURES = (qwen2.SparseMoE, qwen3_next.SparseMoE, qwen3_5.SparseMoE)
 
 
@@ -289,20 +288,23 @@ class Stack(nn.Module):
         new, (rows, count) = self._new_keys(x), x.shape[:2]
         layers = list(zip(self.layers, cache.layers, strict=True))
         held: Held = [layer.ahead(count) if block.linear else [(layer.reserve(new),)] for block, layer in layers]
-        rooms = {(layer.length, of[0][0].shape[3]) for (block, layer), of in zip(layers, held, strict=True) if not block.linear}
-        if len(rooms) != 1:
+        rooms = [of[0][0] for (block, _), of in zip(layers, held, strict=True) if not block.linear]  # (2, B, K, capacity, D)
+        states = [state for (block, _), of in zip(layers, held, strict=True) if block.linear for state in of]
+        places = {(layer.length, layer.reserve(new).shape[3]) for block, layer in layers if not block.linear}
+        if len(places) != 1:
             return None
         lengths = torch.arange(cache.length + 1, cache.length + 1 + count, dtype=torch.int32).repeat(rows)  # (M,)
-        inputs = (x, cos, sin, _slots(x, *rooms.pop()), lengths)
-        step = next((step for step in cache.steps if step.serves(self, held, choices, x)), None)
+        inputs, moving = (x, cos, sin, _slots(x, *places.pop()), lengths), [tensor for state in states for tensor in state]
+        in_place = any(before is after for before, after in pairwise(states))
+        step = next((step for step in cache.steps if step.serves(self, rooms, in_place, choices, x)), None)
         if step is None:
-            step = Step(Tape(partial(self._decode, held), *inputs), self, held, choices, x.dtype, x.shape)
-            y = step.tape.output()
+            tape = Tape(partial(self._decode, held), *inputs, movable=moving)
+            step, y = Step(tape, self, rooms, in_place, choices, x.dtype, x.shape), tape.output()
+            cache.steps = [*(other for other in cache.steps if other.is_beside(step)), step][-MOST_RECORDED:]
         elif step.tape.whole:
-            y = step.tape.replay(*inputs)
+            y = step.tape.replay(*inputs, movable=moving)
         else:
             return None
-        cache.steps = [*(other for other in cache.steps if other is not step and other.is_beside(step)), step][-MOST_STEPS:]
         for (block, layer), of in zip(layers, held, strict=True):
             layer.follow(of) if block.linear else layer.extend(count)
         return y
@@ -318,19 +320,20 @@ class Step(NamedTuple):
 
     tape: Tape
     stack: Stack
-    held: Held
+    rooms: list[Tensor]  # for keys and values, of every layer that has them
+    in_place: bool  # whether states are written over
     choices: tuple[Any, ...]
     dtype: torch.dtype
     shape: torch.Size
 
-    def serves(self, stack: Stack, held: Held, choices: tuple[Any, ...], x: Tensor) -> bool:
-        """Whether it is of these blocks and this very memory, and the same operations would run."""
-        here = self.stack is stack and self.choices == choices and (self.dtype, self.shape) == (x.dtype, x.shape)
-        return here and all(a is b for a, b in zip(_tensors(self.held), _tensors(held), strict=True))
+    def serves(self, stack: Stack, rooms: list[Tensor], in_place: bool, choices: tuple[Any, ...], x: Tensor) -> bool:
+        """Whether it is of these blocks and this very memory, and the same operations would run. (States may move.)"""
+        mine, others = (self.stack, self.in_place, self.dtype, self.shape), (stack, in_place, x.dtype, x.shape)
+        return mine == others and self.choices == choices and all(a is b for a, b in zip(self.rooms, rooms, strict=True))
 
     def is_beside(self, other: Step) -> bool:
         """Whether its keys are in the same memory: else this one would keep memory that is not used any more."""
-        return all(len(mine) > 1 or mine[0][0] is of[0][0] for mine, of in zip(self.held, other.held, strict=True))
+        return all(a is b for a, b in zip(self.rooms, other.rooms, strict=True))
 
 
 class Decoder(Stack):
@@ -422,10 +425,6 @@ def _mixer(block: Any) -> nn.Module | None:
 def _steps(cache: RecurrentCache, count: int) -> bool:
     """Whether so many tokens are taken one by one."""
     return all(piece.stop - piece.start == 1 for piece in cache.pieces(count))
-
-
-def _tensors(held: Held) -> Iterator[Tensor]:
-    return (tensor for layer in held for tensors in layer for tensor in tensors)
 
 
 def _side_by_side(tokens: list[Tensor]) -> Tensor:

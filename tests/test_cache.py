@@ -196,7 +196,7 @@ def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
                 memory.copy_(state(history))
             cache.follow(states)
             assert cache.state[0] is memory and (rewind or cache._own[0] is memory)  # no new memory for every token
-            assert len(cache._ring) <= rewind + 1 + len(cache._marks)
+            assert len(cache._pool) <= rewind + 1 + len(cache._marks)
         elif step == "break" and cache.state is not None:  # a pass that has written, and does not come to its end
             for (memory,) in cache.ahead(min(n, rewind) or 1)[1:]:
                 memory.fill_(-5)

@@ -14,13 +14,14 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,7 +55,7 @@ def call(operation: str, *arguments: Argument) -> int:
     cells = struct.pack(f"{len(numbers) + 2}q", _number(operation), len(numbers), *numbers)
     if (tape := _recording.get()) is not None:
         tape.add(cells, arguments)
-    return _run(cells)
+    return _run(cells, len(cells) // 8)
 
 
 @cache
@@ -74,9 +75,10 @@ def _bits(number: float) -> int:
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
-def _run(cells: bytes) -> int:
+def _run(cells: bytes | int, count: int) -> int:
+    """Make the calls in so many cells, here or at an address."""
     found: Any = library()
-    return found.run(cells, len(cells) // 8)
+    return found.run(cells, count)
 
 
 @cache
@@ -93,37 +95,43 @@ def _number(operation: str) -> int:
 
 class Tape:
     """What a function computes of tensors, as the calls that it made when it was run once: they can all be made again by one,
-    with the same memory, whatever is in it by then.
+    with the same memory, whatever is in it by then. Only `movable` tensors may be in other memory the next time.
 
     `whole`: whether the calls are all that it computed. Only then `replay` computes the same of other numbers.
     """
 
-    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor, movable: Sequence[Tensor] = ()) -> None:
         self.whole = True
-        self._cells = b""
-        self._held: list[torch.UntypedStorage] = []  # so that nobody else gets this memory, whatever the tensors go on to hold
         self._inputs = [x.clone() for x in inputs]
+        self._bytes = b""
+        self._held: list[torch.UntypedStorage] = []  # so that nobody else gets this memory, whatever the tensors go on to hold
+        self._movable = {x.data_ptr(): i for i, x in enumerate(movable)}
         token = _recording.set(self)
         try:
             with _Watch(self):
                 self._output = function(*self._inputs)
         finally:
             _recording.reset(token)
+        self._cells = np.frombuffer(bytearray(self._bytes), np.int64)
+        self._places = np.isin(self._cells, [*self._movable]).nonzero()[0]  # no other number is as large as an address
+        self._which = [self._movable[cell] for cell in self._cells[self._places].tolist()]
 
     def add(self, cells: bytes, arguments: tuple[Argument, ...]) -> None:
-        self._cells += cells
-        self._held += (a.untyped_storage() for a in arguments if isinstance(a, Tensor))
+        self._bytes += cells
+        self._held += (a.untyped_storage() for a in arguments if isinstance(a, Tensor) and a.data_ptr() not in self._movable)
 
     def output(self) -> Tensor:
         """Of the last run, the first one included."""
         return self._output.clone()
 
-    def replay(self, *inputs: Tensor) -> Tensor:
-        """What the function gives for these inputs, which must be as the first were. RuntimeError if a call fails."""
+    def replay(self, *inputs: Tensor, movable: Sequence[Tensor] = ()) -> Tensor:
+        """What the function gives for these inputs and movable tensors, which must be as the first were. RuntimeError if a call
+        fails."""
         with torch.inference_mode():  # in which these may have been made
             for mine, x in zip(self._inputs, inputs, strict=True):
                 mine.copy_(x)
-        if failed := _run(self._cells):
+        self._cells[self._places] = np.array([_address(x) for x in movable], np.int64)[self._which]
+        if failed := _run(self._cells.ctypes.data, self._cells.size):
             raise RuntimeError(f"a recorded call of {SOURCE.name} failed ({failed})")
         return self.output()
 
@@ -180,7 +188,7 @@ def library() -> ctypes.CDLL | str:
     else:
         return reason
     found.find.argtypes, found.find.restype = (ctypes.c_char_p,), ctypes.c_int64
-    found.run.argtypes, found.run.restype = (ctypes.c_char_p, ctypes.c_int64), ctypes.c_int
+    found.run.argtypes, found.run.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
     return found
 
 
