@@ -17,6 +17,14 @@ if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several processes that share
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Of several processes, one gets all tests of a group (`xdist_group`), whose fixture takes minutes to make."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
 TINY = {
     "qwen2": (qwen2, qwen2.TINY),
     "qwen2_moe": (qwen2, qwen2.TINY_MOE),

@@ -178,6 +178,7 @@ def checked():
     return {report["operation"]: report for report in reports}
 
 
+@pytest.mark.xdist_group("interpreted")
 @needs_triton
 @pytest.mark.parametrize("kernel", CHECKED)
 def test_kernel_is_right_on_every_awkward_input(checked, kernel):
@@ -211,6 +212,7 @@ def emulated(tmp_path_factory):
     return {(report["operation"], report["target"]): report for report in reports}
 
 
+@pytest.mark.xdist_group("emulated")
 @needs_triton
 @pytest.mark.parametrize("kernel, target", [(kernel, target) for target in EMULATED for kernel in EMULATED[target]])
 def test_machine_code_is_right_in_bf16_on_every_awkward_input(emulated, kernel, target):
@@ -479,6 +481,7 @@ def test_every_entry_of_a_tuned_table_is_compiled():
     assert json.loads(python(REACH.format(kernels=KERNELS, work=WORK), interpret=False)) == {}
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_triton
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_configuration_compiles_without_spills(compiled, kernel):
@@ -489,12 +492,14 @@ def test_every_configuration_compiles_without_spills(compiled, kernel):
     assert all(row["spills"] == 0 for row in rows), [row for row in rows if row["spills"]]
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_the_rest_of_the_tuned_tables_compiles_without_spills(compilations):
     rows = [row for found in compilations[1].values() for row in found]
     assert rows and not [row for row in rows if row["fault"] or row["spills"]]
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_amd
 def test_every_operation_compiles_for_an_mi300(compilations):
     """Without faults and spills, as the test before this one finds; on its matrix cores; launched as its family is."""
@@ -504,6 +509,7 @@ def test_every_operation_compiles_for_an_mi300(compilations):
     assert ["num_warps=8" in row["launch"] for row in rows["gated_delta_step"]] == [True]
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_kernels_that_stream_leave_room_for_many_programs(compiled):
     for kernel, most in STREAMING.items():
@@ -511,6 +517,7 @@ def test_kernels_that_stream_leave_room_for_many_programs(compiled):
         assert max(row["registers"] for row in compiled[kernel]) <= most, kernel
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_products_in_16_bits_are_on_the_tensor_cores(compiled):
     rows = [row for found in compiled.values() for row in found]
@@ -520,6 +527,7 @@ def test_products_in_16_bits_are_on_the_tensor_cores(compiled):
         assert row["tensor_cores"] == (row["kernel"] in MATRIX and sixteen), row
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_products_of_vectors_share_nothing_between_warps_until_the_end(compiled):
     """Weights that went through shared memory on their way to the product would take twice as long."""
@@ -532,6 +540,7 @@ def test_products_of_vectors_share_nothing_between_warps_until_the_end(compiled)
     assert all(row["shared"] <= 128 for row in vectors), vectors
 
 
+@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_two_programs_of_the_experts_fit_a_multiprocessor(compiled):
     rows = [row for row in compiled["moe_experts"] if row["kernel"] == "gate_up_tiles" and row["target"] == "sm_90"]
