@@ -57,7 +57,7 @@ def test_every_answer_is_kept_at_once_and_another_run_adds_to_them(tmp_path, mon
 def test_a_process_that_dies_is_a_fault_of_its_operation(monkeypatch, code, said):
     run = subprocess.run
     monkeypatch.setattr(tool.subprocess, "run", lambda command, **kwargs: run([sys.executable, "-c", code], **kwargs))
-    args = argparse.Namespace(seeds=1, model=None, every_entry=False, emulate=None)
+    args = argparse.Namespace(seeds=1, model=None, every_entry=False, emulate=None, compile=None)
     (line,) = tool.ask("rope", "check", args, time.monotonic() + 60)["wrong"]
     assert re.search(said, line, flags=re.S)
     assert "no time was left" in tool.ask("rope", "check", args, time.monotonic() - 1)["wrong"][0]
@@ -71,6 +71,16 @@ def test_it_checks_on_an_emulated_gpu_what_it_would_check_on_one(tmp_path, monke
     (page,) = tmp_path.glob("sm_80-emulated-*.md")
     said = [line for line in page.read_text().splitlines() if line.startswith("- swiglu by triton in")]
     assert [line.split()[5] for line in said] == ["bfloat16", "float16", "float32", "bfloat16"] and "launched with" in said[3]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: nothing to compile")
+def test_it_says_what_the_compiler_makes_of_every_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", "router_topk", "--compile", "sm_90", "--out", str(tmp_path)])
+    assert tool.main() == 0
+    (page,) = tmp_path.glob("sm_90-compiled-*.md")
+    (said,) = re.findall(r"- router_topk, (\w+): (\d+) configurations, 0 on tensor cores, up to (\d+) registers", page.read_text())
+    assert said[0] == "router_topk" and int(said[1]) > 2 and 8 < int(said[2]) < 256
+    assert "Nothing was wrong." in page.read_text() and "## Times" not in page.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,6 +5,7 @@
     python tools/bench_kernels.py --only check                  # no times
     python tools/bench_kernels.py --only time --minutes 9       # no checks but the bench's own
     python tools/bench_kernels.py --emulate sm_90               # without a GPU: the checks, on emulated machine code
+    python tools/bench_kernels.py --compile gfx942              # without a GPU: what the compiler makes of every configuration
 
 For every operation: the check of its Triton kernel in bf16, fp16 and fp32 on a real model's sizes; and the bench next to
 the formula, PyTorch's kernels and torch.compile, for the delta rule also flash-linear-attention's Triton if it is installed
@@ -36,7 +37,8 @@ from typing import Any
 import torch
 
 from qwen_ref import backend
-from qwen_ref.bench import bench, check
+from qwen_ref.bench import bench, check, compile
+from qwen_ref.bench.compile import TARGETS
 from qwen_ref.bench.emulator import emulate
 from qwen_ref.bench.entries import each_entry
 from qwen_ref.bench.measure import Bench, environment
@@ -58,18 +60,18 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=("check", "time"), help="half of the work")
     parser.add_argument("--emulate", choices=("sm_80", "sm_90"), help="check on this CPU what is compiled for it")
+    parser.add_argument("--compile", choices=tuple(TARGETS), help="compile for it, and run nothing")
     parser.add_argument("--every-entry", action="store_true", help="check every entry of the tuned tables")
     parser.add_argument("--minutes", type=float, default=600, help="start nothing more after them")
-    parser.add_argument("--alone", choices=("check", "time"), help=argparse.SUPPRESS)  # in this process, for the one operation
+    parser.add_argument("--alone", choices=tuple(WORK), help=argparse.SUPPRESS)  # in this process, for the one operation
     args = parser.parse_args()
-    if args.emulate:
-        args.only = "check"
+    if args.emulate or args.compile:
+        args.only = "check" if args.emulate else "compile"
     elif not torch.cuda.is_available():
-        print("no GPU: use --emulate sm_90, and qwen-ref kernels compile", file=sys.stderr)
+        print("no GPU: use --emulate sm_90, and --compile sm_90", file=sys.stderr)
         return 2
     if args.alone:
-        answer = checked(args) if args.alone == "check" else timed(args)
-        print(json.dumps(answer))
+        print(json.dumps(WORK[args.alone](args)))
         return 0
     return lead(args)
 
@@ -77,12 +79,13 @@ def main() -> int:
 def lead(args: argparse.Namespace) -> int:
     """Hand the operations to processes, and keep what each says."""
     operations, until = args.operations or KERNELS, time.monotonic() + 60 * args.minutes
-    kept = Kept(args.out, args.emulate)
+    kept = Kept(args.out, f"{args.emulate} emulated" if args.emulate else f"{args.compile} compiled" if args.compile else None)
+    first = "compile" if args.compile else "check"
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        checks = operations if args.only != "time" else []
-        for operation, answer in zip(checks, pool.map(lambda op: ask(op, "check", args, until), checks), strict=True):
+        side_by_side = operations if args.only != "time" else []
+        for operation, answer in zip(side_by_side, pool.map(lambda op: ask(op, first, args, until), side_by_side), strict=True):
             kept.add(operation, answer)
-    for operation in operations if args.only != "check" else []:
+    for operation in operations if args.only in (None, "time") else []:
         kept.add(operation, ask(operation, "time", args, until))
     wrong = kept.wrong
     print("\n".join(wrong) or "everything checked is right")
@@ -97,7 +100,7 @@ def ask(operation: str, what: str, args: argparse.Namespace, until: float) -> An
     command = [sys.executable, __file__, operation, "--alone", what, "--seeds", str(args.seeds)]
     command += ["--model", args.model] if args.model else []
     command += ["--every-entry"] if args.every_entry else []
-    command += ["--emulate", args.emulate] if args.emulate else []
+    command += ["--emulate", args.emulate] if args.emulate else ["--compile", args.compile] if args.compile else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=left + 60)
         answer: Answer = json.loads(done.stdout.splitlines()[-1])
@@ -128,10 +131,28 @@ def checked(args: argparse.Namespace) -> Answer:
     return {"checks": said, "wrong": wrong}
 
 
+def compiled(args: argparse.Namespace) -> Answer:
+    """What the compiler makes of each kernel, over all that official models launch in any dtype; spills are no fault."""
+    (operation,) = args.operations
+    rows = compile(operation, targets=(args.compile,)).rows
+    said = []
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        mine = [row for row in rows if row.kernel == kernel]
+        cores, spilling = sum(row.tensor_cores for row in mine), sum(bool(row.spills) for row in mine)
+        most = {what: max(getattr(row, what) or 0 for row in mine) for what in ("registers", "spills", "shared")}
+        spilled = f"; up to {most['spills']} bytes spilled in {spilling}" if spilling else ""
+        said.append(f"{operation}, {kernel}: {len(mine)} configurations, {cores} on tensor cores, up to {most['registers']} "
+                    f"registers and {most['shared'] / 1024:.0f} KiB of shared memory{spilled}")
+    return {"checks": said, "wrong": [f"{operation}, {row.kernel} {row.launch}: {row.fault}" for row in rows if row.fault]}
+
+
 def timed(args: argparse.Namespace) -> Answer:
     register_peers()
     result = bench(args.operations[0], model=args.model)
     return {"table": result.table(), "bench": result.to_json(), "wrong": wrong_rows(result)}
+
+
+WORK = {"check": checked, "compile": compiled, "time": timed}
 
 
 def wrong_rows(result: Bench) -> list[str]:
@@ -156,10 +177,11 @@ def register_peers() -> None:
 class Kept:
     """OUT/<device>-<date>.json and the page beside it, written anew with every answer."""
 
-    def __init__(self, folder: Path, emulated: str | None = None) -> None:
-        self.environment = environment(torch.device("cpu" if emulated else "cuda"))
-        if emulated:
-            self.environment["device"] = f"{emulated} emulated"
+    def __init__(self, folder: Path, device: str | None = None) -> None:
+        """`device`: the name of one that is not here."""
+        self.environment = environment(torch.device("cpu" if device else "cuda"))
+        if device:
+            self.environment["device"] = device
         name = re.sub(r"[^\w.]+", "-", self.environment["device"]).strip("-") + "-" + self.environment["date"]
         folder.mkdir(parents=True, exist_ok=True)
         self.page, self.numbers = folder / f"{name}.md", folder / f"{name}.json"
@@ -186,7 +208,8 @@ class Kept:
         checks = "\n".join(f"- {line}" for answer in self.operations.values() for line in answer.get("checks", ()))
         wrong = "\n".join(f"- {line}" for line in self.wrong) or "Nothing was wrong."
         tables = "\n\n".join(f"```\n{answer['table']}\n```" for answer in self.operations.values() if "table" in answer)
-        return f"# {env['device']}, {env['date']}\n\n{versions}\n\n## Checks\n\n{checks}\n\n{wrong}\n\n## Times\n\n{tables}\n"
+        timed = f"\n## Times\n\n{tables}\n" if tables else ""
+        return f"# {env['device']}, {env['date']}\n\n{versions}\n\n## Checks\n\n{checks}\n\n{wrong}\n{timed}"
 
 
 if __name__ == "__main__":
