@@ -175,6 +175,8 @@ def test_a_snapshot_is_left_alone_by_everything_after_it(name):
        rewind=st.integers(0, 5))  # fmt: skip
 @example(steps=[("read", 3), ("write", 0), ("mark", 0), ("write", 0)], rewind=0)
 @example(steps=[("read", 3), ("write", 0), ("copy", 0), ("write", 0), ("copy", 1), ("write", 0)], rewind=0)
+@example(steps=[("read", 3), ("write", 2), ("mark", 0), *[("write", 2)] * 4], rewind=2)
+@example(steps=[("read", 3), ("write", 2), ("copy", 0), *[("write", 2)] * 4], rewind=2)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
     """Against the plainest model of it: the state is the number of every token read so far. What is written over a state
