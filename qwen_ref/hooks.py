@@ -113,7 +113,7 @@ def run_with_cache(
         if stop is not None:
             stack.enter_context(_stopping_before(model.model.layers[stop]))
         try:
-            return model(input_ids, positions, cache), acts
+            return (model if stop is None else model.model)(input_ids, positions, cache), acts  # a part may have no head
         except _Stop as stopped:
             return stopped.residual, acts
 
@@ -152,6 +152,8 @@ def select(model: nn.Module, names: Filter) -> list[str]:
         if not by_function:
             raise RequestError("the function of names chose none of them; model.list_hooks() has all")
         return by_function
+    if not isinstance(names, Iterable):
+        raise RequestError(f"names of hooks are a pattern, a list of them or a function of a name, not {type(names).__name__}")
     called = (path for path, module in model.named_modules() if path and not isinstance(module, nn.ModuleList))
     known, chosen = [*points(model), *called], dict[str, None]()
     for pattern in [names] if isinstance(names, str) else names:

@@ -209,6 +209,8 @@ def test_siblings_differ_only_where_meant():
     assert differences("Model") == {
         "self.model = DualChunkDecoder(config, config.dual_chunk) if config.dual_chunk else Decoder(config)",
         "self.model = Decoder(config)",
+        "if self.config.dual_chunk:",
+        "return ScaledCache([KVCache() for _ in self.model.layers], self.config.dual_chunk.original_context)",
     }
     assert differences("Attention") == {
         "hidden, dim, bias = (config.hidden_size, config.head_dim, config.qkv_bias)",

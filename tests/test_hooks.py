@@ -530,6 +530,8 @@ def test_unknown_names_are_refused_with_near_ones(dense):
         assert near in str(refused.value) and "list_hooks" in str(refused.value)
         with pytest.raises(RequestError), dense.hooks([(wrong, print)]):
             pass
+    with pytest.raises(RequestError, match="a pattern, a list of them or a function of a name, not NoneType"), dense.hooks([(None, print)]):
+        pass
 
 
 @pytest.mark.parametrize("ids,message", [

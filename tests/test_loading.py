@@ -301,6 +301,8 @@ def test_a_model_without_head_is_saved_as_embedding_checkpoints_are(kind, tmp_pa
 
     again = load_model(tmp_path / "a", device="cpu")
     assert again.lm_head is None
+    with pytest.raises(RequestError, match="without an output head, so there are no logits: use qwen_ref.embed"):
+        again(IDS)
     same_logits(again.model(IDS), expected)
     again.save(tmp_path / "b")
     assert digest(tmp_path / "a" / "model.safetensors") == digest(tmp_path / "b" / "model.safetensors")

@@ -56,6 +56,13 @@ class LanguageModel(nn.Module):
         """A draft layer for this model, to be its `mtp`; None if the generation has none."""
         return None
 
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """`forward`, and its hooks. RequestError for the files of an embedding model, which make no logits."""
+        if self.lm_head is None:
+            raise RequestError("this is an embedding model without an output head, so there are no logits: use qwen_ref.embed, "
+                               "or model.model(input_ids) for its states")
+        return super().__call__(*args, **options)
+
     def draft(
         self, hidden: Tensor, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:

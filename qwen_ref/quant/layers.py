@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import backend, memory, ops
 from .format import Matrix, Scheme, Slot
-from .packed import Code4, Fp8, Gguf, Int4, Int8, Packed, moe_packed, rows
+from .packed import Code4, Fp8, Gguf, Int4, Int8, Packed, moe_packed
 
 LINEAR: dict[type, backend.Operation] = {
     Int4: backend.linear_int4,
@@ -369,5 +369,5 @@ def _factor(first: Tensor, second: Tensor) -> Tensor | None:
 
 __all__ = [
     "LINEAR", "MOE", "Holder", "PackedEmbedding", "PackedExperts", "PackedLinear", "PackedModule", "PackedSeparately",
-    "QuantEmbedding", "QuantExpert", "QuantExperts", "QuantLinear", "QuantStacks", "TiedHead", "joined", "rows", "stacked",
+    "QuantEmbedding", "QuantExpert", "QuantExperts", "QuantLinear", "QuantStacks", "TiedHead", "joined", "stacked",
 ]  # fmt: skip
