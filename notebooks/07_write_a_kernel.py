@@ -169,7 +169,7 @@ lines = subprocess.run(command, env=environment, capture_output=True, text=True,
 print(*[line for line in lines if "launch" in line or "bf16" in line], sep="\n")
 
 # %% [markdown]
-# What was compiled can also be run here: an emulator in NumPy takes the machine code instruction by instruction, with its warps,
+# What was compiled can also be run here: an emulator in NumPy takes the machine code instruction by instruction, with warps,
 # shared memory, tensor cores and copies in flight. It is right in bfloat16, which Triton's interpreter computes wrongly, and an
 # access outside every tensor, a race between warps or a result that is read before it is there is an error with its name.
 

@@ -157,10 +157,10 @@ class IndexedKVCache(KVCache):
 
 
 class RecurrentCache:
-    """The state of a layer that keeps no keys: tensors (B, ...) that a pass replaces, or writes over (see `ahead`).
+    """The state of a layer that keeps no keys: tensors (B, ...) that a pass replaces, or writes to memory of (see `ahead`).
 
-    So a state costs nothing to remember, and going back is going back to one that was remembered: by `mark`, or
-    because it is one of the last `rewind` tokens' (then a pass of few tokens is made one by one, see `pieces`).
+    Going back is going back to a state that was remembered: by `mark`, or because it is one of the last `rewind` tokens' (then
+    a pass of few tokens is made one by one, see `pieces`). That costs the memory of the state.
     """
 
     MARKS = 4  # the newest are kept: each holds a state of its own in memory
@@ -192,7 +192,7 @@ class RecurrentCache:
         """The state, and memory for those after each of the next `count` tokens, for who writes them there and then says so by
         `follow`. Of a single token that is not to be taken back both are the same: the state is in memory that is nowhere
         else, to be written over, and not to be come back to meanwhile. Else nothing remembered is written over, and what
-        will be too far back to be remembered is forgotten at once.
+        will be too far back to be remembered is forgotten at once. Empty before the first token.
         """
         if self.state is None:
             return []
@@ -220,12 +220,15 @@ class RecurrentCache:
             self._pool = []
         used = [id(state) for state in (like, *self._marks.values(), *self._recent.values())]
         free = [memory for memory in self._pool if id(memory) not in used][:count]
-        while len(free) < count:
-            free.append(tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like))
-            self._pool.append(free[-1])
+        with torch.inference_mode(False):  # so that it can be written to in either mode
+            while len(free) < count:
+                free.append(tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like))
+                self._pool.append(free[-1])
         return free
 
     def remember(self, count: int) -> None:
+        if count < self.rewind:
+            self._pool = []
         self.rewind = count
         self._forget(self.length - count)
 
@@ -256,10 +259,14 @@ class RecurrentCache:
         self._marks, self._recent = ({at: chosen(s) for at, s in kept.items()} for kept in (self._marks, self._recent))
         self._pool = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without memory that holds nothing."""
+        return {**vars(self), "_pool": []}
+
     def copy(self) -> RecurrentCache:
         self._own, self._pool = None, []  # what is held is the other's too
         other = copy.copy(self)
-        other._pool, other._marks, other._recent = [], dict(self._marks), dict(self._recent)
+        other._marks, other._recent = dict(self._marks), dict(self._recent)
         return other
 
     def nbytes(self) -> int:
@@ -361,9 +368,12 @@ class Cache:
     def expect(self, lengths: Sequence[int]) -> None:
         """Say how many tokens each sequence will hold once its prompt is read, padding not counted, before it is.
 
-        Qwen 1's rotary base and the length scaling of dual chunk attention depend on it. Without it they go by what the
-        first call (Qwen 1) or every call (dual chunk) has seen; other models do not ask. Holds until `truncate`.
+        Qwen 1's rotary base and the length scaling of dual chunk attention depend on it, and so does what of the tokens held
+        can serve (`reachable`). Without it they go by what the first call (Qwen 1) or every call (dual chunk) has seen; other
+        models do not ask. Holds until `truncate`. RequestError if another number of sequences is held.
         """
+        if self.length and len(lengths) != self.rows:
+            raise RequestError(f"the cache holds {self.rows} sequences, and {len(lengths)} lengths are expected of them")
         self.expected = list(lengths)
 
     def key_positions(self, new: int, device: torch.device) -> Tensor:

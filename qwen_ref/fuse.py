@@ -11,8 +11,8 @@ whatever is chosen there; `backend.use("cpp")` and `backend.use("triton")` have 
 
 With cpp, a pass of one token for every sequence is also recorded, once for every cache, and from then on is one call: the
 calls of `cpp.library`, made again with the same memory. What Python and PyTorch did between them took as long as a fast
-product. So are passes of a few tokens that a hybrid, or its draft layer, reads as guesses. Another choice in `backend`, a hook,
-or a cache that has grown: it is recorded anew, or runs as ever.
+product. So is a pass of a few tokens that a hybrid, or its draft layer, reads as guesses, for each number of them (up to 4
+where there are experts). Another choice in `backend`, a hook, or a cache that has grown: it is recorded anew, or runs as ever.
 
 The model itself goes on as it was, and nothing is held twice: where matrices are joined, its own become views of the
 joined one. So it is the one to save and to hook (a fused pass does not pass by a hook in silence); and once it was moved
@@ -46,6 +46,7 @@ ATTENTIONS = (qwen2.Attention, qwen3.Attention, qwen3_next.Attention, qwen3_5.At
 DELTA_NETS = (qwen3_next.GatedDeltaNet, qwen3_5.GatedDeltaNet)
 Held: TypeAlias = list[list[tuple[Tensor, ...]]]  # of every layer: the room for keys and values, or the states before and after
 MOST_RECORDED = 8  # tokens of a pass
+MOST_STEPS = 8  # records of a cache
 MIXTURES = (qwen2.SparseMoE, qwen3_next.SparseMoE, qwen3_5.SparseMoE)
 
 
@@ -294,17 +295,19 @@ class Stack(nn.Module):
         if len(places) != 1:
             return None
         lengths = torch.arange(cache.length + 1, cache.length + 1 + count, dtype=torch.int32).repeat(rows)  # (M,)
-        inputs, moving = (x, cos, sin, _slots(x, *places.pop()), lengths), [tensor for state in states for tensor in state]
+        (place,), moving = places, [tensor for state in states for tensor in state]
+        inputs = (x, cos, sin, _slots(x, *place), lengths)
         in_place = any(before is after for before, after in pairwise(states))
         step = next((step for step in cache.steps if step.serves(self, rooms, in_place, choices, x)), None)
         if step is None:
             tape = Tape(partial(self._decode, held), *inputs, movable=moving)
             step, y = Step(tape, self, rooms, in_place, choices, x.dtype, x.shape), tape.output()
-            cache.steps = [*(other for other in cache.steps if other.is_beside(step)), step][-MOST_RECORDED:]
         elif step.tape.whole:
             y = step.tape.replay(*inputs, movable=moving)
         else:
             return None
+        if not cache.steps or cache.steps[-1] is not step:
+            cache.steps = [*(other for other in cache.steps if other is not step and other.is_beside(step)), step][-MOST_STEPS:]
         for (block, layer), of in zip(layers, held, strict=True):
             layer.follow(of) if block.linear else layer.extend(count)
         return y
@@ -332,8 +335,8 @@ class Step(NamedTuple):
         return mine == others and self.choices == choices and all(a is b for a, b in zip(self.rooms, rooms, strict=True))
 
     def is_beside(self, other: Step) -> bool:
-        """Whether its keys are in the same memory: else this one would keep memory that is not used any more."""
-        return all(a is b for a, b in zip(self.rooms, other.rooms, strict=True))
+        """Whether it is of the same blocks, with keys in the same memory: else it would keep what nobody uses any more."""
+        return self.stack is other.stack and all(a is b for a, b in zip(self.rooms, other.rooms, strict=True))
 
 
 class Decoder(Stack):

@@ -113,7 +113,8 @@ def run_with_cache(
         if stop is not None:
             stack.enter_context(_stopping_before(model.model.layers[stop]))
         try:
-            return (model if stop is None else model.model)(input_ids, positions, cache), acts  # a part may have no head
+            run = model if stop is None else model.model  # which an embedding model has too
+            return run(input_ids, positions, cache), acts
         except _Stop as stopped:
             return stopped.residual, acts
 

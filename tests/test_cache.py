@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -224,6 +225,18 @@ def test_recurrent_cache_is_a_list_of_states(implementation, steps, rewind):
                 assert (kept[0].tolist() if kept else state([]).tolist()) == state(tokens[:at]).tolist()
         assert cache.reachable(len(history)) == len(history) and cache.reachable(0) == 0
         assert len(cache._marks) <= cache.MARKS and len(cache._recent) <= max(rewind, 0)
+
+
+def test_memory_for_states_is_given_back_and_travels_with_no_copy():
+    cache = RecurrentCache(4)
+    cache.advance(3, torch.zeros(2, 5))
+    cache.follow(cache.ahead(4))
+    assert cache.nbytes() == 5 * 40 and len(pickle.loads(pickle.dumps(cache))._pool) == len(copy.deepcopy(cache)._pool) == 0
+    cache.remember(1)
+    assert cache.nbytes() == 2 * 40
+    cache.follow(cache.ahead(1))
+    cache.remember(0)
+    assert cache.nbytes() == 40 and cache.length == 8
 
 
 def test_sliding_cache_holds_the_window_only_and_says_what_it_cannot_cut():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_ref as qr
 from qwen_ref import backend, ops
-from qwen_ref.errors import ConfigError
+from qwen_ref.errors import ConfigError, RequestError
 from qwen_ref.generate import Session
 from qwen_ref.loading import ASSETS, build, load_model
 from qwen_ref.models import qwen2
@@ -299,6 +299,21 @@ def test_truncate_and_select():
     cache.select(torch.tensor([2, 0]))
     cache.expect([37, 37])
     torch.testing.assert_close(SCALED(IDS[[2, 0], 18:], cache=cache), SCALED(IDS[[2, 0]])[:, 18:], **CLOSE)
+
+
+def test_what_was_decoded_can_be_cut_and_no_token_of_another_scale_serves():
+    """A token behind the prompt has the scale of its own place, which it would have again."""
+    _, cache = read(SCALED, IDS[:, :25], [20, 21, 22, 23, 24], expect=[20] * 3)
+    cache.truncate(25)
+    cache.expect([20] * 3)
+    assert cache.reachable(25) == 25
+    cache.truncate(22)
+    again, _ = read(SCALED, IDS[:, :23], [20, 21, 22], expect=[20] * 3)
+    torch.testing.assert_close(SCALED(IDS[:, 22:23], cache=cache), again[:, 22:], **CLOSE)
+    cache.expect([22, 20, 20])
+    assert cache.reachable(22) == 0 and cache.reachable(0) == 0
+    with pytest.raises(RequestError, match="holds 3 sequences, and 2 lengths are expected"):
+        cache.expect([20, 20])
 
 
 def test_generate_reads_the_prompt_in_chunks_at_its_whole_length():

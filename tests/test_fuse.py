@@ -20,7 +20,7 @@ from qwen_ref import backend
 from qwen_ref.cache import RecurrentCache
 from qwen_ref.cpp import library
 from qwen_ref.cpp import operations as cpp
-from qwen_ref.errors import QwenRefError
+from qwen_ref.errors import NumericsError, QwenRefError
 from qwen_ref.fuse import Together, fuse
 from qwen_ref.hook_points import points
 from qwen_ref.layers import Linear
@@ -324,11 +324,11 @@ def test_a_step_that_is_interrupted_is_not_come_back_to(monkeypatch):
         for count in (1, 4, 7, 20):
             session, calls = qr.Session(fast), []
 
-            def interrupt(self, tokens, calls=calls, count=count):
+            def interrupt(self, states, calls=calls, count=count):
                 calls.append(1)
                 if len(calls) == count:
                     raise KeyboardInterrupt
-                whole(self, tokens)
+                whole(self, states)
 
             monkeypatch.setattr(RecurrentCache, "follow", interrupt)
             with pytest.raises(KeyboardInterrupt):
@@ -628,6 +628,40 @@ def test_a_few_tokens_in_one_pass_have_the_bits_of_single_ones(in_cpp, name, dty
             cache.truncate(start + right)
             assert is_recorded(cache) and len(cache.steps) == 1 and cache.steps[0].shape[1] == count
         assert torch.equal(torch.cat(out, dim=1), alone[:, : cache.length - 8])
+
+
+@compiled
+def test_memory_of_states_serves_in_and_out_of_inference_mode():
+    ours = recordable("qwen3_5")
+    fast, out = ours.fuse(), []
+    cache = fast.make_cache(rewind=3)
+    with backend.use("cpp"):
+        with torch.inference_mode():
+            out += [fast(piece, None, cache) for piece in IDS[:, :11].split([9, 1, 1], dim=1)]
+        out += [fast(piece, None, cache) for piece in IDS[:, 11:].split([1, 1, 3, 3, 4], dim=1)]
+    assert off(torch.cat(out, dim=1), ours(IDS)) < 1e-4
+
+
+@compiled
+def test_a_record_keeps_no_model_that_is_gone_and_nothing_that_it_cannot_use(in_cpp):
+    ours = recordable("qwen3_5_moe")
+    cache = ours.make_cache(rewind=6)
+    ours(IDS[:1, :3], None, cache)
+    for start, count in ((3, 2), (5, 6)):  # six tokens' experts are no one call
+        fast = ours.fuse()
+        fast(IDS[:1, start : start + count], None, cache)
+        (step,) = cache.steps
+        assert step.stack is fast.model and step.tape.whole == (count == 2)
+        assert bool(step.tape._held) == bool(step.tape._cells.size) == step.tape.whole
+
+
+def test_a_fused_model_says_that_its_logits_are_no_numbers():
+    model, tokenizer = qr.load("tiny", dtype=torch.float32)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(NumericsError, match="of model.layers.1.mlp.down_proj"):
+        qr.generate(model, tokenizer, "Once", max_tokens=2)
+    with pytest.raises(NumericsError, match="a module that the model it was fused of would name"):
+        qr.generate(model.fuse(), tokenizer, "Once", max_tokens=2)
 
 
 @compiled

@@ -47,7 +47,8 @@ const struct {
     OPERATION(rope),          OPERATION(norm_rope_write), OPERATION(swiglu),          OPERATION(sigmoid_gate),
     OPERATION(router_topk),   OPERATION(moe_experts),    OPERATION(moe_packed),       OPERATION(zero_centred_rms_norm),
     OPERATION(causal_conv1d), OPERATION(gated_delta_rule), OPERATION(gated_delta_step), OPERATION(gated_rms_norm),
-    OPERATION(take_columns),  OPERATION(copy),           OPERATION(repack_awq),    OPERATION(repack_gptq),    OPERATION(repack_halves),    OPERATION(repack_zeros),
+    OPERATION(take_columns),  OPERATION(copy),           OPERATION(repack_awq),       OPERATION(repack_gptq),
+    OPERATION(repack_halves), OPERATION(repack_zeros),
 #ifdef __AMX_BF16__
     OPERATION(linear_tiles),  OPERATION(attention_tiles),
 #endif

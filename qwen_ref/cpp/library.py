@@ -106,19 +106,27 @@ class Tape:
         self._bytes = b""
         self._held: list[torch.UntypedStorage] = []  # so that nobody else gets this memory, whatever the tensors go on to hold
         self._movable = {x.data_ptr(): i for i, x in enumerate(movable)}
+        self._places: list[int] = []  # of cells that are addresses of movable tensors
+        self._which: list[int] = []  # of these tensors each of them is
         token = _recording.set(self)
         try:
             with _Watch(self):
                 self._output = function(*self._inputs)
         finally:
             _recording.reset(token)
+        if not self.whole:  # and so never replayed
+            self._inputs, self._bytes, self._held = [], b"", []
         self._cells = np.frombuffer(bytearray(self._bytes), np.int64)
-        self._places = np.isin(self._cells, [*self._movable]).nonzero()[0]  # no other number is as large as an address
-        self._which = [self._movable[cell] for cell in self._cells[self._places].tolist()]
 
     def add(self, cells: bytes, arguments: tuple[Argument, ...]) -> None:
+        first = len(self._bytes) // 8 + 2  # behind the operation's number and how many arguments it has
         self._bytes += cells
-        self._held += (a.untyped_storage() for a in arguments if isinstance(a, Tensor) and a.data_ptr() not in self._movable)
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, Tensor) and (moves := self._movable.get(argument.data_ptr())) is not None:
+                self._places.append(first + i)
+                self._which.append(moves)
+            elif isinstance(argument, Tensor):
+                self._held.append(argument.untyped_storage())
 
     def output(self) -> Tensor:
         """Of the last run, the first one included."""

@@ -265,23 +265,24 @@ class ScaledCache(Cache):
         self.scales: Tensor | None = None  # until the first token is read
 
     def note(self, scale: Tensor, count: int) -> None:
-        """`count` tokens are read with this scale, (B or 1,)."""
-        before = scale.new_empty(1, 0) if self.scales is None else self.scales
-        rows = max(len(before), len(scale))
-        self.scales = torch.cat((before.expand(rows, -1), scale[:, None].expand(rows, count)), dim=1)
+        """`count` tokens are about to be read with this scale, (B or 1,)."""
+        held = scale.new_empty(1, 0) if self.scales is None else self.scales[:, : self.length]
+        rows = max(len(held), len(scale))
+        self.scales = torch.cat((held.expand(rows, -1), scale[:, None].expand(rows, count)), dim=1)
 
     def reachable(self, length: int) -> int:
-        """Where a prompt is expected whose length asks for another scale, none of the tokens read with the old one."""
-        if self.expected is not None and self.scales is not None:
-            wanted = ops.length_scale(torch.tensor(self.expected, device=self.scales.device), self.original_context)  # (B,)
-            same = (self.scales == wanted[:, None]).all(0)  # (S,)
+        """Where a prompt is expected, only tokens that were read with the scale they have in it, or behind it one by one."""
+        if length and self.expected is not None and self.scales is not None:
+            positions = self.key_positions(0, self.scales.device)  # (B or 1, S)
+            lengths = torch.tensor(self.expected, device=self.scales.device)[:, None].maximum(positions + 1)
+            same = (self.scales[:, : self.length] == ops.length_scale(lengths, self.original_context)).all(0)  # (S,)
             length = min(length, int(same.long().cumprod(0).sum()))
         return super().reachable(length)
 
     def truncate(self, length: int) -> None:
         super().truncate(length)
-        if self.scales is not None:
-            self.scales = self.scales[:, :length] if length else None
+        if length == 0:
+            self.scales = None
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
@@ -305,10 +306,9 @@ class DualChunkDecoder(Decoder):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:  # a ScaledCache
         if self._is_plain(input_ids, positions, cache):
-            hidden = super().forward(input_ids, positions, cache)  # (B, T, H)
             if cache is not None:
                 cache.note(torch.ones(1, device=input_ids.device), input_ids.shape[1])
-            return hidden
+            return super().forward(input_ids, positions, cache)
         x = self.embed_tokens(input_ids)  # (B, T, H)
         positions, keys, _ = stand(x, positions, cache)  # (B or 1, T), (B or 1, S)
         rope = self._chunked_rope(positions, keys, x.dtype, cache)
