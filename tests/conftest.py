@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -10,19 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from qwen_ref.models import qwen2, qwen3, qwen3_5, qwen3_next, qwen4_exp
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several processes that share the cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Of several processes, one gets all tests of a group (`xdist_group`), whose fixture takes minutes to make."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
 
 
 TINY = {
@@ -117,6 +112,22 @@ def patch_formula(monkeypatch, name: str, wrong: Any) -> None:
     for module in ("qwen_ref.ops", *(key for key in sys.modules if key.startswith("qwen_ref.ops."))):
         if hasattr(sys.modules[module], name):
             monkeypatch.setattr(sys.modules[module], name, wrong)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): what `make` returns, of JSON, made by one of all the processes that run the tests; the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+
+    def made(name: str, make: Any) -> Any:
+        kept = folder / f"{name}.json"
+        with FileLock(folder / f"{name}.lock"):
+            if not kept.exists():
+                kept.write_text(json.dumps(make()), encoding="utf-8")
+        return json.loads(kept.read_text(encoding="utf-8"))
+
+    return made
 
 
 @pytest.fixture(scope="session")

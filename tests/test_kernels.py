@@ -171,14 +171,13 @@ CHECKED = (*(kernel for kernel in KERNELS if kernel not in PACKED), *PACKED_LINE
 
 
 @pytest.fixture(scope="module")
-def checked():
+def checked(once):
     halves = [tuple(kernel for kernel in CHECKED if (kernel in PACKED) == packed) for packed in (False, True)]
     codes = [CHECK.format(kernels=kernels, packed=PACKED, dtype="float32") for kernels in halves]
-    reports = [report for output in pythons(codes, interpret=True) for report in json.loads(output)]
-    return {report["operation"]: report for report in reports}
+    outputs = once("checked", lambda: pythons(codes, interpret=True))
+    return {report["operation"]: report for output in outputs for report in json.loads(output)}
 
 
-@pytest.mark.xdist_group("interpreted")
 @needs_triton
 @pytest.mark.parametrize("kernel", CHECKED)
 def test_kernel_is_right_on_every_awkward_input(checked, kernel):
@@ -205,14 +204,14 @@ EMULATED = {"sm_80": (*KERNELS[::2], *(k for k in BOTH if k not in KERNELS[::2])
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(once, tmp_path_factory):
     cache = tmp_path_factory.mktemp("emulated")
     codes = [EMULATE.format(work={target: kernels}) for target, kernels in EMULATED.items()]
-    reports = [json.loads(line) for output in pythons(codes, interpret=False, cache=cache) for line in output.splitlines()]
+    outputs = once("emulated", lambda: pythons(codes, interpret=False, cache=cache))
+    reports = [json.loads(line) for output in outputs for line in output.splitlines()]
     return {(report["operation"], report["target"]): report for report in reports}
 
 
-@pytest.mark.xdist_group("emulated")
 @needs_triton
 @pytest.mark.parametrize("kernel, target", [(kernel, target) for target in EMULATED for kernel in EMULATED[target]])
 def test_machine_code_is_right_in_bf16_on_every_awkward_input(emulated, kernel, target):
@@ -457,11 +456,12 @@ WORK = {
 
 
 @pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
+def compilations(once, tmp_path_factory):
     """Two of operation -> rows, of all targets: what official models launch, and the rest of the tuned tables."""
     compilers = [target for target in WORK if HAS_AMD or target != "gfx942"]
     codes = [COMPILE.format(target=target, work=WORK[target]) for target in compilers]
-    outputs = pythons(codes, interpret=False, cache=tmp_path_factory.mktemp("triton"))
+    cache = tmp_path_factory.mktemp("triton")
+    outputs = once("compilations", lambda: pythons(codes, interpret=False, cache=cache))
     found: tuple[dict[str, list[dict]], ...] = {}, {}
     for output in outputs:
         for rows, reports in zip(found, json.loads(output), strict=True):
@@ -481,7 +481,6 @@ def test_every_entry_of_a_tuned_table_is_compiled():
     assert json.loads(python(REACH.format(kernels=KERNELS, work=WORK), interpret=False)) == {}
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_triton
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_configuration_compiles_without_spills(compiled, kernel):
@@ -492,14 +491,12 @@ def test_every_configuration_compiles_without_spills(compiled, kernel):
     assert all(row["spills"] == 0 for row in rows), [row for row in rows if row["spills"]]
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_the_rest_of_the_tuned_tables_compiles_without_spills(compilations):
     rows = [row for found in compilations[1].values() for row in found]
     assert rows and not [row for row in rows if row["fault"] or row["spills"]]
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_amd
 def test_every_operation_compiles_for_an_mi300(compilations):
     """Without faults and spills, as the test before this one finds; on its matrix cores; launched as its family is."""
@@ -509,7 +506,6 @@ def test_every_operation_compiles_for_an_mi300(compilations):
     assert ["num_warps=8" in row["launch"] for row in rows["gated_delta_step"]] == [True]
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_kernels_that_stream_leave_room_for_many_programs(compiled):
     for kernel, most in STREAMING.items():
@@ -517,7 +513,6 @@ def test_kernels_that_stream_leave_room_for_many_programs(compiled):
         assert max(row["registers"] for row in compiled[kernel]) <= most, kernel
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_products_in_16_bits_are_on_the_tensor_cores(compiled):
     rows = [row for found in compiled.values() for row in found]
@@ -527,7 +522,6 @@ def test_products_in_16_bits_are_on_the_tensor_cores(compiled):
         assert row["tensor_cores"] == (row["kernel"] in MATRIX and sixteen), row
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_products_of_vectors_share_nothing_between_warps_until_the_end(compiled):
     """Weights that went through shared memory on their way to the product would take twice as long."""
@@ -540,7 +534,6 @@ def test_products_of_vectors_share_nothing_between_warps_until_the_end(compiled)
     assert all(row["shared"] <= 128 for row in vectors), vectors
 
 
-@pytest.mark.xdist_group("compiled")
 @needs_triton
 def test_two_programs_of_the_experts_fit_a_multiprocessor(compiled):
     rows = [row for row in compiled["moe_experts"] if row["kernel"] == "gate_up_tiles" and row["target"] == "sm_90"]
