@@ -104,8 +104,7 @@ def _installed_fonts() -> tuple[str, ...]:
 @cache
 def _glyphs() -> frozenset[int]:
     """Code points that one of the installed FONTS can draw."""
-    from matplotlib import font_manager
-
+    font_manager = _matplotlib().font_manager
     paths = [font_manager.findfont(name) for name in _installed_fonts()]
     return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
 
@@ -591,15 +590,21 @@ def roofline(
 # ------------------------------------------------------------------------------------------------- how it is drawn
 
 
+def _matplotlib() -> Any:
+    """The package. RequestError if it is not installed."""
+    try:
+        import matplotlib.font_manager
+    except ImportError as error:
+        raise RequestError('figures need matplotlib, which is not installed: pip install "qwen-ref[plots]"') from error
+    return matplotlib
+
+
 @contextmanager
 def _drawing(theme: str) -> Iterator[Theme]:
     """The theme's colours and fonts as matplotlib's settings, for what is made inside; restored after."""
     if theme not in THEMES:
         raise RequestError(f"theme is {theme!r}; there are {', '.join(THEMES)}")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RequestError('figures need matplotlib, which is not installed: pip install "qwen-ref[plots]"') from error
+    matplotlib = _matplotlib()
     style = THEMES[theme]
     settings: Any = {
         "font.family": list(_installed_fonts()), "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8,

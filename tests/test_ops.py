@@ -14,6 +14,11 @@ from qwen_ref.errors import RequestError
 G = torch.Generator().manual_seed(3)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order_of_tests():
+    G.manual_seed(3)
+
+
 def rand(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=G, dtype=torch.float64).to(dtype)
 
@@ -24,7 +29,8 @@ def test_rms_norm(dtype):
     before = x.clone()
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     rounded = w * exact.to(dtype)  # the rounding point of the official code: before the weight
-    torch.testing.assert_close(ops.rms_norm(x, w, 1e-6), rounded, rtol=torch.finfo(dtype).eps * 2, atol=0)
+    # Half an eps each: the mean, its root, its reciprocal, two products, and the two roundings of what it is compared with.
+    torch.testing.assert_close(ops.rms_norm(x, w, 1e-6), rounded, rtol=torch.finfo(dtype).eps * 3.5, atol=0)
     assert torch.equal(x, before)
 
 

@@ -184,6 +184,7 @@ def test_pyplot_is_never_imported_and_matplotlib_only_to_draw():
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot._glyphs.cache_clear()  # as in a process that has not drawn yet
     for draw in FIGURES.values():
         with pytest.raises(RequestError, match=r'pip install "qwen-ref\[plots\]"'):
             draw("light")
