@@ -461,6 +461,18 @@ def test_decode_reads_what_is_held_and_no_more():
 
 
 @needs_compiler
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_copy_is_all_of_it_and_nothing_beside_it(threads, count):
+    """In one part and in many, the last of them no whole page."""
+    threads(count)
+    for size in (0, 1, 4095, 4096, 4097, (1 << 21) + 4095, (1 << 21) + 4097):
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8)
+        to = torch.full((size + 2,), 7, dtype=torch.uint8)
+        library.call("copy", to[1:-1], source, size)
+        assert torch.equal(to[1:-1], source) and to[0] == to[-1] == 7
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_joins_what_parts_of_a_long_context_give(threads, dtype):
     """Lengths at and around the ends of parts; a maximum in each of them, so that every part is weighed anew."""
