@@ -97,7 +97,7 @@ __m256i add_products(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-// As many numbers as a register holds; `eight` of the same total.
+// As many numbers as a register holds; `eight` of the same total; of integers, products of 16 bits are added in pairs.
 #ifdef WIDE
 struct Floats {
     static constexpr int64_t N = 16;
@@ -110,6 +110,16 @@ struct Floats {
     void add_product(Floats a, Floats b) { all = _mm512_fmadd_ps(a.all, b.all, all); }
     __m256 eight() const { return _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1)); }
 };
+
+struct Integers {
+    static constexpr int64_t N = 16;
+    __m512i all = _mm512_setzero_si512();
+
+    static Integers at(const void* from) { return {_mm512_loadu_si512(from)}; }
+    static Integers of(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    void add_products(Integers a, Integers b) { all = _mm512_dpwssd_epi32(all, a.all, b.all); }
+    Floats floats() const { return {_mm512_cvtepi32_ps(all)}; }
+};
 #else
 struct Floats {
     static constexpr int64_t N = 8;
@@ -121,6 +131,16 @@ struct Floats {
     Floats operator*(Floats b) const { return {_mm256_mul_ps(all, b.all)}; }
     void add_product(Floats a, Floats b) { all = _mm256_fmadd_ps(a.all, b.all, all); }
     __m256 eight() const { return all; }
+};
+
+struct Integers {
+    static constexpr int64_t N = 8;
+    __m256i all = _mm256_setzero_si256();
+
+    static Integers at(const void* from) { return {load(from)}; }
+    static Integers of(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    void add_products(Integers a, Integers b) { all = ::add_products(all, a.all, b.all); }
+    Floats floats() const { return {_mm256_cvtepi32_ps(all)}; }
 };
 #endif
 

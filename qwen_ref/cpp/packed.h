@@ -13,12 +13,8 @@ namespace {
 
 constexpr int64_t BLOCK = 256;  // columns under one scale of x; their largest sum, 256 * 255 * 32767, fits 32 bits
 constexpr int64_t STEP = 32;    // the smallest group; others are whole multiples of it
-constexpr int64_t PANEL = 16;   // rows that one thread takes at a time
-#ifdef WIDE
-constexpr int64_t TILE = 16;    // tokens multiplied with them at once: so many sums in registers
-#else
-constexpr int64_t TILE = 6;     // 2 * 6 sums in registers
-#endif
+constexpr int64_t PANEL = 2 * Integers::N;  // rows that one thread takes at a time
+constexpr int64_t TILE = Integers::N == 16 ? 8 : 6;  // tokens multiplied with them at once: 2 * TILE sums in registers
 constexpr int64_t CHUNK = 512;  // tokens rounded together
 constexpr int64_t TOKENS = 4;   // multiplied with a row at once, while it is read: so many sums in registers
 
@@ -242,52 +238,37 @@ void widen_panel(const Matrix& w, int64_t row, int64_t first, int64_t count, int
         }
 }
 
-// One number of 32 bits, or a pair of 16, for every row of a panel.
-struct Panel {
-#ifdef WIDE
-    __m512i all = _mm512_setzero_si512();
-
-    static Panel at(const int16_t* w) { return {_mm512_load_si512(w)}; }
-    void add_products(Panel w, int32_t pair) {
-        all = _mm512_dpwssd_epi32(all, w.all, _mm512_set1_epi32(pair));
-        asm("" : "+v"(all));  // where it is, or a compiler moves every sum to another register and back
-    }
-    void add_scaled(float* to, const float* scale, float by) const {
-        __m512 both = _mm512_mul_ps(_mm512_load_ps(scale), _mm512_set1_ps(by));
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), both, _mm512_loadu_ps(to)));
-    }
-#else
-    __m256i half[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-
-    static Panel at(const int16_t* w) { return {{load(w), load(w + 16)}}; }
-    void add_products(Panel w, int32_t pair) {
-        __m256i token = _mm256_set1_epi32(pair);
-        half[0] = ::add_products(half[0], w.half[0], token);
-        half[1] = ::add_products(half[1], w.half[1], token);
-        asm("" : "+x"(half[0]), "+x"(half[1]));  // one token after the other, or a compiler makes all products first
-    }
-    void add_scaled(float* to, const float* scale, float by) const {
-        for (int i = 0; i < 2; i++, to += 8, scale += 8) {
-            __m256 both = _mm256_mul_ps(_mm256_load_ps(scale), _mm256_set1_ps(by));
-            _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(half[i]), both, _mm256_loadu_ps(to)));
-        }
-    }
-#endif
-};
+// to[i] += half i of a panel's sums, scaled.
+void add_scaled(float* to, Integers low, Integers high, const float* scale, float by) {
+    auto add = [&](int64_t r, Integers sums) {
+        Floats all = Floats::at(to + r);
+        all.add_product(sums.floats(), Floats::at(scale + r) * Floats::of(by));
+        all.put(to + r);
+    };
+    add(0, low), add(Floats::N, high);
+}
 
 // sum (tokens, PANEL) += the tokens of x (tokens, BLOCK) times a widened PANEL, `count` columns, whose scales are
-// (spans, PANEL). T = 0, 1, ... are the tokens: written out, so that all sums are in registers.
+// (spans, PANEL). T = 0, 1, ... are the tokens: written out, so that all sums are in registers, two to a token: what multiplies
+// both is fetched once.
 template <size_t... T>
 void multiply(std::index_sequence<T...>, const int16_t* w, int64_t count, int64_t span, const float* scale, const int16_t* x,
               const float* x_scale, float* sum) {
     for (int64_t first = 0; first < count; first += span, scale += PANEL) {
-        Panel parts[] = {(void(T), Panel())...};
+        Integers low[] = {(void(T), Integers())...}, high[] = {(void(T), Integers())...};
         for (int64_t k = first; k < std::min(first + span, count); k += 2) {
-            Panel pairs = Panel::at(w + k * PANEL);
-            auto pair = [&](int64_t t) { int32_t both; return std::memcpy(&both, x + t * BLOCK + k, 4), both; };
-            (parts[T].add_products(pairs, pair(T)), ...);
+            Integers upper = Integers::at(w + k * PANEL), lower = Integers::at(w + k * PANEL + PANEL);  // rows' pairs of columns
+            auto add = [&](int64_t t, Integers& a, Integers& b) {
+                int32_t pair;
+                std::memcpy(&pair, x + t * BLOCK + k, sizeof pair);
+                Integers token = Integers::of(pair);
+                a.add_products(upper, token), b.add_products(lower, token);
+                // One token after the other, each sum where it is: or a compiler makes all products first, or moves sums about.
+                asm("" : "+v"(a.all), "+v"(b.all));
+            };
+            (add(T, low[T], high[T]), ...);
         }
-        (parts[T].add_scaled(sum + T * PANEL, scale, x_scale[T]), ...);
+        (add_scaled(sum + T * PANEL, low[T], high[T], scale, x_scale[T]), ...);
         asm("" ::: "memory");  // or `sum` takes the registers
     }
 }
