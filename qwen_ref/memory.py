@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 _LARGE = 1 << 18  # bytes from which it pays
-_FEW = 1 << 19  # bytes that may stay: a token's logits
 _HUGE = 1 << 21  # of a huge page
 _SHARED = 1 << 27  # of a mapping that several tensors share
 
@@ -34,39 +33,95 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same for what is needed for a moment: memory that was given back lately, if it is large enough and not twice that. To
-    touch new memory takes a prompt longer than to compute what is written there, and all layers write results of some sizes.
-    No more is kept than is lent, so that next to nothing stays when a pass is over."""
+    """The same for what is needed for a moment: memory that was given back lately. To touch new memory takes a prompt as long
+    as to compute what is written there. What is free is given back to the system when next to nothing is lent: when a pass is
+    over, though its logits are kept."""
     size = math.prod(shape) * dtype.itemsize
-    memory = _taken(size) or (_mapped(size) if _maps(size, device) else None)
+    memory = _pool.lend(size) if _maps(size, device) else None
     if memory is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    _lent[id(memory)] = len(memory)
-    bytes_of = (ctypes.c_char * size).from_buffer(memory)  # lives as long as the tensor and its views
-    weakref.finalize(bytes_of, _give_back, memory).atexit = False
-    return torch.frombuffer(bytes_of, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-# Threads take turns between any two steps of what follows, each of which is one of a list or a dict.
-_spare: list[mmap.mmap] = []  # what was given back, the latest last
-_lent: dict[int, int] = {}  # its bytes
+class _Sheet:
+    """A mapping that is lent in parts, the lowest that is free first."""
+
+    def __init__(self, memory: mmap.mmap, lent: int) -> None:
+        self.memory = memory
+        self.free = [(lent, len(memory))] if lent < len(memory) else []  # in order, none beside another
+        self.touched = lent  # bytes from the beginning
+
+    @property
+    def lent(self) -> int:
+        return len(self.memory) - sum(end - start for start, end in self.free)
+
+    def take(self, size: int) -> int | None:
+        """Where so many bytes begin, which are no longer free."""
+        for i, (start, end) in enumerate(self.free):
+            if size <= end - start:
+                self.free[i : i + 1] = [(start + size, end)] if size < end - start else []
+                self.touched = max(self.touched, start + size)
+                return start
+        return None
+
+    def put(self, start: int, end: int) -> None:
+        self.free = sorted([*self.free, (start, end)])
+        for i in range(len(self.free) - 2, -1, -1):
+            if self.free[i][1] == self.free[i + 1][0]:
+                self.free[i : i + 2] = [(self.free[i][0], self.free[i + 1][1])]
+
+    def trim(self) -> None:
+        """Give back what is free, all but the first huge page: whole ones, for Linux makes small ones of what is left of one."""
+        for start, end in self.free:
+            start, end = max(_up(start, _HUGE), _HUGE), end // _HUGE * _HUGE
+            if start < end:
+                self.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        if self.free:
+            self.touched = max(_HUGE, self.free[-1][0])
 
 
-def _taken(size: int) -> mmap.mmap | None:
-    for memory in sorted(_spare, key=len):
-        if size <= len(memory) < 2 * size:
-            with suppress(ValueError):  # another thread took it
-                _spare.remove(memory)
-                return memory
-    return None
+class _Pool:
+    """What `scratch` lends."""
 
+    _LITTLE = 32  # of what is touched: a pass has a tenth of it all the time, the residual stream
 
-def _give_back(memory: mmap.mmap) -> None:
-    del _lent[id(memory)]
-    _spare.append(memory)
-    while sum(map(len, [*_spare])) > max(sum([*_lent.values()]), _FEW):
-        with suppress(IndexError):
-            _spare.pop(0)
+    def __init__(self) -> None:
+        self.sheets: list[_Sheet] = []
+        self._lock = threading.Lock()
+        self._returned: list[tuple[_Sheet, int, int]] = []  # by finalizers, which may run in the middle of what has the lock
+
+    def lend(self, size: int) -> ctypes.Array[ctypes.c_char] | None:
+        whole = _up(size, mmap.PAGESIZE)
+        with self._lock:
+            self._settle()
+            found = next(((sheet, start) for sheet in self.sheets if (start := sheet.take(whole)) is not None), None)
+            if found is None:
+                memory = _mapped(max(whole, _SHARED))
+                if memory is None:
+                    return None
+                self.sheets.append(_Sheet(memory, whole))
+                found = self.sheets[-1], 0
+        sheet, start = found
+        piece = (ctypes.c_char * size).from_buffer(sheet.memory, start)  # lives as long as the tensor and its views
+        weakref.finalize(piece, self._give_back, sheet, start, start + whole).atexit = False
+        return piece
+
+    def _give_back(self, sheet: _Sheet, start: int, end: int) -> None:
+        self._returned.append((sheet, start, end))
+        if self._lock.acquire(blocking=False):  # else who has it is about to lend, or will be the next to look
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        while self._returned:
+            sheet, start, end = self._returned.pop()
+            sheet.put(start, end)
+        if self._LITTLE * sum(sheet.lent for sheet in self.sheets) < sum(sheet.touched for sheet in self.sheets):
+            self.sheets = [sheet for i, sheet in enumerate(self.sheets) if sheet.lent or not i]
+            for sheet in self.sheets:
+                sheet.trim()
 
 
 class _Arena:
@@ -94,6 +149,7 @@ class _Arena:
 
 
 _arena = _Arena()
+_pool = _Pool()
 
 
 def _maps(size: int, device: torch.device) -> bool:
@@ -101,10 +157,9 @@ def _maps(size: int, device: torch.device) -> bool:
 
 
 def _mapped(size: int) -> mmap.mmap | None:
-    """So many bytes in huge pages, or some more: Linux aligns only what is whole pages. None where they cannot be had."""
+    """So many bytes or some more, in huge pages: Linux aligns what is whole ones. None where they cannot be had."""
     with suppress(OSError):  # no more mappings to be had, or a kernel without huge pages
-        whole = _up(size, _HUGE) if size > _HUGE // 2 else size
-        memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, _up(size, _HUGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         return memory
     return None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_ref import memory
@@ -17,16 +19,16 @@ from qwen_ref import memory
 CPU = torch.device("cpu")
 
 
-def kept():
-    return sum(map(len, memory._spare))
-
-
 @pytest.fixture(autouse=True)
-def nothing_kept():
+def pool(monkeypatch):
+    """Nothing lent and nothing kept, whatever the tests before have."""
     gc.collect()
-    memory._spare.clear()
-    yield
-    memory._spare.clear()
+    monkeypatch.setattr(memory, "_pool", memory._Pool())
+    return memory._pool
+
+
+def scratch(*shape, dtype=torch.uint8):
+    return memory.scratch(shape, dtype, CPU)
 
 
 def resident():
@@ -69,7 +71,7 @@ def test_many_that_end_within_a_page_lie_in_few():
     """1 MB after 1 MB: a mapping of its own would have small pages, and touching it takes three times as long."""
     held = [memory.empty((1 << 20,), torch.uint8, CPU).fill_(1) for _ in range(8)]
     places = sorted(x.data_ptr() for x in held)
-    assert sum(b - a == 1 << 20 for a, b in zip(places, places[1:], strict=False)) >= 6  # one mapping may end among them
+    assert sum(b - a == 1 << 20 for a, b in pairwise(places)) >= 6  # one mapping may end among them
 
 
 def test_no_two_threads_get_the_same_bytes():
@@ -84,34 +86,78 @@ def test_no_two_threads_get_the_same_bytes():
 
 
 def test_what_was_given_back_is_lent_again_and_only_that():
-    other = memory.scratch((1 << 22,), torch.uint8, CPU)  # as long as this is lent, as much is kept
-    first = memory.scratch((300, 1024), torch.bfloat16, CPU)
+    first, other = scratch(300, 1024, dtype=torch.bfloat16), scratch(1 << 22)
     view, place = first[7:9], first.data_ptr()
     del first
-    second = memory.scratch((300, 1024), torch.bfloat16, CPU)
-    assert second.data_ptr() != place  # a view holds it
+    assert scratch(300, 1024, dtype=torch.bfloat16).data_ptr() != place  # a view holds it
     del view
-    assert memory.scratch((601, 512), torch.float32, CPU).data_ptr() != place  # too small
-    assert memory.scratch((100, 512), torch.float32, CPU).data_ptr() != place  # a waste
-    assert memory.scratch((299, 512), torch.float32, CPU).data_ptr() == place  # other numbers, another shape
-    assert memory.scratch((2, 3), torch.float32, CPU).shape == (2, 3)  # what is small is the heap's
+    assert scratch(601, 512, dtype=torch.float32).data_ptr() != place  # too small
+    part = scratch(299, 256, dtype=torch.float32)
+    assert part.data_ptr() == place  # other numbers, another shape, and not all of it
+    assert scratch(2, 3, dtype=torch.float32).shape == (2, 3)  # what is small is the heap's
     del other
 
 
-def test_no_more_is_kept_than_is_lent():
-    tensors = [memory.scratch((1 << 20,), torch.uint8, CPU) for _ in range(8)]
-    for left in range(7, -1, -1):
-        tensors.pop()
-        assert kept() == min(8 - left, left) << 20
-    assert not memory._lent
+@linux
+def test_when_a_pass_is_over_next_to_nothing_stays(pool):
+    before, size = resident(), 8 << 20
+    residual, logits = scratch(2 << 20).fill_(1), None
+    for _ in range(3):
+        large = [scratch(size).fill_(2) for _ in range(4)]
+        del large
+        assert resident() - before > 4 * size  # within a pass what was touched stays
+    logits = scratch(300_000).fill_(3)
+    del residual
+    assert resident() - before < 5 << 20  # the first huge page, and that of the logits
+    assert (logits == 3).all()
+    del logits
+    assert resident() - before < 3 << 20 and [sheet.lent for sheet in pool.sheets] == [0]
+
+
+@linux
+def test_what_is_larger_than_a_sheet_gets_one_that_goes_with_it(pool):
+    small, large = scratch(1 << 20), scratch(memory._SHARED + 5)
+    assert [len(sheet.memory) for sheet in pool.sheets] == [memory._SHARED, memory._SHARED + memory._HUGE]
+    del small, large
+    assert len(pool.sheets) == 1
+
+
+@linux
+@given(st.lists(st.one_of(st.integers(1 << 18, 3 << 20), st.just(-1), st.just(-1)), max_size=60), st.randoms())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nothing_is_lent_twice_and_nothing_is_lost(pool, sizes, random):
+    held = []
+    for number, size in enumerate(sizes):
+        if size < 0 and held:
+            held.pop(random.randrange(len(held)))
+        elif size > 0:
+            held.append((scratch(size).fill_(number % 256), number % 256))
+        for sheet in pool.sheets:
+            assert all(a < b for a, b in sheet.free)
+            assert all(b < c for (_, b), (c, _) in pairwise(sheet.free))  # in order, joined
+        pages = sum(-(-len(x) // mmap.PAGESIZE) for x, _ in held)
+        assert sum(sheet.lent for sheet in pool.sheets) == pages * mmap.PAGESIZE
+    assert all((x == value).all() for x, value in held)
+
+
+@linux
+def test_what_goes_while_another_thread_lends_is_free_afterwards(pool):
+    """A finalizer may run anywhere, in the middle of `lend` too, and must not wait there."""
+    first = scratch(1 << 20)
+    place = first.data_ptr()
+    with pool._lock:
+        del first
+        gc.collect()
+    assert pool.sheets[0].lent == 1 << 20
+    assert scratch(1 << 20).data_ptr() == place
 
 
 def test_threads_never_share_what_is_lent():
     def fill(number):
         for i in range(200):
-            x = memory.scratch((1 << 18,), torch.uint8, CPU)
+            x = scratch(1 << 18)
             x.fill_(number)
-            y = memory.scratch((1 << 18,), torch.uint8, CPU)
+            y = scratch(1 << 18)
             y.fill_(number + 1)
             assert (x == number).all() and x.data_ptr() != y.data_ptr(), i
 

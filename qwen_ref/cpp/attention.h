@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int64_t KEYS = 32;     // keys and values in fp32 at a time
-constexpr int64_t QUERIES = 16;  // rows of queries that share them, if one kv head has no more
+constexpr int64_t QUERIES = 32;  // rows of queries that share them, if one kv head has no more
 constexpr int64_t SPAN = 512;    // keys read together, and joined with others: a token's can be shared by threads
 
 int64_t padded(int64_t dim) { return (dim + Floats::N - 1) / Floats::N * Floats::N; }  // numbers of a row, zeros at its end
