@@ -71,7 +71,7 @@ class _Sheet:
                 self.free[i : i + 2] = [(self.free[i][0], self.free[i + 1][1])]
 
     def trim(self) -> None:
-        """Give back what is free, all but the first huge page: whole ones, for Linux makes small ones of what is left of one."""
+        """Give back what is free, all but the first huge page: whole ones, for a part of one leaves small ones."""
         for start, end in self.free:
             start, end = max(_up(start, _HUGE), _HUGE), end // _HUGE * _HUGE
             if start < end:
