@@ -26,7 +26,7 @@ ALLOWED = {
     "cache": {"errors", "memory"},
     "torch_ops": {"ops"},
     "quant": set(),
-    "quant.gguf_blocks": set(),
+    "quant.gguf_blocks": {"safetensors_file"},
     "quant.packed": {"ops", "quant.gguf_blocks"},
     "quant.blocked": {"quant", "quant.packed", "torch_ops"},
     "cpp": set(),

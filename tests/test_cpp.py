@@ -17,7 +17,7 @@ from qwen_ref.bench.check import check
 from qwen_ref.cpp import library
 from qwen_ref.cpp import operations as cpp
 from qwen_ref.quant import blocked, packed
-from qwen_ref.quant.gguf_blocks import BLOCK
+from qwen_ref.quant.gguf_blocks import BLOCK, GRIDS
 from qwen_ref.quant.packed import Code4, Fp8, Gguf, Int4, Int8
 
 COMPILED = cpp.supports_rounding(torch.device("cpu"), torch.bfloat16)
@@ -695,6 +695,8 @@ def stored(layout, rows, columns, seed=0):
         blocks = bits(rows, columns // elements, size)
         for at in HALVES[detail]:  # fp16 numbers around one
             blocks[..., at + 1] = blocks[..., at + 1] % 4 + 0x3A
+        if detail == "IQ1_M":  # whose bits lie apart
+            blocks[..., 55] = blocks[..., 55] % 16 + 0x30
         return Gguf(blocks.flatten(1), detail)
     if kind in ("int4", "int8"):
         group, zero = int(detail.split()[0]), detail.endswith("zeros")
@@ -710,7 +712,7 @@ def stored(layout, rows, columns, seed=0):
 
 
 HALVES = {"Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-          "Q6_K": (208,), "IQ4_XS": (0,)}  # fmt: skip
+          "Q6_K": (208,), "IQ4_XS": (0,), **dict.fromkeys(GRIDS, (0,)), "IQ1_M": ()}  # fmt: skip
 STORED = [*(f"gguf {kind}" for kind in HALVES), "fp8 128x128", "fp8 5x7", "fp8 1x512", "fp8 400x512", "fp8 1x40",
           "code4 float32", "code4 bfloat16", "code4 float8_e4m3fn", "code4 float8_e8m0fnu", "int4 32", "int4 17 zeros", "int4 128 zeros", "int8 512", "int8 64 zeros", "int8 100 zeros"]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import re
@@ -20,10 +21,10 @@ from test_gguf_blocks import random_blocks, theirs
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from qwen_ref.errors import CheckpointError, ConfigError, TokenizerError
-from qwen_ref.loading import ASSETS
+from qwen_ref.loading import ASSETS, load_model
 from qwen_ref.models import module_for
 from qwen_ref.quant.gguf import GgufFile, ggml_name, official_name, open_gguf, repack
-from qwen_ref.quant.gguf_blocks import BLOCK
+from qwen_ref.quant.gguf_blocks import BLOCK, GRIDS
 from qwen_ref.quant.gguf_meta import _decimal
 from qwen_ref.quant.gguf_write import PRESETS, Source, kind_for, plan, write_gguf
 from qwen_ref.tokenizer import Tokenizer
@@ -368,6 +369,33 @@ def test_llama_cpp_computes_the_same(tmp_path):
         theirs.eval(ids)
         expected, ours = torch.tensor(theirs.scores[: len(ids)]), model(torch.tensor([ids]))[0]
         assert (ours - expected).norm() < 2e-3 * expected.norm(), model_type
+
+
+def test_what_llama_cpp_rounds_to_a_grid_is_read(tmp_path):
+    """Its own files of IQ1 to IQ3. It rounds activations to 8 bits, so the logits differ: by as much as with Q2_K."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: it is built from source")
+    plain = tmp_path / "plain.gguf"
+    write(plain, "qwen3", "f32", intermediate_size=512)
+    widths = {tensor.name: int(tensor.shape[0]) for tensor in gguf.GGUFReader(plain).tensors}
+    data = (llama_cpp.llama_model_imatrix_data * (len(widths) + 1))()  # what each column counts: all alike
+    for entry, (name, width) in zip(data, widths.items(), strict=False):
+        entry.name, entry.size, entry.data = name.encode(), width, (ctypes.c_float * width)(*[1.0] * width)
+    seen, errors, ids = set(), {}, list(range(100, 130))
+    for kind in ("Q2_K", *GRIDS):
+        path = tmp_path / f"{kind}.gguf"
+        how = llama_cpp.llama_model_quantize_default_params()
+        called = {"IQ2_S": "IQ2_M"}.get(kind, kind)  # IQ2_S is a mixture without any
+        how.ftype, how.pure, how.imatrix = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{called}"), True, data
+        assert llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), ctypes.byref(how)) == 0
+        with open_gguf(path) as checkpoint:
+            seen |= set(checkpoint.kinds.values())
+        theirs = llama_cpp.Llama(str(path), logits_all=True, n_ctx=64, n_threads=1, verbose=False)
+        theirs.eval(ids)
+        expected = torch.tensor(theirs.scores[: len(ids)])
+        ours = load_model(path, dtype="float32", progress=False)(torch.tensor([ids]))[0]
+        errors[kind] = (ours - expected).norm() / expected.norm()
+    assert seen >= set(GRIDS)
+    assert all(error < 2 * errors["Q2_K"] < 0.1 for error in errors.values())
 
 
 def test_tokens_as_llama_cpp_types_them(tmp_path):

@@ -88,7 +88,7 @@ BAD = {
     "sizes whose product overflows": (make(infos=[info(shape=(1 << 24,) * 4)]), "truncated"),
     "an unknown tensor type": (make(infos=[info(kind=1000)]), "of type 1000; implemented: F32"),
     "a removed tensor type": (make(infos=[info(kind=4)]), "of type 4"),
-    "a type not implemented": (make(infos=[info(kind=16, shape=(256,))]), "of type IQ2_XXS; implemented"),
+    "a type not implemented": (make(infos=[info(kind=34, shape=(256,))]), "of type TQ1_0; implemented"),
     "half a block": (make(infos=[info(shape=(48, 2), kind=8)]), "not whole blocks of 32 .Q8_0"),
     "less than a block": (make(infos=[info(shape=(32, 8), kind=12)]), "not whole blocks of 256 .Q4_K"),
     "a tensor twice": (make(infos=[info(), info(offset=32)], data=bytes(64)), "stands twice"),

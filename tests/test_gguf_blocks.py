@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from qwen_ref.errors import CheckpointError
 from qwen_ref.quant.gguf import repack
-from qwen_ref.quant.gguf_blocks import BLOCK, DEQUANTIZE
+from qwen_ref.quant.gguf_blocks import BLOCK, DEQUANTIZE, GRIDS, grid
 from qwen_ref.quant.gguf_quantize import QUANTIZE, quantize
 from qwen_ref.quant.packed import Code4, Gguf, Int4, Int8, expert, rows
 
@@ -31,7 +31,7 @@ def random_blocks(kind: str, shape: tuple[int, ...], finite: bool = False) -> to
         b[..., 0] &= 0x7F
     elif finite:  # the high byte of every fp16 scale
         for at in {"Q2_K": (81, 83), "Q3_K": (109,), "Q6_K": (209,), "Q8_0": (1,), "Q4_0": (1,), "Q5_0": (1,),
-                   "IQ4_NL": (1,), "IQ4_XS": (1,)}.get(kind, (1, 3)):  # fmt: skip
+                   **{name: (1,) for name in BLOCK if name[:2] == "IQ"}, "IQ1_M": (55,)}.get(kind, (1, 3)):  # fmt: skip
             b[..., at] &= 0xBF
     return b.flatten(-2)
 
@@ -44,6 +44,13 @@ def test_every_kind_is_what_its_library_says(kind):
     ours = DEQUANTIZE[kind](blocks)
     assert ours.dtype == torch.float32 and ours.shape == (7, 3 * elements)
     torch.testing.assert_close(ours, theirs(kind, blocks), rtol=0, atol=0, equal_nan=True)
+
+
+def test_grids_are_those_of_the_library():
+    for kind in GRIDS:
+        known = gguf.quants._type_traits[GGMLQuantizationType[kind]]
+        known.init_grid()
+        assert torch.equal(grid(kind).float(), torch.from_numpy(known.grid)[0, 0])
 
 
 @pytest.mark.parametrize("kind", BLOCK)
@@ -78,6 +85,8 @@ def test_a_scale_that_is_no_number_is_refused(kind):
     broken = blocks.unflatten(-1, (2, -1))
     if kind in ("MXFP4", "NVFP4"):
         broken[2, 1, 0] = 0xFF
+    elif kind == "IQ1_M":
+        broken[2, 1, 49::2] |= 0xF0
     else:
         low = {"Q2_K": 82, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
         broken[2, 1, low : low + 2] = torch.tensor([0, 0x7E], dtype=torch.uint8)

@@ -17,7 +17,7 @@ from .. import ops, torch_ops
 from ..memory import scratch
 from ..quant import packed
 from ..quant.blocked import linear_blocked
-from ..quant.gguf_blocks import BLOCK
+from ..quant.gguf_blocks import BLOCK, GRIDS, grid
 from ..quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
 from .library import call, has_tiles, why_not
 
@@ -29,7 +29,7 @@ TILE_KEYS = 128  # what tiled_attention.h calls AT_ONCE
 FEW_ROUTED = 4  # tokens that rarely share an expert, so that each reads its own
 MOST_DIM = 1024  # of a head, what rows.h calls MOST
 LAYOUTS = (Fp8, Code4, Int4, Int8)  # and, behind them, ggml's blocks:
-KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # in the order of stored.h
+KINDS = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", *GRIDS)  # in the order of stored.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = {**TYPES, torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4}
 
@@ -456,7 +456,8 @@ def _stored(weight: Packed, columns: int) -> tuple[Any, ...]:
         elements, size = BLOCK[weight.kind]
         if weight.kind not in KINDS or columns % elements or weight.blocks.shape[1] != columns // elements * size:
             return ()
-        return len(LAYOUTS) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, 0, None, 1, 1
+        points = grid(weight.kind) if weight.kind in GRIDS else None
+        return len(LAYOUTS) + KINDS.index(weight.kind), weight.blocks.contiguous(), None, 0, points, 1, 1
     high, wide = weight.block if isinstance(weight, Fp8) else (1, weight.group)
     rows, width = weight.codes.shape
     groups = (-(-rows // high), -(-columns // wide))

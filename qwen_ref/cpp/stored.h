@@ -19,13 +19,13 @@ void each(const uint8_t* b, int64_t count, int shift, int mask, F f) {
     for (int64_t i = 0; i < count; i++) f(i, (b[i] >> shift) & mask);
 }
 
-void q4_1(const uint8_t* b, float* out) {
+void q4_1(const uint8_t* b, const int8_t*, float* out) {
     float d = half(b), m = half(b + 2);
     for (int side = 0; side < 2; side++) each(b + 4, 16, 4 * side, 15, [&](int64_t i, int q) { out[16 * side + i] = d * float(q) + m; });
 }
 
 template <bool MINIMUM>
-void q5(const uint8_t* b, float* out) {
+void q5(const uint8_t* b, const int8_t*, float* out) {
     float d = half(b), m = MINIMUM ? half(b + 2) : 0;
     uint32_t high;
     std::memcpy(&high, b + (MINIMUM ? 4 : 2), sizeof high);
@@ -36,7 +36,7 @@ void q5(const uint8_t* b, float* out) {
         });
 }
 
-void q2_k(const uint8_t* b, float* out) {
+void q2_k(const uint8_t* b, const int8_t*, float* out) {
     float d = half(b + 80), dmin = half(b + 82);
     for (int64_t sub = 0; sub < 16; sub++) {  // of 16 elements
         float scale = d * float(b[sub] & 15), least = dmin * float(b[sub] >> 4);
@@ -45,7 +45,7 @@ void q2_k(const uint8_t* b, float* out) {
     }
 }
 
-void q3_k(const uint8_t* b, float* out) {
+void q3_k(const uint8_t* b, const int8_t*, float* out) {
     float d = half(b + 108);
     for (int64_t sub = 0; sub < 16; sub++) {
         int low = (b[96 + sub % 8] >> (sub / 8 * 4)) & 15, high = (b[104 + sub % 4] >> (sub / 4 * 2)) & 3;
@@ -65,7 +65,7 @@ int six_bits(const uint8_t* b, int64_t sub, bool minimum) {
 }
 
 template <bool FIFTH>
-void q45_k(const uint8_t* b, float* out) {
+void q45_k(const uint8_t* b, const int8_t*, float* out) {
     float d = half(b), dmin = half(b + 2);
     for (int64_t sub = 0; sub < 8; sub++) {  // of 32 elements
         float scale = d * float(six_bits(b + 4, sub, false)), least = dmin * float(six_bits(b + 4, sub, true));
@@ -76,7 +76,7 @@ void q45_k(const uint8_t* b, float* out) {
     }
 }
 
-void q6_k(const uint8_t* b, float* out) {
+void q6_k(const uint8_t* b, const int8_t*, float* out) {
     float d = half(b + 208);
     for (int64_t sub = 0; sub < 16; sub++) {
         float scale = d * float(int8_t(b[192 + sub]));
@@ -87,7 +87,7 @@ void q6_k(const uint8_t* b, float* out) {
     }
 }
 
-void iq4_xs(const uint8_t* b, float* out) {
+void iq4_xs(const uint8_t* b, const int8_t*, float* out) {
     constexpr float VALUES[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     float d = half(b);
     for (int64_t sub = 0; sub < 8; sub++) {
@@ -98,12 +98,107 @@ void iq4_xs(const uint8_t* b, float* out) {
     }
 }
 
+// Of the kinds below, eight elements are points of a grid, which numbers them: one entry of it, or two of four points.
+
+uint64_t entry(const int8_t* grid, int64_t number) {
+    uint64_t points;
+    std::memcpy(&points, grid + 8 * number, sizeof points);
+    return points;
+}
+
+uint64_t two_entries(const int8_t* grid, int64_t number, int64_t next) {
+    uint32_t low, high;
+    std::memcpy(&low, grid + 4 * number, sizeof low), std::memcpy(&high, grid + 4 * next, sizeof high);
+    return low | uint64_t(high) << 32;
+}
+
+// (point + shift) scale of eight points, the i-th with bit i of `signs` as its sign.
+void put_points(uint64_t points, int signs, float shift, float scale, float* out) {
+    const __m256i places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24), sign = _mm256_set1_epi32(int(0x80000000));
+    __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(int64_t(points))));
+    v = _mm256_mul_ps(_mm256_add_ps(v, _mm256_set1_ps(shift)), _mm256_set1_ps(scale));
+    __m256i minus = _mm256_and_si256(_mm256_sllv_epi32(_mm256_set1_epi32(signs), places), sign);
+    _mm256_storeu_ps(out, _mm256_xor_ps(v, _mm256_castsi256_ps(minus)));
+}
+
+int eighth_sign(uint32_t seven) { return int(seven & 127) | __builtin_parity(seven & 127) << 7; }  // which makes them even
+
+int nibble(const uint8_t* b, int64_t i) { return b[i / 2] >> (i % 2 * 4) & 15; }
+
+template <typename Word>
+Word word_at(const uint8_t* b, int64_t i) {
+    Word word;
+    std::memcpy(&word, b + i * sizeof word, sizeof word);
+    return word;
+}
+
+void iq2_xxs(const uint8_t* b, const int8_t* grid, float* out) {
+    for (int64_t i = 0; i < 32; i++) {  // eights
+        uint32_t word = word_at<uint32_t>(b + 2, i / 4 * 2 + 1);
+        float scale = half(b) * (float(word >> 28) + 0.5f) / 4;
+        put_points(entry(grid, b[2 + i / 4 * 8 + i % 4]), eighth_sign(word >> i % 4 * 7), 0, scale, out + 8 * i);
+    }
+}
+
+void iq2_xs(const uint8_t* b, const int8_t* grid, float* out) {
+    for (int64_t i = 0; i < 32; i++) {
+        uint32_t word = word_at<uint16_t>(b + 2, i);
+        float scale = half(b) * (float(nibble(b + 66, i / 2)) + 0.5f) / 4;
+        put_points(entry(grid, word & 511), eighth_sign(word >> 9), 0, scale, out + 8 * i);
+    }
+}
+
+void iq2_s(const uint8_t* b, const int8_t* grid, float* out) {
+    for (int64_t i = 0; i < 32; i++) {
+        int64_t number = b[2 + i] | (b[66 + i / 4] >> i % 4 * 2 & 3) << 8;
+        float scale = half(b) * (float(nibble(b + 74, i / 2)) + 0.5f) / 4;
+        put_points(entry(grid, number), b[34 + i], 0, scale, out + 8 * i);
+    }
+}
+
+void iq3_xxs(const uint8_t* b, const int8_t* grid, float* out) {
+    for (int64_t i = 0; i < 32; i++) {
+        uint32_t word = word_at<uint32_t>(b + 66, i / 4);
+        float scale = half(b) * (float(word >> 28) + 0.5f) / 2;
+        put_points(two_entries(grid, b[2 + 2 * i], b[3 + 2 * i]), eighth_sign(word >> i % 4 * 7), 0, scale, out + 8 * i);
+    }
+}
+
+void iq3_s(const uint8_t* b, const int8_t* grid, float* out) {
+    auto number = [&](int64_t k) { return b[2 + k] | (b[66 + k / 8] >> k % 8 & 1) << 8; };
+    for (int64_t i = 0; i < 32; i++) {
+        float scale = half(b) * float(2 * nibble(b + 106, i / 4) + 1);
+        put_points(two_entries(grid, number(2 * i), number(2 * i + 1)), b[74 + i], 0, scale, out + 8 * i);
+    }
+}
+
+void iq1_s(const uint8_t* b, const int8_t* grid, float* out) {
+    for (int64_t i = 0; i < 32; i++) {
+        int word = word_at<uint16_t>(b + 34, i / 4);
+        float scale = half(b) * float(2 * (word >> 12 & 7) + 1), shift = word >> 15 ? -0.125f : 0.125f;
+        put_points(entry(grid, b[2 + i] | (word >> i % 4 * 3 & 7) << 8), 0, shift, scale, out + 8 * i);
+    }
+}
+
+void iq1_m(const uint8_t* b, const int8_t* grid, float* out) {
+    auto words = [&](int64_t i) { return int(word_at<uint16_t>(b + 48, i)); };
+    uint16_t bits = uint16_t(words(0) >> 12 | words(1) >> 12 << 4 | words(2) >> 12 << 8 | words(3) >> 12 << 12);
+    float d = get(&bits, 0, FLOAT16);
+    for (int64_t i = 0; i < 32; i++) {
+        int high = nibble(b + 32, i);
+        float scale = d * float(2 * (words(i / 8) >> i / 2 % 4 * 3 & 7) + 1);
+        put_points(entry(grid, b[i] | (high & 7) << 8), 0, high & 8 ? -0.125f : 0.125f, scale, out + 8 * i);
+    }
+}
+
 // What Python calls a layout by; `operations.py` has the same order.
 const struct {
     int64_t elements, bytes;
-    void (*unpack)(const uint8_t*, float*);
-} BLOCKS[] = {{32, 20, q4_1},        {32, 22, q5<false>},    {32, 24, q5<true>},  {256, 84, q2_k},    {256, 110, q3_k},
-              {256, 144, q45_k<false>}, {256, 176, q45_k<true>}, {256, 210, q6_k}, {256, 136, iq4_xs}};
+    void (*unpack)(const uint8_t*, const int8_t* grid, float*);
+} BLOCKS[] = {{32, 20, q4_1},           {32, 22, q5<false>},  {32, 24, q5<true>}, {256, 84, q2_k},  {256, 110, q3_k},
+              {256, 144, q45_k<false>}, {256, 176, q45_k<true>}, {256, 210, q6_k}, {256, 136, iq4_xs}, {256, 110, iq3_s},
+              {256, 98, iq3_xxs},       {256, 82, iq2_s},     {256, 74, iq2_xs},  {256, 66, iq2_xxs}, {256, 56, iq1_m},
+              {256, 50, iq1_s}};
 
 // ------------------------------------------------------------------------------------------------ rows
 
@@ -116,7 +211,7 @@ struct Stored {
     const uint8_t* codes;
     const void* scale;  // (rows / high, columns / wide), both rounded up; not of ggml blocks
     int scale_type;
-    const void* aside;  // fp32 numbers of the codes, 256 or 16; of whole numbers their zeros, as the scales, or null
+    const void* aside;  // fp32 numbers of the codes, 256 or 16; of whole numbers their zeros, as the scales, or null; a grid
     int64_t high, wide, rows, columns;
 };
 
@@ -194,7 +289,8 @@ void read_row(const Stored& w, int64_t row, float* out) {
     if (w.layout == INT8) return read_row<INT8>(w, row, out);
     auto block = BLOCKS[w.layout - GGML];
     const uint8_t* b = w.codes + row * (w.columns / block.elements) * block.bytes;
-    for (int64_t k = 0; k < w.columns; k += block.elements, b += block.bytes) block.unpack(b, out + k);
+    for (int64_t k = 0; k < w.columns; k += block.elements, b += block.bytes)
+        block.unpack(b, static_cast<const int8_t*>(w.aside), out + k);
 }
 
 int64_t room(int64_t columns) { return (columns + 255) / 256 * 256; }

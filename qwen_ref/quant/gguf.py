@@ -29,7 +29,7 @@ from ..errors import CheckpointError
 from ..limits import LIMITS
 from ..safetensors_file import SafetensorsFile, TensorInfo
 from ..strict_json import quote
-from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half
+from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half, iq1_m_scale
 from .gguf_hybrid import Heads, OfficialTensors
 from .gguf_meta import draft_layers, read_config, read_tokenizer
 from .packed import Code4, Gguf, Int4, Int8, Packed
@@ -40,11 +40,11 @@ STRING, ARRAY = 8, 9  # the other types of a metadata value
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TENSOR_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
-    13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16", 39: "MXFP4", 40: "NVFP4",
+    13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
+    23: "IQ4_XS", 29: "IQ1_M", 30: "BF16", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 _OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8",
-    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 34: "TQ1_0", 35: "TQ2_0",
 }  # fmt: skip
 _MOST_KEYS, _MOST_TENSORS = 1 << 16, 1 << 17
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -399,7 +399,7 @@ def _elements(shape: tuple[int, ...], kind: str | None) -> tuple[int, ...]:
 
 _SCALES_AT = {  # the bytes at which a kind that stays in blocks has its fp16 scales
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_XS": (0,),
+    "IQ4_XS": (0,), "IQ3_S": (0,), "IQ3_XXS": (0,), "IQ2_S": (0,), "IQ2_XS": (0,), "IQ2_XXS": (0,), "IQ1_M": (), "IQ1_S": (0,),
 }  # fmt: skip
 _CHUNK_BYTES = 1 << 18  # of blocks at a time: what is made of them stays in the processor's cache
 
@@ -413,7 +413,7 @@ def repack(kind: str, blocks: Tensor) -> Packed:
     elements, size = BLOCK[kind]
     b = blocks.unflatten(-1, (-1, size))  # (..., N, G, bytes)
     if kind in _SCALES_AT:
-        _check_finite(kind, *(half(b, at) for at in _SCALES_AT[kind]))
+        _check_finite(kind, *(half(b, at) for at in _SCALES_AT[kind]), *([iq1_m_scale(b)] if kind == "IQ1_M" else []))
         return Gguf(blocks, kind)
     codes, scale = _by_rows(_CODES_AND_SCALE[kind], b)
     _check_finite(kind, scale)

@@ -11,9 +11,13 @@ packed so that a processor unpacks many bytes with one shift: the fields of one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..safetensors_file import SafetensorsFile
 
 BLOCK: dict[str, tuple[int, int]] = {  # kind -> elements and bytes of a block
     "Q8_0": (32, 34),
@@ -28,6 +32,13 @@ BLOCK: dict[str, tuple[int, int]] = {  # kind -> elements and bytes of a block
     "Q6_K": (256, 210),
     "IQ4_NL": (32, 18),
     "IQ4_XS": (256, 136),
+    "IQ3_S": (256, 110),
+    "IQ3_XXS": (256, 98),
+    "IQ2_S": (256, 82),
+    "IQ2_XS": (256, 74),
+    "IQ2_XXS": (256, 66),
+    "IQ1_M": (256, 56),
+    "IQ1_S": (256, 50),
     "MXFP4": (32, 17),
     "NVFP4": (64, 36),
 }
@@ -128,6 +139,108 @@ def _iq4_xs(b: Tensor) -> Tensor:
     return (half(b, 0)[..., None] * scales * values).flatten(-2)
 
 
+# ------------------------------------------------------------------------------------------------- 256 elements of a grid
+
+# Eight elements, of IQ3 four, are one entry of a grid: those points that were found to serve best. IQ2 and IQ3 have their signs
+# beside it, of the XS and XXS kinds seven of eight: their number is even. Every product is exact in fp32.
+
+
+GRIDS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")  # the kinds that have one
+
+
+@cache
+def grid(kind: str) -> Tensor:
+    """(entries, elements) int8, the grid of a kind that has one."""
+    with SafetensorsFile(Path(__file__).parents[1] / "assets" / "ggml_grids.safetensors") as file:
+        return file.read({"IQ1_M": "IQ1_S"}.get(kind, kind))
+
+
+def _iq2_xxs(b: Tensor) -> Tensor:
+    """d; of sub-blocks of 32, 4 bytes of entries e and 32 bits of 4 x 7 signs and a scale s: d (s + 1/2) / 4 (+-) grid[e]."""
+    entries, word = b[..., 2:].unflatten(-1, (8, 2, 4)).unbind(-2)  # (..., 8, 4) each
+    signs, scales = _signs_and_scale(word)
+    return _of_grid("IQ2_XXS", half(b, 0) * (scales + 0.5) / 4, entries.flatten(-2), signs)
+
+
+def _iq2_xs(b: Tensor) -> Tensor:
+    """d, 32 times 9 bits of an entry and 7 signs, 8 bytes of scales; sub-blocks of 16, as IQ2_XXS."""
+    word = _pairs(b[..., 2:66])
+    return _of_grid("IQ2_XS", half(b, 0) * (fields(b[..., 66:], 1, 4) + 0.5) / 4, word & 511, _eighth_sign(word >> 9))
+
+
+def _iq2_s(b: Tensor) -> Tensor:
+    """d, 32 bytes of entries, 32 of signs, 8 of the entries' upper two bits, 8 of scales; sub-blocks of 16, as IQ2_XXS."""
+    entries = b[..., 2:34] | fields(b[..., 66:74], 1, 2).int() << 8
+    return _of_grid("IQ2_S", half(b, 0) * (fields(b[..., 74:], 1, 4) + 0.5) / 4, entries, b[..., 34:66])
+
+
+def _iq3_xxs(b: Tensor) -> Tensor:
+    """d, 64 bytes of entries, 8 times 4 x 7 signs and a scale s; sub-blocks of 32: d (s + 1/2) / 2 (+-) grid[e]."""
+    signs, scales = _signs_and_scale(b[..., 66:].unflatten(-1, (8, 4)))
+    return _of_grid("IQ3_XXS", half(b, 0) * (scales + 0.5) / 2, b[..., 2:66], signs)
+
+
+def _iq3_s(b: Tensor) -> Tensor:
+    """d, 64 bytes of entries, 64 ninth bits, 32 bytes of signs, 4 of scales s; sub-blocks of 32: d (2 s + 1) (+-) grid[e]."""
+    entries = b[..., 2:66] | fields(b[..., 66:74], 1, 1).int() << 8
+    return _of_grid("IQ3_S", half(b, 0) * (2 * fields(b[..., 106:], 1, 4).float() + 1), entries, b[..., 74:106])
+
+
+def _iq1_s(b: Tensor) -> Tensor:
+    """d, 32 bytes of entries e, 8 times 4 x 3 upper bits, a scale s, a sign; sub-blocks of 32: d (2 s + 1) (grid[e] +- 1/8)."""
+    word = _pairs(b[..., 34:])  # (..., 8)
+    entries = b[..., 2:34] | (word[..., None] >> torch.arange(0, 12, 3, device=b.device) & 7).flatten(-2) << 8
+    shift = 0.125 - 0.25 * (word >> 15)
+    return _of_grid("IQ1_S", half(b, 0) * (2 * (word >> 12 & 7) + 1), entries, shift=shift)
+
+
+def _iq1_m(b: Tensor) -> Tensor:
+    """32 bytes of entries, 32 times 3 upper bits and a sign, 4 times 4 x 3 bits of a scale s and 4 of d: as IQ1_S, but
+    sub-blocks of 16, and every entry has a sign of its own."""
+    high = fields(b[..., 32:48], 1, 4).int()  # (..., 32)
+    scales = (_pairs(b[..., 48:])[..., None] >> torch.arange(0, 12, 3, device=b.device) & 7).flatten(-2)  # (..., 16)
+    entries = b[..., :32] | (high & 7) << 8
+    return _of_grid("IQ1_M", iq1_m_scale(b) * (2 * scales + 1), entries, shift=0.125 - 0.25 * (high >> 3))
+
+
+def iq1_m_scale(b: Tensor) -> Tensor:
+    """d of IQ1_M, (..., 56) -> (..., 1): the top four bits of four times sixteen, the lowest first."""
+    low, high = (b[..., 49::2] >> 4).unflatten(-1, (2, 2)).unbind(-1)  # nibbles 0 and 2, 1 and 3
+    return (low | high << 4).view(torch.float16).float()
+
+
+def _of_grid(kind: str, scales: Tensor, entries: Tensor, signs: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """scales (..., n), entries (..., m), signs (..., 32) of eight elements each, shift (..., k) -> (..., 256)."""
+    values = grid(kind).to(entries.device).float()[entries.long()].flatten(-2)  # (..., 256)
+    if signs is not None:
+        values = values * (1 - 2 * fields(signs, 1, 1).float())
+    if shift is not None:
+        values = (values.unflatten(-1, (shift.shape[-1], -1)) + shift[..., None]).flatten(-2)
+    return (scales[..., None] * values.unflatten(-1, (scales.shape[-1], -1))).flatten(-2)
+
+
+def _signs_and_scale(word: Tensor) -> tuple[Tensor, Tensor]:
+    """32 bits of 4 x 7 signs and a scale, (..., 8, 4) -> (..., 32) and (..., 8)."""
+    low, high = _pairs(word).unbind(-1)  # (..., 8) each, of sixteen bits
+    word = low | high << 16
+    seven = word[..., None] >> torch.arange(0, 28, 7, device=word.device) & 127
+    return _eighth_sign(seven.flatten(-2)), high >> 12
+
+
+def _eighth_sign(seven: Tensor) -> Tensor:
+    """Seven bits and an eighth that makes the number of ones even."""
+    odd = seven ^ seven >> 4
+    odd = odd ^ odd >> 2
+    odd = odd ^ odd >> 1
+    return (seven | (odd & 1) << 7).to(torch.uint8)
+
+
+def _pairs(b: Tensor) -> Tensor:
+    """(..., 2 n) bytes -> (..., n) int32 below 2^16."""
+    low, high = b.unflatten(-1, (-1, 2)).int().unbind(-1)
+    return low | high << 8
+
+
 def _scaled(b: Tensor, scales: Tensor, minima: Tensor, q: Tensor) -> Tensor:
     d, dmin = half(b, 0), half(b, 2)
     return ((d * scales)[..., None] * q.unflatten(-1, (8, 32)) - (dmin * minima)[..., None]).flatten(-2)
@@ -184,6 +297,13 @@ _FORMULAS = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "IQ3_S": _iq3_s,
+    "IQ3_XXS": _iq3_xxs,
+    "IQ2_S": _iq2_s,
+    "IQ2_XS": _iq2_xs,
+    "IQ2_XXS": _iq2_xxs,
+    "IQ1_M": _iq1_m,
+    "IQ1_S": _iq1_s,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
 }
