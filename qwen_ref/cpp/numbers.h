@@ -97,7 +97,24 @@ __m256i add_products(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-// As many numbers as a register holds; `eight` of the same total; of integers, products of 16 bits are added in pairs.
+// As many numbers as a register holds; `eight` of the same total. Of integers, products of 16 bits are added in pairs.
+
+struct Eight {
+    static constexpr int64_t N = 8;
+    __m256i all = _mm256_setzero_si256();
+
+    static Eight at(const void* from) { return {load(from)}; }
+    static Eight of(int32_t x) { return {_mm256_set1_epi32(x)}; }
+    static Eight widened(const void* from) { return {_mm256_cvtepi8_epi16(load_half(from))}; }  // sixteen, of 8 bits
+    template <int I> Eight nibble() const {  // of every sixteen bits
+        Eight low = {_mm256_srli_epi16(all, 4 * I)};
+        return I == 3 ? low : Eight{_mm256_and_si256(low.all, _mm256_set1_epi16(15))};
+    }
+    Eight operator+(Eight b) const { return {_mm256_add_epi32(all, b.all)}; }
+    void add_products(Eight a, Eight b) { all = ::add_products(all, a.all, b.all); }
+    __m256i eight() const { return all; }
+};
+
 #ifdef WIDE
 struct Floats {
     static constexpr int64_t N = 16;
@@ -117,9 +134,17 @@ struct Integers {
 
     static Integers at(const void* from) { return {_mm512_loadu_si512(from)}; }
     static Integers of(int32_t x) { return {_mm512_set1_epi32(x)}; }
+    static Integers widened(const void* from) { return {_mm512_cvtepi8_epi16(load(from))}; }
+    template <int I> Integers nibble() const {  // of every sixteen bits
+        Integers low = {_mm512_srli_epi16(all, 4 * I)};
+        return I == 3 ? low : Integers{_mm512_and_si512(low.all, _mm512_set1_epi16(15))};
+    }
+    Integers operator+(Integers b) const { return {_mm512_add_epi32(all, b.all)}; }
     void add_products(Integers a, Integers b) { all = _mm512_dpwssd_epi32(all, a.all, b.all); }
-    Floats floats() const { return {_mm512_cvtepi32_ps(all)}; }
+    __m256i eight() const { return _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1)); }
 };
+
+Floats floats(Integers x) { return {_mm512_cvtepi32_ps(x.all)}; }
 #else
 struct Floats {
     static constexpr int64_t N = 8;
@@ -133,15 +158,9 @@ struct Floats {
     __m256 eight() const { return all; }
 };
 
-struct Integers {
-    static constexpr int64_t N = 8;
-    __m256i all = _mm256_setzero_si256();
+using Integers = Eight;
 
-    static Integers at(const void* from) { return {load(from)}; }
-    static Integers of(int32_t x) { return {_mm256_set1_epi32(x)}; }
-    void add_products(Integers a, Integers b) { all = ::add_products(all, a.all, b.all); }
-    Floats floats() const { return {_mm256_cvtepi32_ps(all)}; }
-};
+Floats floats(Integers x) { return {_mm256_cvtepi32_ps(x.all)}; }
 #endif
 
 float total(__m256 v) {

@@ -81,86 +81,91 @@ void deal(int16_t* codes) {
         store(codes + 16 * i, _mm256_permutevar8x32_epi32(four[i], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 
-// One token, ready to be multiplied. Every `span` columns are summed in integers; both halves of the register that holds
-// their sums have a scale and a zero of their own, since 4-bit groups can be half as long as what one register reads.
-struct Token {
-    int64_t span, spans;
-    std::vector<int16_t> codes;
-    std::vector<float> scale;    // (spans)
-    std::vector<int64_t> group;  // (spans, 2): of the weights
-    std::vector<int32_t> shift;  // (spans, 8): minus the sums of the codes, lane by lane as the products are summed
-};
+// Two times sixty-four that `deal` has dealt: what a register of 64 bytes multiplies at once comes together.
+void join(int16_t* codes) {
+    __m256i v[8];
+    for (int i = 0; i < 8; i++) v[i] = load(codes + 16 * i);
+    for (int i = 0; i < 4; i++) store(codes + 32 * i, v[i]), store(codes + 32 * i + 16, v[i + 4]);
+}
 
 template <int BITS>
 constexpr int64_t READ = BITS == 4 ? 2 * STEP : STEP;  // columns of one step
 
+// One token, ready to be multiplied. Every `span` columns are summed in integers, and lie together: their codes, minus the sums of
+// these, lane by lane as the products are summed, and their scale. Both halves of the register that holds the sums have a scale
+// and a zero of their own, since 4-bit groups can be half as long as what one register reads.
+struct Token {
+    int64_t span, spans;
+    Aligned<uint8_t> parts;      // (spans, bytes(span))
+    std::vector<int64_t> group;  // (spans, 2): of the weights
+
+    static constexpr int64_t SCALE = 32;  // bytes after the codes: eight sums are before it
+    static constexpr int64_t bytes(int64_t span) { return 2 * span + 64; }
+};
+
 template <int BITS>
 Token round_token(const Matrix& w, const void* x, int type) {
-    int64_t blocks = (w.columns + BLOCK - 1) / BLOCK, span = std::max(std::min(w.group, BLOCK), READ<BITS>);
+    int64_t span = std::max(std::min(w.group, BLOCK), READ<BITS>);
     while (w.columns % span) span /= 2;
     int64_t spans = w.columns / span;
-    Token token = {span, spans, std::vector<int16_t>(blocks * BLOCK), std::vector<float>(spans),
-                   std::vector<int64_t>(spans * 2), std::vector<int32_t>(spans * 8)};
-    std::vector<float> scale(blocks);
-    for (int64_t i = 0; i < blocks; i++) {
-        int16_t* codes = &token.codes[i * BLOCK];
-        scale[i] = round_block(x, i * BLOCK, type, std::min(BLOCK, w.columns - i * BLOCK), codes);
-        for (int64_t k = 0; BITS == 4 && k < BLOCK; k += 64) deal(codes + k);
-    }
+    Token token = {span, spans, Aligned<uint8_t>(spans * Token::bytes(span)), std::vector<int64_t>(spans * 2)};
     const __m256i by = _mm256_set1_epi16(w.zero ? -1 : BITS == 4 ? -8 : 0);
+    alignas(64) int16_t codes[BLOCK];
+    float scale = 0;
     for (int64_t s = 0; s < spans; s++) {
-        token.scale[s] = scale[s * span / BLOCK];
-        token.group[2 * s] = w.group_at(s * span), token.group[2 * s + 1] = w.group_at(s * span + READ<BITS> / 2);
+        int64_t first = s * span, k = first % BLOCK;
+        if (!k) {
+            scale = round_block(x, first, type, std::min(BLOCK, w.columns - first), codes);
+            for (int64_t i = 0; BITS == 4 && i < BLOCK; i += 64) deal(codes + i);
+            for (int64_t i = 0; BITS == 4 && Integers::N == 16 && span % 128 == 0 && i < BLOCK; i += 128) join(codes + i);
+        }
         __m256i sum = _mm256_setzero_si256();
-        for (int64_t k = s * span; k < (s + 1) * span; k += 16)
-            sum = add_products(sum, load(&token.codes[k]), by);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(&token.shift[s * 8]), sum);
+        for (int64_t i = k; i < k + span; i += 16) sum = add_products(sum, load(codes + i), by);
+        uint8_t* part = &token.parts[s * Token::bytes(span)];
+        std::memcpy(part, codes + k, 2 * span), store(part + 2 * span, sum);
+        std::memcpy(part + 2 * span + Token::SCALE, &scale, sizeof scale);
+        token.group[2 * s] = w.group_at(first), token.group[2 * s + 1] = w.group_at(first + READ<BITS> / 2);
     }
     return token;
 }
 
-// T tokens times one row, STEPS registers of codes to a span. Four-bit codes are not all shifted down: with the second and
-// the third of sixteen bits where they are, the products are 16 and 256 times too large, which 32 bits can hold.
+// T tokens times one row, STEPS times 32 bytes of codes to a span.
 template <int BITS, int STEPS, int T>
 void multiply_row(const Matrix& w, int64_t row, const Token* token, float* y) {
+    using Register = std::conditional_t<BITS == 8 || STEPS % 2 == 0, Integers, Eight>;
+    constexpr int64_t BYTES = sizeof(Register) / (BITS == 4 ? 1 : 2);  // of codes, multiplied at once
+    constexpr int64_t SUMS = 2 * STEPS * READ<BITS>;                  // bytes of a part before them
     constexpr bool HALVES = BITS == 4 && STEPS == 1;  // the halves of the register may be of two groups
-    const uint8_t* codes = w.codes + row * w.width;
-    const int16_t* x[T];
+    const uint8_t *codes = w.codes + row * w.width, *x[T];
     __m256 sum[T];
-    for (int t = 0; t < T; t++) x[t] = token[t].codes.data(), sum[t] = _mm256_setzero_ps();
+    for (int t = 0; t < T; t++) x[t] = token[t].parts.get(), sum[t] = _mm256_setzero_ps();
     for (int64_t s = 0; s < token->spans; s++, codes += 32 * STEPS) {
         int64_t low = row * w.groups + token->group[2 * s], high = row * w.groups + token->group[2 * s + 1];
-        __m256i part[T], more[T], most[T];
-        for (int t = 0; t < T; t++) part[t] = load(&token[t].shift[s * 8]), more[t] = most[t] = _mm256_setzero_si256();
-        if (w.zero) {
-            __m128i zero = _mm_set1_epi32(w.zero[low]), other = HALVES ? _mm_set1_epi32(w.zero[high]) : zero;
-            for (int t = 0; t < T; t++) part[t] = _mm256_mullo_epi32(part[t], _mm256_set_m128i(other, zero));
-        }
-        auto add = [](__m256i& to, __m256i a, const int16_t* b) { to = add_products(to, a, load(b)); };
-#pragma GCC unroll 8
-        for (int i = 0; i < STEPS; i++) {
-            const uint8_t* from = codes + 32 * i;
-            if (i % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + AHEAD), _MM_HINT_T1);
+        Register part[T], more[T];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 32 * STEPS; i += BYTES) {
+            if (i % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(codes + i + AHEAD), _MM_HINT_T1);
+            auto add = [&](Register* to, Register c, int64_t at) {
+                for (int t = 0; t < T; t++) to[t].add_products(c, Register::at(x[t] + at));
+            };
             if constexpr (BITS == 4) {
-                __m256i four = load(from), first = _mm256_and_si256(four, _mm256_set1_epi16(0x000f));
-                __m256i second = _mm256_and_si256(four, _mm256_set1_epi16(0x00f0));
-                __m256i third = _mm256_and_si256(four, _mm256_set1_epi16(0x0f00)), fourth = _mm256_srli_epi16(four, 12);
-                for (int t = 0; t < T; t++) {
-                    add(part[t], first, x[t]), add(more[t], second, x[t] + 16);
-                    add(most[t], third, x[t] + 32), add(part[t], fourth, x[t] + 48);
-                    x[t] += 64;
-                }
+                Register four = Register::at(codes + i);
+                add(part, four.template nibble<0>(), 4 * i), add(more, four.template nibble<1>(), 4 * i + BYTES);
+                add(part, four.template nibble<2>(), 4 * i + 2 * BYTES), add(more, four.template nibble<3>(), 4 * i + 3 * BYTES);
             } else {
-                __m256i first = _mm256_cvtepi8_epi16(load_half(from)), second = _mm256_cvtepi8_epi16(load_half(from + 16));
-                for (int t = 0; t < T; t++) add(part[t], first, x[t]), add(more[t], second, x[t] + 16), x[t] += 32;
+                add(i / BYTES % 2 ? more : part, Register::widened(codes + i), 2 * i);
             }
         }
         __m256 scale = _mm256_set1_ps(get(w.scale, low, w.scale_type));
         if (HALVES) scale = _mm256_insertf128_ps(scale, _mm_set1_ps(get(w.scale, high, w.scale_type)), 1);
+        __m256i zero = _mm256_set1_epi32(w.zero ? w.zero[low] : 1);
+        if (HALVES && w.zero) zero = _mm256_inserti128_si256(zero, _mm_set1_epi32(w.zero[high]), 1);
         for (int t = 0; t < T; t++) {
-            if (BITS == 4) more[t] = _mm256_add_epi32(_mm256_srai_epi32(more[t], 4), _mm256_srai_epi32(most[t], 8));
-            __m256 by = _mm256_mul_ps(scale, _mm256_set1_ps(token[t].scale[s]));
-            sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(part[t], more[t])), by, sum[t]);
+            __m256i shift = load(x[t] + SUMS);
+            __m256 by = _mm256_mul_ps(scale, _mm256_broadcast_ss(reinterpret_cast<const float*>(x[t] + SUMS + Token::SCALE)));
+            if (w.zero) shift = _mm256_mullo_epi32(shift, zero);
+            sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32((part[t] + more[t]).eight(), shift)), by, sum[t]);
+            x[t] += SUMS + 64;
         }
     }
     for (int t = 0; t < T; t++) y[t] = total(sum[t]);
@@ -242,7 +247,7 @@ void widen_panel(const Matrix& w, int64_t row, int64_t first, int64_t count, int
 void add_scaled(float* to, Integers low, Integers high, const float* scale, float by) {
     auto add = [&](int64_t r, Integers sums) {
         Floats all = Floats::at(to + r);
-        all.add_product(sums.floats(), Floats::at(scale + r) * Floats::of(by));
+        all.add_product(floats(sums), Floats::at(scale + r) * Floats::of(by));
         all.put(to + r);
     };
     add(0, low), add(Floats::N, high);

@@ -233,9 +233,9 @@ float zero_at(const Stored& w, int64_t i) {
     return 0;
 }
 
-using Eight = std::integral_constant<int64_t, 8>;
+using Whole = std::integral_constant<int64_t, 8>;
 
-// What eight codes stand for from column k on, of which `count` are there: an Eight, or fewer.
+// What eight codes stand for from column k on, of which `count` are there: a Whole, or fewer.
 template <typename Count>
 __m256 values(const Stored& w, const uint8_t* codes, int64_t k, Count count) {
     const float* table = static_cast<const float*>(w.aside);
@@ -268,7 +268,7 @@ void read_row(Stored w, int64_t row, float* out) {
     for (int64_t g = 0; whole && g < groups; g++) {
         __m256 scale = _mm256_set1_ps(scale_at(w, scales + g)), zero = _mm256_set1_ps(zero_at(w, scales + g));
         int64_t k = g * w.wide, last = std::min(k + w.wide, w.columns);
-        for (; k + 8 <= last; k += 8) scaled(k, Eight(), scale, zero);
+        for (; k + 8 <= last; k += 8) scaled(k, Whole(), scale, zero);
         if (k < last) scaled(k, last - k, scale, zero);
     }
     for (int64_t k = 0; !whole && k < w.columns; k += 8) {
