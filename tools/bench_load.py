@@ -2,6 +2,7 @@
 
     python tools/bench_load.py                      # Qwen3-1.7B's shape, random weights, files in the page cache
     python tools/bench_load.py --layers 4 --rounds 3
+    python tools/bench_load.py --wide --layers 10   # matrices of Qwen3-8B's shape, four times as large
 
 The limit is a load that reads the file into new memory and moves the weights once, at the speed of a copy: ratio 1.
 The goal is 1.2. Medians (minimum to maximum) are printed, and one JSON object as the last line.
@@ -30,6 +31,7 @@ QWEN3_17B: dict[str, Any] = {
     "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True,
     "torch_dtype": "float16", "vocab_size": 4096,
 }  # fmt: skip  (few words: the embedding is not packed, and not what is measured)
+QWEN3_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32}  # what differs
 GROUP = 128
 
 
@@ -52,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=QWEN3_17B["num_hidden_layers"])
+    parser.add_argument("--wide", action="store_true", help="matrices of Qwen3-8B's shape")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -59,9 +62,9 @@ def main() -> None:
     summary = {}
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder), kind, args.layers)
+            write(Path(folder), kind, {**QWEN3_17B, **(QWEN3_8B if args.wide else {}), "num_hidden_layers": args.layers})
             summary[kind] = measure(Path(folder), kind, args.rounds)
-    print(json.dumps({"torch": torch.__version__, "threads": args.threads, "layers": args.layers, **summary}))
+    print(json.dumps({"torch": torch.__version__, **vars(args), **summary}))
 
 
 def measure(folder: Path, kind: str, rounds: int) -> dict[str, Any]:
@@ -110,16 +113,16 @@ def read(file: Path, size: int) -> torch.Tensor:
     return out
 
 
-def write(folder: Path, kind: str, layers: int) -> None:
+def write(folder: Path, kind: str, c: dict[str, Any]) -> None:
     """A checkpoint of random codes, as its kind's library names and shapes the tensors."""
-    c, hidden, inner, dim = QWEN3_17B, QWEN3_17B["hidden_size"], QWEN3_17B["intermediate_size"], QWEN3_17B["head_dim"]
+    hidden, inner, dim = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     heads, kv = c["num_attention_heads"] * dim, c["num_key_value_heads"] * dim
     shapes = {"self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
               "self_attn.o_proj": (hidden, heads), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
               "mlp.down_proj": (hidden, inner)}  # fmt: skip
     tensors = {"model.embed_tokens.weight": torch.randn(c["vocab_size"], hidden).half(),
                "model.norm.weight": torch.ones(hidden).half()}  # fmt: skip
-    for layer in range(layers):
+    for layer in range(c["num_hidden_layers"]):
         base = f"model.layers.{layer}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{base}.{name}.weight"] = torch.ones(hidden).half()
@@ -128,7 +131,7 @@ def write(folder: Path, kind: str, layers: int) -> None:
         for name, (rows, columns) in shapes.items():
             tensors |= {f"{base}.{name}.{part}": t for part, t in packed(kind, rows, columns).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {**c, "num_hidden_layers": layers, "quantization_config": KINDS[kind]}
+    config = {**c, "quantization_config": KINDS[kind]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
