@@ -73,7 +73,7 @@ class _Sheet:
     def trim(self) -> None:
         """Give back what is free, all but the first huge page: whole ones, for a part of one leaves small ones."""
         for start, end in self.free:
-            start, end = max(_up(start, _HUGE), _HUGE), end // _HUGE * _HUGE
+            start, end = max(_up(start, _HUGE), _HUGE), min(end, _up(self.touched, _HUGE)) // _HUGE * _HUGE
             if start < end:
                 self.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
         if self.free:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import mmap
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from test_mtp import HYBRIDS, with_draft_layer
 from test_parity import IDS, VARIANTS
 
 import qwen_ref as qr
-from qwen_ref import backend
+from qwen_ref import backend, memory
 from qwen_ref.cache import RecurrentCache
 from qwen_ref.cpp import library
 from qwen_ref.cpp import operations as cpp
@@ -653,6 +655,21 @@ def test_a_record_keeps_no_model_that_is_gone_and_nothing_that_it_cannot_use(in_
         (step,) = cache.steps
         assert step.stack is fast.model and step.tape.whole == (count == 2)
         assert bool(step.tape._held) == bool(step.tape._cells.size) == step.tape.whole
+
+
+@compiled
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
+def test_a_record_holds_none_of_the_memory_that_passes_are_lent(in_cpp, monkeypatch, name):
+    """It would never be free again, and with it the memory of the longest prompt would stay."""
+    monkeypatch.setattr(memory, "_LARGE", 1)
+    monkeypatch.setattr(memory, "_pool", memory._Pool())
+    fast, ids = recordable(name).fuse(), torch.arange(40).view(1, 40)
+    cache = fast.make_cache()
+    for piece in ids.split([37, 1, 1, 1], dim=1):
+        fast(piece, None, cache)
+    gc.collect()
+    assert is_recorded(cache) and bool(memory._pool.sheets) == hasattr(mmap, "MADV_HUGEPAGE")
+    assert not any(sheet.lent for sheet in memory._pool.sheets)
 
 
 def test_a_fused_model_says_that_its_logits_are_no_numbers():

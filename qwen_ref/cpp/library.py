@@ -147,6 +147,11 @@ class Tape:
 _recording: ContextVar[Tape | None] = ContextVar("recording", default=None)
 
 
+def recording() -> bool:
+    """Whether a tape is holding what is computed now."""
+    return _recording.get() is not None
+
+
 class _Watch(TorchDispatchMode):
     """Sees what PyTorch computes meanwhile, which no tape holds: views and new memory are not computed, and a plain copy
     becomes a call."""

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import ops, torch_ops
-from ..memory import scratch
+from ..memory import empty, scratch
 from ..quant import packed
 from ..quant.blocked import linear_blocked
 from ..quant.gguf_blocks import BLOCK, GRIDS, grid
 from ..quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
-from .library import call, has_tiles, why_not
+from .library import call, has_tiles, recording, why_not
 
 COLUMNS, STEP = 256, 32  # what packed.h calls BLOCK and STEP
 FEW = 16  # what numbers.h calls so
@@ -350,7 +350,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
 
 def _new(x: Tensor, *shape: int) -> Tensor:
     """Memory for a result of x's type. The C library's heap, which PyTorch takes from, keeps holes of what many tokens need."""
-    return scratch(shape, x.dtype, x.device)
+    return (empty if recording() else scratch)(shape, x.dtype, x.device)  # a tape keeps it
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
