@@ -71,7 +71,7 @@ def test_the_reference_of_a_format_is_its_library(tmp_path, format, monkeypatch)
 NAME = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("targets", itertools.permutations([NAME, "re:.*self_attn.*", "re:.*q_proj", "Linear"]))
+@pytest.mark.parametrize("targets", [*itertools.permutations([NAME, "re:.*self_attn.*", "re:.*q_proj", "Linear"])])
 def test_the_most_specific_target_wins(targets):
     """As in compressed-tensors, which takes the first of its matches, in whatever group and order they stand."""
     for count in range(1, 5):
