@@ -11,7 +11,7 @@
 
 #include "threads.h"
 
-#if defined __AVX512VNNI__ && defined __AVX512BW__ && defined __AVX512VL__
+#if defined __AVX512VNNI__ && defined __AVX512BW__ && defined __AVX512DQ__ && defined __AVX512VL__
 #define WIDE  // registers of 64 bytes, and one instruction that multiplies 16 bits and adds
 #endif
 

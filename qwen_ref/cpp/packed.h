@@ -1,10 +1,10 @@
 // y = x W^T + bias with a matrix of 4- or 8-bit codes, multiplied as integers.
 //
 // The codes are taken as they are; x is rounded to 16 bits under one scale for every BLOCK columns of a token, which is finer
-// than bfloat16. One instruction then multiplies sixteen columns and adds them in pairs: twice the speed of fp32. With up
+// than bfloat16. One instruction then multiplies 16 columns (AVX-512: 32) and adds them in pairs: twice the speed of fp32. With up
 // to FEW tokens the codes are widened to 16 bits in a register, with one at the speed of memory; with many, PANEL rows at a time
 // are widened to the first-level cache, once for all tokens, and laid so that a register holds one pair of columns of eight
-// rows: their sums never have to be added across a register.
+// or sixteen rows: their sums never have to be added across a register.
 #pragma once
 
 #include "numbers.h"
@@ -91,9 +91,10 @@ void join(int16_t* codes) {
 template <int BITS>
 constexpr int64_t READ = BITS == 4 ? 2 * STEP : STEP;  // columns of one step
 
-// One token, ready to be multiplied. Every `span` columns are summed in integers, and lie together: their codes, minus the sums of
-// these, lane by lane as the products are summed, and their scale. Both halves of the register that holds the sums have a scale
-// and a zero of their own, since 4-bit groups can be half as long as what one register reads.
+// One token, ready to be multiplied. Every `span` columns are summed in integers, and lie together: their codes; minus the sums of
+// these, times the zero if it is the same everywhere, lane by lane as the products are summed; and their scale. Both halves of
+// the register that holds the sums have a scale and a zero of their own, since 4-bit groups can be half as long as what one
+// register reads.
 struct Token {
     int64_t span, spans;
     Aligned<uint8_t> parts;      // (spans, bytes(span))
@@ -134,7 +135,7 @@ template <int BITS, int STEPS, int T>
 void multiply_row(const Matrix& w, int64_t row, const Token* token, float* y) {
     using Register = std::conditional_t<BITS == 8 || STEPS % 2 == 0, Integers, Eight>;
     constexpr int64_t BYTES = sizeof(Register) / (BITS == 4 ? 1 : 2);  // of codes, multiplied at once
-    constexpr int64_t SUMS = 2 * STEPS * READ<BITS>;                  // bytes of a part before them
+    constexpr int64_t SPAN = STEPS * READ<BITS>, SUMS = 2 * SPAN;  // where in a part of x its sums are, in bytes
     constexpr bool HALVES = BITS == 4 && STEPS == 1;  // the halves of the register may be of two groups
     const uint8_t *codes = w.codes + row * w.width, *x[T];
     __m256 sum[T];
@@ -165,7 +166,7 @@ void multiply_row(const Matrix& w, int64_t row, const Token* token, float* y) {
             __m256 by = _mm256_mul_ps(scale, _mm256_broadcast_ss(reinterpret_cast<const float*>(x[t] + SUMS + Token::SCALE)));
             if (w.zero) shift = _mm256_mullo_epi32(shift, zero);
             sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32((part[t] + more[t]).eight(), shift)), by, sum[t]);
-            x[t] += SUMS + 64;
+            x[t] += Token::bytes(SPAN);
         }
     }
     for (int t = 0; t < T; t++) y[t] = total(sum[t]);

@@ -175,7 +175,7 @@ void iq3_s(const uint8_t* b, const int8_t* grid, float* out) {
 void iq1_s(const uint8_t* b, const int8_t* grid, float* out) {
     for (int64_t i = 0; i < 32; i++) {
         int word = word_at<uint16_t>(b + 34, i / 4);
-        float scale = half(b) * float(2 * (word >> 12 & 7) + 1), shift = word >> 15 ? -0.125f : 0.125f;
+        float scale = half(b) * float(2 * (word >> 12 & 7) + 1), shift = 0.125f - 0.25f * float(word >> 15);
         put_points(entry(grid, b[2 + i] | (word >> i % 4 * 3 & 7) << 8), 0, shift, scale, out + 8 * i);
     }
 }
@@ -184,10 +184,12 @@ void iq1_m(const uint8_t* b, const int8_t* grid, float* out) {
     auto words = [&](int64_t i) { return int(word_at<uint16_t>(b + 48, i)); };
     uint16_t bits = uint16_t(words(0) >> 12 | words(1) >> 12 << 4 | words(2) >> 12 << 8 | words(3) >> 12 << 12);
     float d = get(&bits, 0, FLOAT16);
-    for (int64_t i = 0; i < 32; i++) {
-        int high = nibble(b + 32, i);
-        float scale = d * float(2 * (words(i / 8) >> i / 2 % 4 * 3 & 7) + 1);
-        put_points(entry(grid, b[i] | (high & 7) << 8), 0, high & 8 ? -0.125f : 0.125f, scale, out + 8 * i);
+    for (int64_t sub = 0; sub < 16; sub++) {  // of 16 elements
+        float scale = d * float(2 * (words(sub / 4) >> sub % 4 * 3 & 7) + 1);
+        for (int64_t i = 2 * sub; i < 2 * sub + 2; i++) {
+            int high = nibble(b + 32, i);
+            put_points(entry(grid, b[i] | (high & 7) << 8), 0, 0.125f - 0.25f * float(high >> 3), scale, out + 8 * i);
+        }
     }
 }
 
