@@ -149,7 +149,8 @@ class _Arena:
             if memory is None:
                 return None
             end = start + _up(size, mmap.PAGESIZE)
-            if self._mapping is None or len(memory) - end >= len(self._mapping) - self._used or memory is self._mapping:
+            left = 0 if self._mapping is None else len(self._mapping) - self._used
+            if memory is self._mapping or len(memory) - end >= left:  # what has more left is taken from next
                 self._mapping, self._used = memory, end
         piece = (ctypes.c_char * size).from_buffer(memory, start)
         weakref.finalize(piece, memory.madvise, mmap.MADV_DONTNEED, start, end - start).atexit = False

@@ -7,6 +7,7 @@ import mmap
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -76,15 +77,16 @@ def test_many_that_end_within_a_page_lie_in_few():
     assert sum(b - a == 1 << 20 for a, b in pairwise(places)) >= 6  # one mapping may end among them
 
 
-def test_no_two_threads_get_the_same_bytes():
-    def fill(number):
-        held = [memory.empty((1 << 18,), torch.uint8, CPU).fill_(number) for _ in range(100)]
-        assert all((x == number).all() for x in held)
-        return [x.data_ptr() for x in held], held
+def test_no_two_threads_get_the_same_bytes(monkeypatch):
+    up = memory._up
+    monkeypatch.setattr(memory, "_up", lambda size, unit: (time.sleep(1e-4), up(size, unit))[1])  # in the middle of `take`
+
+    def take(number):
+        return [memory.empty((1 << 18,), torch.uint8, CPU) for _ in range(100)]
 
     with ThreadPoolExecutor(4) as pool:
-        places = [place for some, _ in pool.map(fill, range(4)) for place in some]
-    assert len(set(places)) == 400
+        held = [x for some in pool.map(take, range(4)) for x in some]
+    assert len({x.data_ptr() for x in held}) == 400
 
 
 def test_what_was_given_back_is_lent_again_and_only_that():
@@ -181,6 +183,16 @@ def test_nothing_is_lent_twice_and_nothing_is_lost(pool, sizes, random):
         pages = sum(-(-len(x) // mmap.PAGESIZE) for x, _ in held)
         assert sum(sheet.lent for sheet in pool.sheets) == pages * mmap.PAGESIZE
     assert all((x == value).all() for x, value in held)
+
+
+@linux
+@pytest.mark.parametrize("step", ["take", "put"])
+def test_one_thread_at_a_time_changes_what_is_free(pool, monkeypatch, step):
+    locked, change = [], getattr(memory._Sheet, step)
+    monkeypatch.setattr(memory._Sheet, step, lambda *args: (locked.append(pool._lock.locked()), change(*args))[1])
+    for _ in range(3):
+        scratch(1 << 20)
+    assert len(locked) >= 2 and all(locked)
 
 
 @linux

@@ -29,7 +29,7 @@ from ..errors import CheckpointError
 from ..limits import LIMITS
 from ..safetensors_file import SafetensorsFile, TensorInfo
 from ..strict_json import quote
-from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, half, iq1_m_scale
+from .gguf_blocks import BLOCK, E2M1_VALUES, GRIDS, IQ4_VALUES, five_bits, half, iq1_m_scale
 from .gguf_hybrid import Heads, OfficialTensors
 from .gguf_meta import draft_layers, read_config, read_tokenizer
 from .packed import Code4, Gguf, Int4, Int8, Packed
@@ -397,9 +397,9 @@ def _elements(shape: tuple[int, ...], kind: str | None) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------------- blocks in memory
 
-_SCALES_AT = {  # the bytes at which a kind that stays in blocks has its fp16 scales
+_SCALES_AT = {  # the bytes at which a kind that stays in blocks has its fp16 scales; IQ1_M's bits lie apart
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_XS": (0,), "IQ3_S": (0,), "IQ3_XXS": (0,), "IQ2_S": (0,), "IQ2_XS": (0,), "IQ2_XXS": (0,), "IQ1_M": (), "IQ1_S": (0,),
+    "IQ4_XS": (0,), **dict.fromkeys(GRIDS, (0,)), "IQ1_M": (),
 }  # fmt: skip
 _CHUNK_BYTES = 1 << 18  # of blocks at a time: what is made of them stays in the processor's cache
 
