@@ -6,11 +6,11 @@ from test_kernels import needs_triton, python
 
 TILE = """
 import torch, triton, triton.language as tl
-from qwen_kernels import unpack, linear_fp8_dynamic
+from qwen_kernels import bits, linear_fp8_dynamic
 @triton.jit
 def kernel(bytes_, out, KIND: tl.constexpr):
     at = tl.arange(0, 256)
-    tl.store(out + at, unpack.scale_at(bytes_ + at, at < 256, KIND, True))
+    tl.store(out + at, bits.scale_at(bytes_ + at, at < 256, KIND, True))
 @triton.jit
 def rounding(values, out, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
@@ -39,6 +39,30 @@ rounding[(len(values) // 512,)](values, out, N=512)
 print(torch.equal(out, values.to(torch.float8_e4m3fn).float()))
 """
     assert set(python(code, interpret=True).split()) == {"True"}
+
+
+@needs_triton
+def test_every_kind_of_ggml_that_stays_in_blocks_is_decoded_to_the_bit():
+    """Blocks of random bytes, among them those at the ends of their matrix; rows far apart, and at an odd place."""
+    code = """
+import torch
+from test_gguf_blocks import random_blocks
+from qwen_kernels import packed_linear, unpack_ggml
+from qwen_ref.quant.gguf import repack
+from qwen_ref.quant.gguf_blocks import BLOCK
+from qwen_ref.quant.packed import Gguf
+kept = [kind for kind, (_, size) in BLOCK.items() if isinstance(repack(kind, torch.ones(1, size, dtype=torch.uint8)), Gguf)]
+print(sorted(kept) == sorted(unpack_ggml.KINDS))
+for kind in kept:
+    columns = 5 * BLOCK[kind][0]
+    blocks = random_blocks(kind, (23, columns), finite=True)
+    apart = torch.full((23, blocks.shape[-1] + 6), 255, dtype=torch.uint8)
+    apart[:, 2:-4] = blocks
+    for weight in (Gguf(blocks, kind), Gguf(apart[:, 2:-4], kind)):
+        wanted = weight.dequantize(torch.float32)
+        print(torch.equal(packed_linear.dense(packed_linear.TUNED, weight, columns, wanted), wanted), bool(wanted.std() > 0))
+"""
+    assert python(code, interpret=True).split() == ["True"] * 61
 
 
 PATHS = """

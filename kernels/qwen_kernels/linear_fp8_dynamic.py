@@ -27,10 +27,11 @@ from qwen_ref.quant import packed
 from qwen_ref.quant.packed import Fp8
 
 from . import packed_linear
+from .bits import e4m3, fetch, scale_at
 from .launch import ANY, on, supports, tuned
 from .linear import _add_splits
 from .packed_linear import MOST_VECTORS
-from .unpack import Operands, e4m3, fetch, operands, scale_at
+from .unpack import Operands, operands
 
 __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 

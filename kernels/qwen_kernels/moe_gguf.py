@@ -1,8 +1,7 @@
-"""moe_gguf in Triton: stacks of experts, rows of ggml blocks as in the file, Q4_K and Q6_K; other kinds are left to the
-formula.
+"""moe_gguf in Triton: stacks of experts, rows of ggml blocks as in the file.
 
-The algorithm is in `packed_moe`, the layout is that of `linear_gguf`. Bytes: H I 144 / 256 bytes a matrix, or 210 /
-256, for the experts chosen. FLOPs: 6 M k H I.
+The algorithm is in `packed_moe`, the layouts are those of `linear_gguf`. Bytes: H I / 256 times a block's a matrix, for the
+experts chosen. FLOPs: 6 M k H I.
 """
 
 from __future__ import annotations

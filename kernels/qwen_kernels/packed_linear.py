@@ -30,9 +30,10 @@ from qwen_ref.errors import RequestError
 from qwen_ref.quant.gguf_blocks import BLOCK
 from qwen_ref.quant.packed import Fp8, Gguf, Int8, Packed, rows
 
+from .bits import fetch, halves, pairs
 from .launch import ANY, on, require, tuned
 from .linear import _add_splits
-from .unpack import Operands, fetch, halves, operands, pairs
+from .unpack import Operands, operands
 
 Table = dict[tuple[str, Any], dict[str, int]]
 MOST_VECTORS, MOST_ROWS = 4, 64

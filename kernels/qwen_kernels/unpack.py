@@ -9,10 +9,7 @@ the two are the same. A kernel calls its decoder through the constant DECODE, an
 Where rows are aligned (WORDS) four bytes are loaded as one integer and taken apart by shifts: a GPU has no registers of
 one byte, and the compiler, left with bytes, spends more instructions on them than on the arithmetic.
 
-No number goes through a conversion, of which a GPU makes a half or a quarter as many as multiplications: the bits of a
-small integer q, read as fp32, are the denormal number 2^-149 q. One multiply-add takes it to 2^-22 (q - zero), exactly, and
-the scale gives the 2^22 back. In the same way an e4m3 number becomes 2^-120 times its value by moving its bits.
-A NaN among float8_e4m3fn codes is read as 480: a checkpoint with one is refused where it is loaded.
+The decoder of ggml's kinds is in `unpack_ggml`, what they are made of in `bits`.
 """
 
 from __future__ import annotations
@@ -25,10 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen_ref.quant.gguf_blocks import BLOCK
 from qwen_ref.quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
 
-TWO_127, TWO_22 = tl.constexpr(2.0**127), tl.constexpr(2.0**22)
-KINDS = ("Q4_K", "Q6_K")  # of ggml, those with a decoder
+from . import unpack_ggml
+from .bits import TWO_22, bytes_at, e4m3, fetch, group_of, less, scale_at
 
 
 class Operands(NamedTuple):
@@ -36,7 +34,7 @@ class Operands(NamedTuple):
 
     codes: Tensor  # (..., N, bytes) uint8
     scale: Tensor | None  # (..., N or blocks of rows, G) float, or uint8 where Triton has no such float
-    extra: Tensor | None  # zeros (..., N, G), or the table (..., 16)
+    extra: Tensor | None  # zeros (..., N, G), or what codes stand for: a table (16,), one of each expert, points of a grid
     decode: Any
     nibbles: bool
     group: int  # columns of a scale; 0: the whole row
@@ -65,25 +63,29 @@ class Operands(NamedTuple):
     @property
     def aligned(self) -> bool:
         """Whether every row, and what is left of it at its end, is made of whole words."""
-        places = (*self.codes.stride()[:-1], self.codes.shape[-1], self.codes.storage_offset())
-        return self.kind != "Q6_K" and all(place % 4 == 0 for place in places)
+        places = (*self.codes.stride()[:-1], self.codes.shape[-1], self.codes.storage_offset(), BLOCK.get(self.kind, (1, 4))[1])
+        return all(place % 4 == 0 for place in places)
+
+    @property
+    def looks_up(self) -> bool:
+        return self.decode in (code4, unpack_ggml.ggml)
 
     def strides(self) -> tuple[int, int, int]:
         """From row to row: of codes, scales, extras."""
-        return (_row(self.codes), _row(self.scale), 0 if self.decode is code4 else _row(self.extra))
+        return (_row(self.codes), _row(self.scale), 0 if self.looks_up else _row(self.extra))
 
     def expert_strides(self) -> tuple[int, int, int]:
-        table = self.decode is code4 and self.extra is not None and self.extra.dim() == 1
-        return (self.codes.stride(0), _first(self.scale), 0 if table else _first(self.extra))
+        shared = self.looks_up and self.extra is not None and self.extra.dim() == 1
+        return (self.codes.stride(0), _first(self.scale), 0 if shared else _first(self.extra))
 
 
 def operands(weight: Packed, inner: int) -> Operands | None:
     """A matrix of `inner` columns for the kernels; None where they have no decoder for it, which is rare."""
     if isinstance(weight, Gguf):
-        if weight.kind not in KINDS:
+        if weight.kind not in unpack_ggml.KINDS:
             return None
-        decode = q4_k if weight.kind == "Q4_K" else q6_k
-        return Operands(_lines(weight.blocks), None, None, decode, False, 0, 1, 16, weight.kind)
+        blocks, table = _lines(weight.blocks), unpack_ggml.table(weight.kind, weight.blocks.device)
+        return Operands(blocks, None, table, unpack_ggml.ggml, False, 0, 1, unpack_ggml.SPAN, weight.kind)
     if isinstance(weight, Fp8):
         high, wide = weight.block
         high = 0 if high >= weight.codes.shape[-2] else high
@@ -183,126 +185,3 @@ def code4(
     byte = bytes_at(codes + n * c1, c * WIDE, w, j, width, BYTES, WORDS, EVEN)
     first, second = tl.load(extra + (byte & 15)), tl.load(extra + (byte >> 4 & 15))  # 64 bytes that stay in the L1 cache
     return first, second, scale_at(scale + n * s1 + group_of(c, GROUP, SPAN), c * WIDE < width, KIND, EVEN)
-
-
-@triton.jit
-def q4_k(
-    codes, scale, extra, n, c, w, j, width, c1, s1, e1,
-    GROUP: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
-    BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Blocks of 256 columns, 144 bytes: d, dmin, 12 bytes of eight 6-bit scales and minima, 128 bytes of nibbles."""
-    inside, sub, start = c * SPAN < width, c % 16 // 2, c // 16 * 144
-    block = codes + n * c1 + start
-    at = start + 16 + sub // 2 * 32 + c % 2 * 16
-    byte = bytes_at(codes + n * c1, at, w, j, start + tl.where(inside, 144, 0), BYTES, WORDS, EVEN)
-    # Bytes: 0..3 scales, 4..7 minima, 8..11 the low four bits of both for sub 4..7, whose high two are in 0..7.
-    low = fetch(block + 4 + sub % 4, inside, EVEN).to(tl.int32)
-    middle = fetch(block + 8 + sub % 4, inside, EVEN).to(tl.int32)
-    both = fetch(block + 12 + sub % 4, inside, EVEN).to(tl.int32)
-    s = tl.where(sub < 4, low & 63, both & 15 | low >> 6 << 4)
-    m = tl.where(sub < 4, middle & 63, both >> 4 | middle >> 6 << 4)
-    d = fetch(half(block), inside, EVEN).to(tl.float32)
-    least = fetch(half(block + 2), inside, EVEN).to(tl.float32)
-    value = less(byte >> sub % 2 * 4 & 15, 0.0) * (d * s.to(tl.float32) * TWO_22) - least * m.to(tl.float32)
-    return value, value, tl.full(d.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def q6_k(
-    codes, scale, extra, n, c, w, j, width, c1, s1, e1,
-    GROUP: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
-    BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Blocks of 256 columns, 210 bytes: 128 of low nibbles, 64 of high two bits, 16 int8 scales, d."""
-    inside, sub = c * SPAN < width, c % 16
-    block = codes + n * c1 + c // 16 * 210
-    part = sub % 8 // 2  # of a half of 128 columns, which quarter
-    place = sub % 2 * 16 + w * BYTES + j
-    low = fetch(block + sub // 8 * 64 + part % 2 * 32 + place, inside, EVEN).to(tl.uint32)
-    high = fetch(block + 128 + sub // 8 * 32 + place, inside, EVEN).to(tl.uint32)
-    code = low >> part // 2 * 4 & 15 | (high >> part * 2 & 3) << 4
-    value = less(code, 32.0)
-    s = fetch(block + 192 + sub, inside, EVEN).to(tl.int8, bitcast=True).to(tl.float32)
-    return value, value, s * TWO_22 * fetch(half(block + 208), inside, EVEN).to(tl.float32)
-
-
-# ------------------------------------------------------------------------------------------------- their parts
-
-
-@triton.jit
-def bytes_at(row, start, w, j, width, BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr):
-    """Bytes of a row from `start` on, in the low eight bits of a uint32; the bits above them are not zero."""
-    if WORDS:
-        word = row.to(tl.pointer_type(tl.uint32), bitcast=True) + (start // 4 + w)
-        return fetch(word, start + w * 4 < width, EVEN) >> (j * 8).to(tl.uint32)
-    else:
-        at = start + w * BYTES + j
-        return fetch(row + at, at < width, EVEN).to(tl.uint32)
-
-
-
-@triton.jit
-def fetch(pointer, inside, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=inside, other=0.0 if pointer.dtype.element_ty.is_floating() else 0)
-
-
-@triton.jit
-def less(small, zero):
-    """2^-22 (small - zero) of an integer below 2^22: its bits are a denormal fp32 number. Exact."""
-    return small.to(tl.float32, bitcast=True) * TWO_127 - zero * (1.0 / TWO_22)
-
-
-@triton.jit
-def e4m3(byte):
-    """The value of a float8_e4m3fn code: sign, exponent and mantissa moved to where fp32 has them, which is 2^-120 of it."""
-    top = (byte.to(tl.uint32) << 24).to(tl.int32, bitcast=True)
-    bits = (top >> 4).to(tl.uint32, bitcast=True) & 0x87F00000
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-
-
-@triton.jit
-def scale_at(pointer, inside, KIND: tl.constexpr, EVEN: tl.constexpr):
-    s = fetch(pointer, inside, EVEN)
-    if KIND == "e4m3":
-        return e4m3(s)
-    elif KIND == "e8m0":
-        bits = s.to(tl.int32) << 23
-        bits = tl.where(s == 0, 0x400000, tl.where(s == 255, 0x7FC00000, bits))  # 2^-127, and NaN
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return s.to(tl.float32)
-
-
-@triton.jit
-def group_of(c, GROUP: tl.constexpr, SPAN: tl.constexpr):
-    if GROUP == 0:
-        return c * 0
-    else:
-        return c * SPAN // GROUP
-
-
-@triton.jit
-def half(pointer):
-    return pointer.to(tl.pointer_type(tl.float16), bitcast=True)
-
-
-@triton.jit
-def pairs(pointer):
-    """A pointer to neighbouring numbers as one integer: both are loaded at once, and `halves` takes them apart."""
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        return pointer.to(tl.pointer_type(tl.int32), bitcast=True)
-    else:
-        return pointer.to(tl.pointer_type(tl.int64), bitcast=True)
-
-
-@triton.jit
-def halves(pair, T: tl.constexpr):
-    """The even and the odd number of a pair, of type T."""
-    if T.primitive_bitwidth == 16:
-        return (pair & 0xFFFF).to(tl.int16).to(T, bitcast=True), (pair >> 16).to(tl.int16).to(T, bitcast=True)
-    else:
-        return (pair & 0xFFFFFFFF).to(tl.int32).to(T, bitcast=True), (pair >> 32).to(tl.int32).to(T, bitcast=True)

@@ -29,7 +29,7 @@ from ..errors import CheckpointError
 from ..limits import LIMITS
 from ..safetensors_file import SafetensorsFile, TensorInfo
 from ..strict_json import quote
-from .gguf_blocks import BLOCK, E2M1_VALUES, GRIDS, IQ4_VALUES, five_bits, half, iq1_m_scale
+from .gguf_blocks import BLOCK, E2M1_VALUES, IQ4_VALUES, five_bits, scales_of
 from .gguf_hybrid import Heads, OfficialTensors
 from .gguf_meta import draft_layers, read_config, read_tokenizer
 from .packed import Code4, Gguf, Int4, Int8, Packed
@@ -397,10 +397,6 @@ def _elements(shape: tuple[int, ...], kind: str | None) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------------- blocks in memory
 
-_SCALES_AT = {  # the bytes at which a kind that stays in blocks has its fp16 scales; IQ1_M's bits lie apart
-    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_XS": (0,), **dict.fromkeys(GRIDS, (0,)), "IQ1_M": (),
-}  # fmt: skip
 _CHUNK_BYTES = 1 << 18  # of blocks at a time: what is made of them stays in the processor's cache
 
 
@@ -412,8 +408,8 @@ def repack(kind: str, blocks: Tensor) -> Packed:
     """
     elements, size = BLOCK[kind]
     b = blocks.unflatten(-1, (-1, size))  # (..., N, G, bytes)
-    if kind in _SCALES_AT:
-        _check_finite(kind, *(half(b, at) for at in _SCALES_AT[kind]), *([iq1_m_scale(b)] if kind == "IQ1_M" else []))
+    if kind not in _CODES_AND_SCALE:
+        _check_finite(kind, *scales_of(kind, b))
         return Gguf(blocks, kind)
     codes, scale = _by_rows(_CODES_AND_SCALE[kind], b)
     _check_finite(kind, scale)
@@ -465,7 +461,7 @@ _CODES_AND_SCALE = {"Q8_0": _of_q8_0, "Q5_0": _of_q5_0, "Q4_0": _of_nibbles, "IQ
 
 def _neighbours(q: Tensor) -> Tensor:
     """`pack4(nibbles(q))`, (..., G, n) -> (..., G * n), on pairs of bytes, whose codes lie eight bits apart."""
-    pairs = q.contiguous().view(torch.int16)  # (..., G, n / 2)
+    pairs = q.clone(memory_format=torch.contiguous_format).view(torch.int16)  # (..., G, n / 2); of one block q is contiguous
     lanes = [(lane | lane >> 4).to(torch.uint8) for lane in (pairs & 0x0F0F, pairs >> 4 & 0x0F0F)]
     word = torch.int64 if q.shape[-1] == 16 else torch.int32  # a lane of n / 2 bytes is put in its place at once
     return torch.cat([lane.view(word) for lane in lanes], dim=-1).view(torch.uint8).flatten(-2)

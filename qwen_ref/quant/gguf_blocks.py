@@ -42,6 +42,15 @@ BLOCK: dict[str, tuple[int, int]] = {  # kind -> elements and bytes of a block
     "MXFP4": (32, 17),
     "NVFP4": (64, 36),
 }
+GRIDS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")  # the kinds whose elements are points of a grid
+HALVES: dict[str, tuple[int, ...]] = {  # the bytes at which a kind has its fp16 scales; of IQ1_M the bits lie apart
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS", *GRIDS), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+    "IQ1_M": (48,),
+}
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -145,9 +154,6 @@ def _iq4_xs(b: Tensor) -> Tensor:
 # beside it, of the XS and XXS kinds seven of eight: their number is even. Every product is exact in fp32.
 
 
-GRIDS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")  # the kinds that have one
-
-
 @cache
 def grid(kind: str) -> Tensor:
     """(entries, elements) int8, the grid of a kind that has one."""
@@ -200,13 +206,7 @@ def _iq1_m(b: Tensor) -> Tensor:
     high = fields(b[..., 32:48], 1, 4).int()  # (..., 32)
     scales = (_pairs(b[..., 48:])[..., None] >> torch.arange(0, 12, 3, device=b.device) & 7).flatten(-2)  # (..., 16)
     entries = b[..., :32] | (high & 7) << 8
-    return _of_grid("IQ1_M", iq1_m_scale(b) * (2 * scales + 1), entries, shift=0.125 - 0.25 * (high >> 3))
-
-
-def iq1_m_scale(b: Tensor) -> Tensor:
-    """d of IQ1_M, (..., 56) -> (..., 1): the top four bits of four times sixteen, the lowest first."""
-    low, high = (b[..., 49::2] >> 4).unflatten(-1, (2, 2)).unbind(-1)  # nibbles 0 and 2, 1 and 3
-    return (low | high << 4).view(torch.float16).float()
+    return _of_grid("IQ1_M", _iq1_m_scale(b) * (2 * scales + 1), entries, shift=0.125 - 0.25 * (high >> 3))
 
 
 def _of_grid(kind: str, scales: Tensor, entries: Tensor, signs: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -252,6 +252,17 @@ def _scaled(b: Tensor, scales: Tensor, minima: Tensor, q: Tensor) -> Tensor:
 def half(b: Tensor, at: int) -> Tensor:
     """The fp16 number at byte `at`: (..., bytes) -> (..., 1) fp32."""
     return b[..., at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+
+
+def scales_of(kind: str, b: Tensor) -> list[Tensor]:
+    """The fp16 scales of blocks, (..., 1) fp32 each."""
+    return [_iq1_m_scale(b) if kind == "IQ1_M" else half(b, at) for at in HALVES[kind]]
+
+
+def _iq1_m_scale(b: Tensor) -> Tensor:
+    """d of IQ1_M, (..., 56) -> (..., 1): the top four bits of four times sixteen, the lowest first."""
+    low, high = (b[..., 49::2] >> 4).unflatten(-1, (2, 2)).unbind(-1)  # nibbles 0 and 2, 1 and 3
+    return (low | high << 4).view(torch.float16).float()
 
 
 def nibbles(q: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ...quant import packed
-from ...quant.gguf_blocks import BLOCK
+from ...quant.gguf_blocks import BLOCK, DEQUANTIZE, GRIDS, HALVES
 from ...quant.packed import Code4, Fp8, Gguf, Int4, Int8, Packed
 from ..shapes import Sizes
 from .common import Case, Draw, Subject, bytes_of
@@ -24,6 +25,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 HALF = torch.float16
 # Draws a matrix (*lead, N, K) of one layout whose numbers are about K^-0.5 large: (draw, *lead, n, k) -> packed.
 Make = Callable[..., Packed]
+Styles = Mapping[str, Make]
+NONE: Styles = MappingProxyType({})
 
 
 def int4(draw: Draw, *shape: int, group: int = 32, zero: bool = True, scale: torch.dtype = HALF) -> Int4:
@@ -86,10 +89,28 @@ def gguf(draw: Draw, *shape: int, kind: str = "Q4_K") -> Gguf:
     blocks = draw.integers(0, 256, *lead, k // elements, size)
     if blocks.device.type != "meta":
         # Random bits make fp16 numbers of any size, or none; what is left to chance here is the scales of scales.
-        for at, share in {"Q4_K": ((0, 1 / 250), (2, 1 / 70)), "Q6_K": ((208, 1 / 1400),)}[kind]:
-            scale = draw.uniform(0.5 * share * k**-0.5, 1.5 * share * k**-0.5, *lead, k // elements, 1, dtype=HALF)
-            blocks[..., at : at + 2] = scale.view(torch.uint8)
+        scale = k**-0.5 / _unscaled(kind)
+        for at in HALVES[kind]:
+            _put_half(kind, blocks, at, draw.uniform(0.5 * scale, 1.5 * scale, *lead, k // elements, 1, dtype=HALF))
     return Gguf(blocks.flatten(-2), kind)
+
+
+@cache
+def _unscaled(kind: str) -> float:
+    """How large the numbers of random blocks are whose fp16 scales are one."""
+    blocks = torch.randint(0, 256, (256, BLOCK[kind][1]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for at in HALVES[kind]:
+        _put_half(kind, blocks, at, torch.ones(256, 1, dtype=HALF))
+    return float(DEQUANTIZE[kind](blocks).square().mean().sqrt())
+
+
+def _put_half(kind: str, blocks: Tensor, at: int, scale: Tensor) -> None:
+    """Of IQ1_M four bits in the upper halves of four bytes."""
+    if kind != "IQ1_M":
+        blocks[..., at : at + 2] = scale.view(torch.uint8)
+        return
+    nibbles = scale.view(torch.int16).int() >> torch.arange(0, 16, 4, device=scale.device) & 15  # (..., 4)
+    blocks[..., at + 1 : at + 8 : 2] = (blocks[..., at + 1 : at + 8 : 2] & 15) | (nibbles << 4).to(torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------------- linear
@@ -100,7 +121,7 @@ def _case(name: str, draw: Draw, make: Make, shape: tuple[int, ...], n: int, bia
     return Case(name, (x, make(draw, n, shape[-1]), draw.normal(n) if bias else None))
 
 
-def _linear_cases(styles: dict[str, Make], k: int, odd: int, s: Sizes, draw: Draw) -> Iterator[Case]:
+def _linear_cases(styles: Styles, k: int, odd: int, brief: Styles, s: Sizes, draw: Draw) -> Iterator[Case]:
     """Every style; k columns, or an odd number of them. The counts are those at which kernels change."""
     first, n = next(iter(styles.values())), s.kv_heads * s.head_dim
     for count in (1, 2, 3, 5, 16, 17, 40, 0):
@@ -121,6 +142,9 @@ def _linear_cases(styles: dict[str, Make], k: int, odd: int, s: Sizes, draw: Dra
         yield Case(f"{count} rows, last of a sequence", (hidden[:, -1], weight, bias))
         yield Case(f"{count} rows, every second number", (apart[:, 1::2], weight, bias))
         yield Case(f"{count} rows, one row repeated", (apart[:1, 1 : k + 1].expand(count, -1), weight, None))
+    for style, make in brief.items():
+        yield _case(f"1 row, {style}", draw, make, (1, k), 21)
+        yield _case(f"6 rows, {style}", draw, make, (6, k), 37, bias=True)
     stack = first(draw, 3, 4 * n, k)
     part = packed.rows(packed.expert(stack, 1), *_middle(stack, n))
     yield Case("5 rows, part of a stack", (draw.normal(5, k), part, None))
@@ -134,8 +158,11 @@ def _middle(weight: Packed, n: int) -> tuple[int, int]:
     return first, min(first + n, 4 * n)
 
 
-def _linear_real(styles: dict[str, Make], s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
-    """The first format on q, k and v, o, gate and up, down, each shape once; every other one on q."""
+def _linear_real(styles: Styles, brief: Styles, s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+    """The first format on q, k and v, o, gate and up, down, each shape once; every other one on q.
+
+    Those of `brief` only in bf16 for few tokens: they are decoded to the same fp32 numbers for all.
+    """
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     shapes = [(q, s.hidden), (kv, s.hidden), (s.hidden, q)]
     if not s.experts:
@@ -143,7 +170,7 @@ def _linear_real(styles: dict[str, Make], s: Sizes, tokens: int, draw: Draw) -> 
     (first, make), *others = styles.items()
     for n, k in dict.fromkeys(shapes):
         yield _case(f"{tokens} x ({n}, {k}), {first}", draw, make, (tokens, k), n)
-    for style, make in others:
+    for style, make in (*others, *(brief.items() if draw.dtype == torch.bfloat16 and tokens <= 64 else ())):
         yield _case(f"{tokens} x ({q}, {s.hidden}), {style}", draw, make, (tokens, s.hidden), q)
 
 
@@ -164,7 +191,7 @@ def _moe_case(
     return Case(name, (x, gate_up, down, weights, chosen))
 
 
-def _moe_cases(styles: dict[str, Make], k: int, odd: int, s: Sizes, draw: Draw) -> Iterator[Case]:
+def _moe_cases(styles: Styles, k: int, odd: int, s: Sizes, draw: Draw) -> Iterator[Case]:
     small = replace(s, hidden=k, intermediate=k if k == odd else 24, experts=5, top_k=2)
     first = next(iter(styles.values()))
     for tokens in (0, 1, 9):
@@ -185,7 +212,7 @@ def _moe_cases(styles: dict[str, Make], k: int, odd: int, s: Sizes, draw: Draw) 
         yield Case(f"{tokens} tokens, strided", (apart, gate_up, down, *turned))
 
 
-def _moe_real(styles: dict[str, Make], s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
+def _moe_real(styles: Styles, s: Sizes, tokens: int, draw: Draw) -> Iterator[Case]:
     """Only the first format: what the others change is in the linear projections too."""
     style, make = next(iter(styles.items()))
     yield _moe_case(f"{tokens} tokens, {s.top_k} of {s.experts}, {style}", draw, make, s, tokens)
@@ -204,17 +231,17 @@ def _moe_bytes(x: Tensor, gate_up: Packed, down: Packed, weights: Tensor, expert
 
 # ------------------------------------------------------------------------------------------------- the layouts
 
-Styles = dict[str, Make]
-
-
 def _subjects(
-    layout: str, awkward: Styles, real: Styles, k: int = 96, odd: int = 67, experts: Styles | None = None
+    layout: str, awkward: Styles, real: Styles, k: int = 96, odd: int = 67, experts: Styles = NONE, brief: Styles = NONE
 ) -> tuple[Subject, Subject]:
-    """linear_<layout> and moe_<layout>. Of `awkward` and `real`, the first is tried most; `experts`: more awkward styles."""
+    """linear_<layout> and moe_<layout>. Of `awkward` and `real`, the first is tried most.
+
+    `experts`: more awkward styles of experts; `brief`: styles that only one row and some rows are tried with.
+    """
     linear, moe = (getattr(packed, f"{what}_{layout}") for what in ("linear", "moe"))
-    all_styles = awkward | (experts or {})
+    all_styles = {**awkward, **experts}
     return (
-        Subject(linear, partial(_linear_cases, awkward, k, odd), partial(_linear_real, real), _linear_flops),
+        Subject(linear, partial(_linear_cases, awkward, k, odd, brief), partial(_linear_real, real, brief), _linear_flops),
         Subject(
             moe, partial(_moe_cases, all_styles, k, odd), partial(_moe_real, real), _moe_flops, _moe_bytes, needs="experts"
         ),
@@ -231,10 +258,11 @@ _BLOCKS: Styles = {
 }
 _DYNAMIC = Subject(
     packed.linear_fp8_dynamic,
-    partial(_linear_cases, _BLOCKS, 96, 67),
-    partial(_linear_real, {"128 x 128": fp8}),
+    partial(_linear_cases, _BLOCKS, 96, 67, NONE),
+    partial(_linear_real, {"128 x 128": fp8}, NONE),
     _linear_flops,
 )
+_OTHER_KINDS = ("Q5_K", "Q3_K", "Q2_K", "IQ4_XS", *GRIDS, "Q4_1", "Q5_1")
 SUBJECTS: tuple[Subject, ...] = (
     *_subjects(
         "int4",
@@ -277,9 +305,9 @@ SUBJECTS: tuple[Subject, ...] = (
     ),
     *_subjects(
         "gguf",
-        {"Q4_K": gguf, "Q6_K": partial(gguf, kind="Q6_K")},
-        {"Q4_K": gguf, "Q6_K": partial(gguf, kind="Q6_K")},
-        k=256, odd=256,
+        {kind: partial(gguf, kind=kind) for kind in ("Q4_K", "Q6_K")},
+        {kind: partial(gguf, kind=kind) for kind in ("Q4_K", "Q6_K")},
+        k=256, odd=256, brief={kind: partial(gguf, kind=kind) for kind in _OTHER_KINDS},
     ),
     _DYNAMIC,
 )  # fmt: skip

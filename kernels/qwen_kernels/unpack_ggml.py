@@ -1,0 +1,315 @@
+"""Blocks of ggml in registers: a chunk is 16 columns, the most that share a scale in every kind.
+
+The layouts and the formulas are those of `qwen_ref.quant.gguf_blocks`, which gives each kind's in a line. There the fields of
+a byte are taken apart for a whole block; here a chunk picks the bytes and the shift that hold its own columns. Bytes whose
+fields lie in several chunks are loaded by each of them, from the L1 cache after the first.
+
+A decoder gets the row, where the row's first block begins, the chunks c of the row, and the words w and bytes j of a chunk,
+column 4 w + j; `inside` is what may be loaded. It gives the numbers before they are scaled, and a chunk's scale.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen_ref.quant.gguf_blocks import GRIDS, IQ4_VALUES, grid
+
+from .bits import TWO_22, fetch, half, less
+
+KINDS = ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", *GRIDS)  # those that are computed with as they are
+SPAN = 16  # columns of a chunk
+
+
+@cache
+def table(kind: str, device: torch.device) -> Tensor | None:
+    """What codes of a kind stand for: sixteen fp32 numbers, or the points of a grid, four int8 to an int32; or None."""
+    if kind == "IQ4_XS":
+        return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
+    return grid(kind).view(torch.int32).flatten().to(device) if kind in GRIDS else None
+
+
+@triton.jit
+def ggml(
+    codes, scale, extra, n, c, w, j, width, c1, s1, e1,
+    GROUP: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    row, inside = codes + n * c1, c * SPAN < width
+    if KIND == "Q4_1":
+        return _q4_1(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "Q5_1":
+        return _q5_1(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "Q2_K":
+        return _q2_k(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "Q3_K":
+        return _q3_k(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "Q4_K":
+        return _q4_k(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "Q5_K":
+        return _q5_k(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "Q6_K":
+        return _q6_k(row, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "IQ4_XS":
+        return _iq4_xs(row, extra, c, w, j, inside, WORDS, EVEN)
+    elif KIND == "IQ3_S":
+        return _iq3_s(row, extra, c, w, j, inside, EVEN)
+    elif KIND == "IQ3_XXS":
+        return _iq3_xxs(row, extra, c, w, j, inside, EVEN)
+    elif KIND == "IQ2_S":
+        return _iq2_s(row, extra, c, w, j, inside, EVEN)
+    elif KIND == "IQ2_XS":
+        return _iq2_xs(row, extra, c, w, j, inside, EVEN)
+    elif KIND == "IQ2_XXS":
+        return _iq2_xxs(row, extra, c, w, j, inside, EVEN)
+    elif KIND == "IQ1_M":
+        return _iq1_m(row, extra, c, w, j, inside, EVEN)
+    else:
+        tl.static_assert(KIND == "IQ1_S")
+        return _iq1_s(row, extra, c, w, j, inside, EVEN)
+
+
+# ------------------------------------------------------------------------------------------------- 32 elements
+
+
+@triton.jit
+def _q4_1(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b = row + c // 2 * 20
+    q = _run(b + 4, w, j, inside, WORDS, EVEN) >> c % 2 * 4 & 15
+    return _with_minimum(less(q, 0.0), _half(b, inside, EVEN), _half(b + 2, inside, EVEN))
+
+
+@triton.jit
+def _q5_1(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, side = row + c // 2 * 24, c % 2
+    fifth = _short(b + 4 + 2 * side, inside, EVEN) >> (w * 4 + j) & 1
+    q = _run(b + 8, w, j, inside, WORDS, EVEN) >> side * 4 & 15 | fifth << 4
+    return _with_minimum(less(q, 0.0), _half(b, inside, EVEN), _half(b + 2, inside, EVEN))
+
+
+# ------------------------------------------------------------------------------------------------- 256 elements
+# sub: which sixteenth of a block, or which eighth where 32 columns have a scale.
+
+
+@triton.jit
+def _q2_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, sub = row + c // 16 * 84, c % 16
+    q = _run(b + 16 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3
+    both = _byte(b + sub, inside, EVEN)
+    d, least = _half(b + 80, inside, EVEN), _half(b + 82, inside, EVEN)
+    return _with_minimum(less(q, 0.0), d * (both & 15).to(tl.float32), -least * (both >> 4).to(tl.float32))
+
+
+@triton.jit
+def _q3_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, sub = row + c // 16 * 110, c % 16
+    third = _run(b + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub // 2 & 1
+    q = _run(b + 32 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3 | third << 2
+    low = _byte(b + 96 + sub % 8, inside, EVEN) >> sub // 8 * 4 & 15
+    high = _byte(b + 104 + sub % 4, inside, EVEN) >> sub // 4 * 2 & 3
+    value = less(q, 4.0)
+    return value, value, ((low | high << 4).to(tl.float32) - 32.0) * _half(b + 108, inside, EVEN) * TWO_22
+
+
+@triton.jit
+def _q4_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, sub = row + c // 16 * 144, c % 16 // 2
+    q = _run(b + 16 + sub // 2 * 32 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 2 * 4 & 15
+    s, m = _scale_and_minimum(b, sub, inside, EVEN)
+    return _with_minimum(less(q, 0.0), s, m)
+
+
+@triton.jit
+def _q5_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, sub = row + c // 16 * 176, c % 16 // 2
+    fifth = _run(b + 16 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub & 1
+    q = _run(b + 48 + sub // 2 * 32 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 2 * 4 & 15 | fifth << 4
+    s, m = _scale_and_minimum(b, sub, inside, EVEN)
+    return _with_minimum(less(q, 0.0), s, m)
+
+
+@triton.jit
+def _q6_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, sub = row + c // 16 * 210, c % 16
+    low = _run(b + sub // 8 * 64 + sub % 4 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 4 * 4 & 15
+    high = _run(b + 128 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3
+    s = fetch(b + 192 + sub, inside, EVEN).to(tl.int8, bitcast=True).to(tl.float32)
+    value = less(low | high << 4, 32.0)
+    return value, value, s * TWO_22 * _half(b + 208, inside, EVEN)
+
+
+@triton.jit
+def _iq4_xs(row, values, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    b, sub = row + c // 16 * 136, c % 16 // 2
+    q = _run(b + 8 + sub * 16, w, j, inside, WORDS, EVEN) >> c % 2 * 4 & 15
+    low = _byte(b + 4 + sub // 2, inside, EVEN) >> sub % 2 * 4 & 15
+    high = _byte(b + 2 + sub // 4, inside, EVEN) >> sub % 4 * 2 & 3
+    value = tl.load(values + q)  # 64 bytes that stay in the L1 cache
+    return value, value, ((low | high << 4).to(tl.float32) - 32.0) * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _scale_and_minimum(b, sub, inside, EVEN: tl.constexpr):
+    """d s and -dmin m of Q4_K and Q5_K: bytes 4 on are 4 of scales, 4 of minima, 4 of the low four bits of both for sub 4..7,
+    whose high two bits are in the first eight."""
+    low, middle = _byte(b + 4 + sub % 4, inside, EVEN), _byte(b + 8 + sub % 4, inside, EVEN)
+    both = _byte(b + 12 + sub % 4, inside, EVEN)
+    s = tl.where(sub < 4, low & 63, both & 15 | low >> 6 << 4)
+    m = tl.where(sub < 4, middle & 63, both >> 4 | middle >> 6 << 4)
+    return _half(b, inside, EVEN) * s.to(tl.float32), -_half(b + 2, inside, EVEN) * m.to(tl.float32)
+
+
+# ------------------------------------------------------------------------------------------------- of a grid
+# An entry is eight columns, the `eighth` of them in a block, and a word is half of one; of IQ3 an entry is four, a word.
+
+
+@triton.jit
+def _iq3_s(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b, k = row + c // 16 * 110, c % 16 * 4 + w
+    number = _byte(b + 2 + k, inside, EVEN) | (_byte(b + 66 + k // 8, inside, EVEN) >> k % 8 & 1) << 8
+    value = _signed(_point(points, number, j, 0.0), _byte(b + 74 + _eighth(c, w), inside, EVEN), w, j)
+    s = 2 * _nibble(b + 106, c % 16 // 2, inside, EVEN) + 1
+    return value, value, s.to(tl.float32) * TWO_22 * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _iq3_xxs(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b = row + c // 16 * 98
+    number = _byte(b + 2 + c % 16 * 4 + w, inside, EVEN)
+    word = b + 66 + c % 16 // 2 * 4
+    value = _signed(_point(points, number, j, 0.0), _even_signs(word, c, w, inside, EVEN), w, j)
+    return value, value, _top_scale(word, inside, EVEN) * (0.5 * TWO_22) * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _iq2_s(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b, i = row + c // 16 * 82, _eighth(c, w)
+    number = _byte(b + 2 + i, inside, EVEN) | (_byte(b + 66 + i // 4, inside, EVEN) >> i % 4 * 2 & 3) << 8
+    value = _signed(_point(points, number * 2 + w % 2, j, 0.0), _byte(b + 34 + i, inside, EVEN), w, j)
+    s = _nibble(b + 74, c % 16, inside, EVEN).to(tl.float32) + 0.5
+    return value, value, s * (0.25 * TWO_22) * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _iq2_xs(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b = row + c // 16 * 74
+    word = _short(b + 2 + _eighth(c, w) * 2, inside, EVEN)
+    value = _signed(_point(points, (word & 511) * 2 + w % 2, j, 0.0), _eighth_sign(word >> 9), w, j)
+    s = _nibble(b + 66, c % 16, inside, EVEN).to(tl.float32) + 0.5
+    return value, value, s * (0.25 * TWO_22) * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _iq2_xxs(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b, i = row + c // 16 * 66, _eighth(c, w)
+    number = _byte(b + 2 + i // 4 * 8 + i % 4, inside, EVEN)
+    word = b + 2 + c % 16 // 2 * 8 + 4
+    value = _signed(_point(points, number * 2 + w % 2, j, 0.0), _even_signs(word, c, w, inside, EVEN), w, j)
+    return value, value, _top_scale(word, inside, EVEN) * (0.25 * TWO_22) * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _iq1_m(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b, i = row + c // 16 * 56, _eighth(c, w)
+    high = _nibble(b + 32, i, inside, EVEN)
+    number = _byte(b + i, inside, EVEN) | (high & 7) << 8
+    value = _point(points, number * 2 + w % 2, j, 0.125 - 0.25 * (high >> 3).to(tl.float32))
+    first, second = _short(b + 48, inside, EVEN) >> 12, _short(b + 50, inside, EVEN) >> 12
+    third, fourth = _short(b + 52, inside, EVEN) >> 12, _short(b + 54, inside, EVEN) >> 12
+    d = (first | second << 4 | third << 8 | fourth << 12).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    sub = c % 16
+    s = 2 * (_short(b + 48 + sub // 4 * 2, inside, EVEN) >> sub % 4 * 3 & 7) + 1
+    return value, value, s.to(tl.float32) * TWO_22 * d
+
+
+@triton.jit
+def _iq1_s(row, points, c, w, j, inside, EVEN: tl.constexpr):
+    b, i = row + c // 16 * 50, _eighth(c, w)
+    word = _short(b + 34 + c % 16 // 2 * 2, inside, EVEN)
+    number = _byte(b + 2 + i, inside, EVEN) | (word >> i % 4 * 3 & 7) << 8
+    value = _point(points, number * 2 + w % 2, j, 0.125 - 0.25 * (word >> 15).to(tl.float32))
+    s = 2 * (word >> 12 & 7) + 1
+    return value, value, s.to(tl.float32) * TWO_22 * _half(b, inside, EVEN)
+
+
+@triton.jit
+def _eighth(c, w):
+    return c % 16 * 2 + w // 2
+
+
+@triton.jit
+def _point(points, word, j, shift):
+    """2^-22 (point + shift) of the j-th of four points."""
+    point = (tl.load(points + word) >> j * 8 & 255).to(tl.uint32) ^ 128  # the sign bit flipped: point + 128
+    return less(point, 128.0 - shift)
+
+
+@triton.jit
+def _signed(value, signs, w, j):
+    """The numbers of a word with their signs, one bit for each of eight columns."""
+    return tl.where(signs >> (w % 2 * 4 + j) & 1 != 0, -value, value)
+
+
+@triton.jit
+def _even_signs(word, c, w, inside, EVEN: tl.constexpr):
+    """The eight signs of a word's columns, from 32 bits of 4 x 7 signs and a scale."""
+    seven = (_short(word, inside, EVEN) | _short(word + 2, inside, EVEN) << 16) >> _eighth(c, w) % 4 * 7 & 127
+    return _eighth_sign(seven)
+
+
+@triton.jit
+def _eighth_sign(seven):
+    """Seven bits and an eighth that makes the number of ones even."""
+    odd = seven ^ seven >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    return seven | (odd & 1) << 7
+
+
+@triton.jit
+def _top_scale(word, inside, EVEN: tl.constexpr):
+    return (_short(word + 2, inside, EVEN) >> 12).to(tl.float32) + 0.5
+
+
+# ------------------------------------------------------------------------------------------------- pieces
+
+
+@triton.jit
+def _with_minimum(value, scale, least):
+    """(value 2^22) scale + least, as numbers that are scaled already."""
+    value = value * (scale * TWO_22) + least
+    return value, value, tl.full(scale.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _run(run, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    """Byte 4 w + j of sixteen, in the low eight bits of a uint32; the bits above them are not zero where rows are of WORDS."""
+    if WORDS:
+        return fetch(run.to(tl.pointer_type(tl.uint32), bitcast=True) + w, inside, EVEN) >> (j * 8).to(tl.uint32)
+    else:
+        return fetch(run + (w * 4 + j), inside, EVEN).to(tl.uint32)
+
+
+@triton.jit
+def _byte(pointer, inside, EVEN: tl.constexpr):
+    return fetch(pointer, inside, EVEN).to(tl.int32)
+
+
+@triton.jit
+def _nibble(pointer, i, inside, EVEN: tl.constexpr):
+    return _byte(pointer + i // 2, inside, EVEN) >> i % 2 * 4 & 15
+
+
+@triton.jit
+def _short(pointer, inside, EVEN: tl.constexpr):
+    """Sixteen bits, at an even place."""
+    return fetch(pointer.to(tl.pointer_type(tl.int16), bitcast=True), inside, EVEN).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _half(pointer, inside, EVEN: tl.constexpr):
+    return fetch(half(pointer), inside, EVEN).to(tl.float32)
