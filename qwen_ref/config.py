@@ -14,6 +14,9 @@ from .errors import ConfigError
 from .limits import LIMITS
 
 _REQUIRED: Any = object()
+_TIED = "tie_word_embeddings"
+_OUTSIDE = ("architectures", "model_type", "dtype", "torch_dtype", "quantization_config", "bos_token_id", "eos_token_id",
+            "pad_token_id", "transformers_version")  # fmt: skip
 
 
 class Fields:
@@ -63,6 +66,10 @@ class Fields:
         """A count that must divide another: the key and value heads, the query heads."""
         if whole % divisor:
             raise self.error(name, f"is {divisor}, which does not divide the {whole} heads it serves")
+
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and null, where that means something else than its absence."""
+        return name in self.data and self.data[name] is None
 
     def refuse(self, *names: str) -> None:
         """Fields which change the computation in a way this model file does not implement."""
@@ -127,10 +134,11 @@ class Rope:
         factor = scaling.positive("factor")
         if factor < 1:
             raise scaling.error("factor", f"is {factor}, which must be at least 1")
+        name = "original_max_position_embeddings"
         return cls(
             theta,
             factor,
-            scaling.integer("original_max_position_embeddings", max_position, high=1 << 40),
+            fields.integer(name, scaling.integer(name, max_position, high=1 << 40), high=1 << 40),  # the outer one goes first
             scaling.positive("beta_fast", 32.0),
             scaling.positive("beta_slow", 1.0),
             scaling.flag("truncate", True),
@@ -160,13 +168,12 @@ class Rope:
 
     def to_json(self) -> dict[str, Any]:
         """The spelling of the official files, which transformers 4 and 5 both read; with sections, which are newer, the
-        one dict of transformers 5."""
-        share = {} if self.share == 1 else {"partial_rotary_factor": self.share}
+        one dict of transformers 5. Without them the `share` of heads that is rotated is for the model_type to write."""
         if self.sections:
             axes = {"mrope_section": list(self.sections), "mrope_interleaved": True}
             return {"rope_parameters": {"rope_theta": self.theta, "partial_rotary_factor": self.share, **axes,
                                         **(self._scaling() or {"rope_type": "default"})}}
-        return {"rope_theta": self.theta, **share, "rope_scaling": self._scaling()}
+        return {"rope_theta": self.theta, "rope_scaling": self._scaling()}
 
     def _scaling(self) -> dict[str, Any] | None:
         if self.factor is None:
@@ -238,9 +245,15 @@ def hybrid_types(fields: Fields, layers: int, full: str = "full_attention") -> t
 
 
 def text_config(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the language model: a multimodal config.json nests them in `text_config`, beside a few of its own."""
+    """The fields of the language model: a multimodal config.json nests them in `text_config`, beside a few of its own.
+
+    Of those outside only what speaks of the whole model is taken, and whether the head is tied is decided there.
+    """
     nested = data.get("text_config")
-    return {**data, **nested} if isinstance(nested, dict) else data
+    if not isinstance(nested, dict):
+        return data
+    outside = {name: data[name] for name in (*_OUTSIDE, _TIED) if data.get(name) is not None}
+    return {**outside, **nested, **({_TIED: outside[_TIED]} if _TIED in outside else {})}
 
 
 def mixture(fields: Fields, layers: int, experts: int, chosen: int) -> tuple[int, int]:

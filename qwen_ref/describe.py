@@ -79,7 +79,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
     context = config.max_position_embeddings if context is None else context
     if context < 1:
         raise RequestError(f"the context is {context} tokens; it must be at least 1")
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     parts = Counter[str]()
     for name, parameter in network.named_parameters():
         if not name.startswith(DRAFT):
@@ -185,7 +185,7 @@ def _has_draft_layer(path: Path, raw: dict[str, Any]) -> bool:
 
 def _weight_bytes(network: LanguageModel, dtype: str, format: Format | None, found: dict[str, Any]) -> int:
     """As the weights lie in the files, without what a format leaves open (such as scales of scales)."""
-    network.to(getattr(torch, dtype.removeprefix("torch."), torch.float32))
+    network.to(getattr(torch, dtype, torch.float32))
     if format is not None:
         install(network, format, found)
     return sum(p.nbytes for p in network.parameters())

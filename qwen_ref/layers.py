@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +112,11 @@ class ShardedEmbedding(nn.Module):
             return nn.functional.embedding(rows, self.weight)
         flat = rows.flatten().cpu()
         height = self._views[0].shape[0]  # of every shard but the last, which may be lower
-        out = self._views[0].new_empty(flat.shape[0], self.dim)
+        dtype = reduce(torch.promote_types, (view.dtype for view in self._views))  # shards need not be of one
+        out = torch.empty(flat.shape[0], self.dim, dtype=dtype)
         for i in (flat // height).unique().tolist():
             here = flat // height == i
-            out[here] = self._views[i][flat[here] - i * height]
+            out[here] = self._views[i][flat[here] - i * height].to(dtype)
         return out.to(rows.device).view(*rows.shape, self.dim)
 
     def extra_repr(self) -> str:

@@ -125,11 +125,8 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
 
 
 def _language_config(raw: dict[str, Any], network: LanguageModel) -> dict[str, Any]:
-    """config.json of the language model: of a multimodal one, whose fields `read_config` has brought up, that part alone."""
-    if "text_config" not in raw:
-        return raw
-    kept = {key: value for key, value in raw.items() if key not in ("text_config", "vision_config")}
-    return {**kept, "architectures": network.config.to_json()["architectures"]}
+    """config.json of the language model, which of a multimodal one is what `read_config` gives."""
+    return {**raw, "architectures": network.config.to_json()["architectures"]}
 
 
 class _Job:

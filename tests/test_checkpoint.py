@@ -56,6 +56,15 @@ def saved(tmp_path):
 # ------------------------------------------------------------------------------------------------- round trips
 
 
+def test_saving_keeps_the_tokens_that_only_config_json_names(tmp_path):
+    model, _ = make_pair(TINY["qwen3"][1])
+    model.raw_config = {"eos_token_id": [7, 9], "pad_token_id": 3}
+    model.save(tmp_path / "m")
+    again, _ = read_back(tmp_path / "m")
+    assert (again.raw_config["eos_token_id"], again.raw_config["pad_token_id"]) == ([7, 9], 3)
+    assert "bos_token_id" not in again.raw_config
+
+
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("tie", [False, True])
 def test_what_we_save_transformers_loads_and_back(name, tie, tmp_path):

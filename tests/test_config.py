@@ -96,6 +96,8 @@ def test_yarn_in_every_spelling(spelling):
 
 @pytest.mark.parametrize("scaling", [
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144, "rope_theta": 1e7},
     {"rope_type": "yarn", "factor": 2.5, "beta_fast": 16.0, "beta_slow": 2.0, "original_max_position_embeddings": 100},
     {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
     {"rope_type": "yarn", "factor": 8.0, "truncate": False, "original_max_position_embeddings": 8192},
@@ -105,11 +107,60 @@ def test_rope_frequencies_are_transformers(scaling):
     import transformers
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    raw = {"rope_theta": 1e6, "max_position_embeddings": 40960, "rope_scaling": scaling, "head_dim": 128}
-    theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config(**json.loads(json.dumps(raw))))
-    rope = Rope.from_json(Fields(raw), 40960)
-    torch.testing.assert_close(rope.frequencies(128), theirs.inv_freq, rtol=1e-6, atol=0)
-    assert rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    for outside in ({}, {"original_max_position_embeddings": 300}):  # beside `rope_scaling`, where it goes first
+        raw = {"rope_theta": 1e6, "max_position_embeddings": 40960, "rope_scaling": scaling, "head_dim": 128, **outside}
+        theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config(**json.loads(json.dumps(raw))))
+        rope = Rope.from_json(Fields(raw), 40960)
+        assert torch.equal(rope.frequencies(128), theirs.inv_freq)
+        assert rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("share", [None, 0.25, 0.5, 1.0])
+def test_what_is_written_is_read_back_by_both_sides(name, share):
+    """config.json of every model_type, with the share of a head that is rotated where it may be a part."""
+    import transformers
+
+    module, raw = TINY[name]
+    parts = share is not None and name not in ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+    raw = {**raw, "head_dim": 16, **({"partial_rotary_factor": share} if parts else {})}
+    rope = {key: {**raw[key], "partial_rotary_factor": share} for key in ("rope_parameters",) if parts and key in raw}
+    config = module.Config.from_json({**raw, **rope})
+    assert config.rope.share == (share if parts else module.Config.from_json(TINY[name][1]).rope.share)
+    written = config.to_json()
+    assert module.Config.from_json(json.loads(json.dumps(written))) == config
+    theirs = transformers.AutoConfig.for_model(**written).get_text_config()
+    assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == config.rope.share
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
+def test_null_is_what_transformers_makes_of_it(model_type):
+    import transformers
+
+    raw = {**TINY[model_type][1], "use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}
+    raw.pop("layer_types", None)
+    if model_type != "qwen3_moe":  # whose class refuses it
+        raw["num_key_value_heads"] = None
+    ours, theirs = module_for(raw).Config.from_json(raw), transformers.AutoConfig.for_model(**raw)
+    assert ours.windows == [theirs.sliding_window] * ours.num_hidden_layers == [None] * ours.num_hidden_layers
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert model_type == "qwen3_moe" or ours.num_key_value_heads == raw["num_attention_heads"]
+
+
+def test_of_a_multimodal_config_the_text_model_has_its_own_fields():
+    """What stands beside `text_config` is not its: but whether the head is tied is decided there."""
+    import transformers
+
+    inner = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 99}
+    raw = {"model_type": "qwen3_5", "attention_bias": True, "head_dim": 32, "rms_norm_eps": 0.5, "hidden_size": 7,
+           "text_config": inner}  # fmt: skip
+    ours, theirs = build(raw).config, transformers.AutoConfig.for_model(**raw).get_text_config()
+    for name in ("attention_bias", "head_dim", "rms_norm_eps", "hidden_size"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for outer in (True, False):
+        for nested in ({}, {"tie_word_embeddings": not outer}):
+            raw = {"model_type": "qwen3_5", "tie_word_embeddings": outer, "text_config": {**inner, **nested}}
+            assert build(raw).config.tie_word_embeddings is transformers.AutoConfig.for_model(**raw).tie_word_embeddings is outer
 
 
 BAD = [

@@ -594,6 +594,8 @@ def test_rows_of_uneven_shards():
     table.map([x.clone() for x in table.shards().values()])
     assert torch.equal(table(rows), expected) and torch.equal(torch.cat(list(table.shards().values())), whole)
     assert table(rows[:0]).shape == (0, 5, 4, 3) and not list(table.parameters())
+    table.map([x.to(dtype) for x, dtype in zip(table.shards().values(), (torch.bfloat16, torch.float16) * 2, strict=True)])
+    assert torch.equal(table(rows), torch.cat([x.float() for x in table.shards().values()])[rows])  # no shard loses a bit
 
 
 def rewritten(folder, model, change):

@@ -1,6 +1,6 @@
 """The verifier is itself verified: faults are planted in the model, each must be found and its place named first.
 
-Not planted: a fault of quantised loading, since quantised checkpoints are refused so far.
+Faults of quantised loading are planted in test_verify_quantised.py.
 """
 
 from __future__ import annotations
@@ -714,6 +714,18 @@ def test_a_tied_head_is_no_tensor_of_the_checkpoint_block_by_block_either(tmp_pa
     model.save(tmp_path / "m")
     write_oracle(tmp_path / "m", tmp_path / "o", new_tokens=2)
     assert verify(tmp_path / "m", against=tmp_path / "o", streaming=True, levels="L2,L3").ok
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_as_transformers_saves_it_without_the_width_of_a_head(name, streaming, tmp_path):
+    """No official Qwen1.5, 2 or 2.5 names `head_dim`, and transformers' config of theirs has no such field."""
+    config = {key: value for key, value in TINY[name][1].items() if key != "head_dim" or "linear_key_head_dim" in TINY[name][1]}
+    make_pair(config)[1].save_pretrained(tmp_path / "m")
+    if name in ("qwen2", "qwen2_moe"):
+        assert "head_dim" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    report = verify(tmp_path / "m", levels="L0,L2,L3", prompts=[[3, 1, 4, 1, 5, 9]], streaming=streaming, progress=False)
+    assert report.ok and report.rows, report.verdict
 
 
 def test_a_model_too_large_streams_by_itself_and_says_so(folder, monkeypatch, capsys):

@@ -246,5 +246,6 @@ class LanguageModel(nn.Module):
                                   "made from, or `load_model(..., dequantize=True)` and save that")
         dtype = str(self.dtype).removeprefix("torch.")
         draft = {} if self.mtp is None else {"mtp_num_hidden_layers": 1}
-        config = {**self.config.to_json(), **draft, "dtype": dtype, "torch_dtype": dtype}
+        marks = {name: id for name, id in self.raw_config.items() if name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = {**self.config.to_json(), **marks, **draft, "dtype": dtype, "torch_dtype": dtype}
         save_model(self, config, Path(folder), extra=self.extra_files)

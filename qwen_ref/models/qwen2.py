@@ -58,14 +58,15 @@ class Config:
         hidden = f.integer("hidden_size", 2048 if moe else 4096)
         layers = f.integer("num_hidden_layers", 24 if moe else 32, high=4096)
         heads = f.integer("num_attention_heads", 16 if moe else 32)
-        kv_heads = f.integer("num_key_value_heads", 16 if moe else 32)
+        kv_heads = heads if f.is_null("num_key_value_heads") else f.integer("num_key_value_heads", 16 if moe else 32)
         head_dim = f.integer("head_dim", hidden // heads)
         if heads % kv_heads:
             raise f.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
         if head_dim % 2:
             raise f.error("head_dim", f"is {head_dim}; rotary embedding needs an even one")
         experts, top_k = mixture(f, layers, 60, 4) if moe else (0, 0)
-        window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
+        windowed = f.flag("use_sliding_window", False) and not f.is_null("sliding_window")
+        window = f.integer("sliding_window", 4096) if windowed else None
         border = f.integer("max_window_layers", 28, low=0)
         # The dense model slides from layer `max_window_layers` on, the MoE in every second layer below it.
         slides = [window is not None and (i < border and i % 2 == 0 if moe else i >= border) for i in range(layers)]

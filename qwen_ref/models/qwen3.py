@@ -55,7 +55,7 @@ class Config:
         hidden = f.integer("hidden_size", 2048 if moe else 4096)
         layers = f.integer("num_hidden_layers", 24 if moe else 32, high=4096)
         heads = f.integer("num_attention_heads", 32)
-        kv_heads = f.integer("num_key_value_heads", 4 if moe else 32)
+        kv_heads = heads if f.is_null("num_key_value_heads") else f.integer("num_key_value_heads", 4 if moe else 32)
         head_dim = f.integer("head_dim", hidden // heads if moe else 128)
         if heads % kv_heads:
             raise f.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
@@ -63,7 +63,8 @@ class Config:
             raise f.error("head_dim", f"is {head_dim}; rotary embedding needs an even one")
         default = f.integer("num_local_experts", 128)  # both names exist
         experts, top_k = mixture(f, layers, default, 8) if moe else (0, 0)
-        window = f.integer("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
+        windowed = f.flag("use_sliding_window", False) and not f.is_null("sliding_window")
+        window = f.integer("sliding_window", 4096) if windowed else None
         max_window_layers = 0 if moe else f.integer("max_window_layers", 28, low=0)  # the MoE slides in every layer
         slides = [window is not None and i >= max_window_layers for i in range(layers)]
         types = [("full_attention", "sliding_attention")[s] for s in slides]

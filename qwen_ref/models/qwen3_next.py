@@ -125,6 +125,7 @@ class Config:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             **self.rope.to_json(),
+            "partial_rotary_factor": self.rope.share,
             "attention_bias": self.attention_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
             "layer_types": list(self.layer_types),

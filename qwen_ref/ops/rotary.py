@@ -41,7 +41,8 @@ def yarn_frequencies(
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     # The interpolated frequency is 1/(factor * theta^..), not (1/theta^..)/factor: one fp32 rounding differs.
     period = theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    return (1.0 / (factor * period)) * ramp + (1.0 / period) * (1 - ramp)
+    kept = 1 - ramp
+    return (1.0 / (factor * period)) * (1 - kept) + (1.0 / period) * kept  # 1 - (1 - ramp), rounded twice, as the official code
 
 
 def ntk_alpha(length: int, trained: int) -> int:

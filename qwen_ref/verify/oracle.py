@@ -190,7 +190,8 @@ class _Recorder:
     """Reads points off transformers' modules, in the shapes our hooks show."""
 
     def __init__(self, wanted: list[Point], config: Any) -> None:
-        self.wanted, self.head_dim, self.streams = wanted, config.head_dim, getattr(config, "hc_count", 1)
+        self.wanted, self.streams = wanted, getattr(config, "hc_count", 1)
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.acts: dict[str, Tensor] = {}
         self.layer, self.lead = "", torch.Size()  # the block that runs, and (B, T), which a mixture of experts flattens
 
