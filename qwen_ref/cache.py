@@ -55,7 +55,8 @@ class KVCache:
     def _grow(self, like: Tensor, needed: int) -> None:
         batch, heads, _, dim = like.shape
         capacity = max(needed, 2 * self.length, 64)
-        buffer = empty((2, batch, heads, capacity, dim), like.dtype, like.device)
+        with torch.inference_mode(False):  # so that it can be written to in either mode
+            buffer = empty((2, batch, heads, capacity, dim), like.dtype, like.device)
         if self.length:
             buffer[:, :, :, : self.length] = self._buffer[:, :, :, : self.length]  # type: ignore[index]
         self._buffer = buffer
@@ -135,7 +136,8 @@ class IndexedKVCache(KVCache):
         """Add keys (B, T, d) of tokens that `append` has not seen yet; return all (B, S + T, d), a view."""
         end = self.length + keys.shape[1]
         if self._index is None or end > self._index.shape[1] or keys.shape[0] != self._index.shape[0]:
-            buffer = keys.new_empty(keys.shape[0], max(end, 2 * self.length, 64), keys.shape[2])
+            with torch.inference_mode(False):
+                buffer = keys.new_empty(keys.shape[0], max(end, 2 * self.length, 64), keys.shape[2])
             if self.length:
                 buffer[:, : self.length] = self._index[:, : self.length]  # type: ignore[index]
             self._index = buffer

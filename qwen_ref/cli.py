@@ -1,5 +1,4 @@
-"""The command line: qwen-ref generate | chat | inspect | verify | quantize | score |
-kernels.
+"""The command line: qwen-ref generate | chat | inspect | verify | quantize | score | kernels.
 
 Flags carry mlx_lm's names where it has them. `--json` prints one JSON object (per turn in `chat`) on stdout; everything
 that is not the answer goes to stderr. Exit status: 0 success, 1 `verify` found a difference, 2 an error.
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +24,9 @@ DEFAULT_MODEL = "tiny"
 
 
 def main(argv: list[str] | None = None) -> int:
+    for name, mode in (("stdin", "r"), ("stderr", "w")):  # closed ones are None, and `print` takes that for standard output
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -32,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
+    except OSError as error:
+        if error.filename is not None:  # of a file that nobody expected to fail: its traceback is what helps
+            raise
+        print(f"qwen-ref: cannot write the answer: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,11 +137,13 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     from .generate import encode_prompt, stream
 
-    text = args.prompt if args.prompt is not None else args.prompt_text
-    if text is None:
-        raise RequestError('there is no prompt; try: qwen-ref generate "Once upon a time"')
-    if text == "-":
-        text = sys.stdin.read()
+    given = [text for text in (args.prompt, args.prompt_text) if text is not None]
+    if len(given) != 1:
+        raise RequestError("there are two prompts: PROMPT and --prompt" if given else
+                           'there is no prompt; try: qwen-ref generate "Once upon a time"')
+    if args.logprobs is not None and not args.json:
+        raise RequestError("--logprobs are told with --json only: add it")
+    text = sys.stdin.read() if given == ["-"] else given[0]
     model, tokenizer = _load(args)
     plain = args.ignore_chat_template or tokenizer.chat_template is None
     prompt: Any = text
@@ -145,7 +155,7 @@ def run_generate(args: argparse.Namespace) -> int:
     pieces = stream(model, tokenizer, ids, chat=not plain, logprobs=args.logprobs, **_options(args, tokenizer))
     result = _show(pieces, quiet=args.json, prefix=args.prefill_response if not plain else text)
     if args.json:
-        print(json.dumps({"model": args.model or DEFAULT_MODEL, **_as_json(result)}, ensure_ascii=False))
+        print(json.dumps({"model": _name(args), **_as_json(result)}, ensure_ascii=False))
     elif args.speculate:
         print(f"[{_guesses(result.usage)}, {result.decode_seconds:.2f} s]", file=sys.stderr)
     return 0
@@ -268,8 +278,7 @@ def _load(args: argparse.Namespace) -> Any:
     if args.model is None:
         print("qwen-ref: the bundled model `tiny` (4 million parameters, knows children's stories) answers; "
               "for a real one: --model Qwen/Qwen3-0.6B", file=sys.stderr)
-    model, tokenizer = load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype, quantize=args.quantize,
-                            revision=args.revision)
+    model, tokenizer = load(_name(args), device=args.device, dtype=args.dtype, quantize=args.quantize, revision=args.revision)
     if args.fast:
         backend.use("cpp")
         model = model.fuse()
@@ -277,7 +286,8 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _name(args: argparse.Namespace) -> str:
-    return args.model_name or args.model or DEFAULT_MODEL
+    """The model that is named, in whichever way; the bundled one where none is. An empty name is for `load` to refuse."""
+    return next((name for name in (getattr(args, "model_name", None), args.model) if name is not None), DEFAULT_MODEL)
 
 
 def _messages(system: str | None, user: str | None = None) -> list[dict[str, Any]]:
@@ -288,7 +298,7 @@ def _messages(system: str | None, user: str | None = None) -> list[dict[str, Any
 def _variables(args: argparse.Namespace) -> dict[str, Any]:
     try:
         variables = json.loads(args.chat_template_config)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 5000 digits, and brackets within brackets
         raise RequestError(f"--chat-template-config is not JSON: {error}") from error
     if not isinstance(variables, dict):
         raise RequestError("--chat-template-config must be a JSON object")

@@ -195,15 +195,32 @@ def _begin(
     **options: Any,
 ) -> tuple[list[_Sequence], Iterator[tuple[int, Piece]]]:
     """Everything checked: the requests, and the loop over them, which has not begun."""
-    if session is not None and len(batch) != 1:
-        raise RequestError(f"a session holds one conversation, but there are {len(batch)} prompts")
+    _check_parties(model, tokenizer, session, len(batch))
+    template = {"tools": tools, "enable_thinking": enable_thinking, "variables": variables}
+    if not any(map(_is_messages, batch)) and (unused := [name for name, value in template.items() if value is not None]):
+        raise RequestError(f"{unused[0]} is for the chat template, which text and ids do not go through: give messages, as in "
+                           '[{"role": "user", "content": "..."}]')
+    reader = _reader(model, model.make_cache() if session is None else session.cache, len(batch), speculate)
     chunk, sequences = _integer("prefill_chunk", prefill_chunk, 1, 1 << 40), []
     for prompt, own_seed in zip(batch, _seeds(seed, len(batch)), strict=True):
         ids = encode_prompt(tokenizer, prompt, tools, enable_thinking, allow_special, variables)
         settings = resolve_options(model, tokenizer, seed=own_seed, **options)
         is_chat = _is_messages(prompt) if chat is None else chat
         sequences.append(_Sequence(model, tokenizer, ids, settings, chat=is_chat))
-    return sequences, _run(model, sequences, session, chunk, speculate)
+    return sequences, _run(model, reader, sequences, session, chunk)
+
+
+def _check_parties(model: Any, tokenizer: Any, session: Any, count: int) -> None:
+    if not isinstance(model, LanguageModel) or not hasattr(tokenizer, "encode_chat"):
+        raise RequestError(f"a model and its tokenizer are needed, as load(name) returns them, not {type(model).__name__} and "
+                           f"{type(tokenizer).__name__}")
+    if session is None:
+        return
+    if not isinstance(session, Session):
+        raise RequestError(f"the session is {session!r:.80}; Session(model) begins one")
+    session.check(model)
+    if count != 1:
+        raise RequestError(f"a session holds one conversation, but there are {count} prompts")
 
 
 def encode_prompt(
@@ -281,8 +298,11 @@ def resolve_options(
     vocab = model.config.vocab_size
     ends = {_integer("an id of stop_ids", i, 0, vocab - 1) for i in _listed("stop_ids", stop_ids)}
     given = {name: value for name, value in sampling.items() if value is not None}
+    chosen = Sampling(**{**sampling_defaults(model.generation_config), **given})
+    if any(not 0 <= token < vocab for token in chosen.logit_bias):
+        raise RequestError(f"logit_bias names a token id outside 0..{vocab - 1}")
     return Options(
-        Sampling(**{**sampling_defaults(model.generation_config), **given}),
+        chosen,
         _integer("max_tokens", max_tokens, 1, 1 << 40),
         None if seed is None else _integer("seed", seed, -(1 << 63), (1 << 64) - 1),
         tuple(stops),
@@ -431,12 +451,9 @@ def _reader(model: LanguageModel, cache: Cache, count: int, speculate: int) -> R
 
 
 def _run(
-    model: LanguageModel, sequences: list[_Sequence], session: Session | None, chunk: int, speculate: int
+    model: LanguageModel, reader: Reader | Speculator, sequences: list[_Sequence], session: Session | None, chunk: int
 ) -> Iterator[tuple[int, Piece]]:
     """`_loop`, with a session that is left in order however it ends."""
-    if session is not None:
-        session.check(model)
-    reader = _reader(model, model.make_cache() if session is None else session.cache, len(sequences), speculate)
     if session is None:
         yield from _loop(model, reader, sequences, chunk)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -166,6 +167,9 @@ def prepare(network: LanguageModel, format: Format | None, checkpoint: Checkpoin
 def locate(model: str | Path, *, revision: str | None = None, offline: bool | None = None,
            metadata_only: bool = False) -> Path:
     """The folder of a bundled name, a path or a hub id, downloaded if need be (without weights if `metadata_only`)."""
+    if not isinstance(model, str | os.PathLike) or not str(model):
+        raise CheckpointError(f"the model is {model!r}: name a bundled one ({', '.join(BUNDLED)}), a folder, or a hub id, such "
+                              "as Qwen/Qwen3-0.6B")
     if str(model) in BUNDLED and not Path(model).is_dir():
         if revision is not None:
             raise CheckpointError(f"{model} is bundled and has no revision {revision!r}; leave the revision out")

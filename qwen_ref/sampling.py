@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +36,10 @@ class Sampling:
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float, *, open_low: bool = False) -> None:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or (
-                open_low and value == low
-            ):
+            if not _is_real(value) or not low <= value <= high or (open_low and value == low):
                 bracket = "(" if open_low else "["
                 raise RequestError(f"{name} is {value!r}; it must be a number in {bracket}{low}, {high}]")
+            object.__setattr__(self, name, _plain(value))
 
         check("repetition_penalty", 0.0, 1e4, open_low=True)
         check("presence_penalty", -100.0, 100.0)
@@ -47,14 +48,24 @@ class Sampling:
         check("top_k", 0, 1 << 31)
         check("top_p", 0.0, 1.0, open_low=True)
         check("min_p", 0.0, 1.0)
-        if not isinstance(self.top_k, int):
+        if not isinstance(self.top_k, Integral):
             raise RequestError(f"top_k is {self.top_k!r}; it must be an integer")
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         for token, bias in self.logit_bias.items():
-            number = isinstance(bias, int | float) and not isinstance(bias, bool) and bias < math.inf  # NaN is not either
-            if type(token) is not int or not number:
+            number = _is_real(bias) and bias < math.inf  # NaN is not either
+            if not isinstance(token, Integral) or isinstance(token, bool) or not number:
                 raise RequestError(f"logit_bias must map token ids to numbers or -inf; it holds {token!r}: {bias!r}")
+        object.__setattr__(self, "logit_bias", {int(token): _plain(bias) for token, bias in self.logit_bias.items()})
+
+
+def _is_real(value: object) -> bool:
+    """A number of Python or of NumPy, whose operators would take a tensor for an array; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> int | float:
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def penalize(logits: Tensor, s: Sampling, prompt: set[int], generated: Counter[int]) -> Tensor:

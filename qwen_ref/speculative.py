@@ -85,7 +85,8 @@ class Speculator:
         """`cache`: of the tokens before the prompt. RequestError for a model without draft layer, and for a number of
         `draft_tokens` (k) that is not 1 to 64."""
         if type(draft_tokens) is not int or not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
-            raise RequestError(f"the draft layer is to guess {draft_tokens!r} tokens; it must be 1 to {MAX_DRAFT_TOKENS}")
+            raise RequestError(f"the draft layer is to guess {draft_tokens!r} tokens; it must be 1 to {MAX_DRAFT_TOKENS}, "
+                               "or 0 to do without it")
         if model.mtp is None or model.lm_head is None:
             raise RequestError("this model cannot speculate: its checkpoint has no draft layer (tensors named mtp.*)")
         self.model, self.draft_tokens = model, draft_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +139,11 @@ def test_verify_exit_status(tmp_path):
     (["inspect", "--model", "~nosuchuser/x"], "give the whole path"),
     (["verify", "tiny", "--backend", "foo"], "no operation has an implementation 'foo'"),
     (["verify", "tiny", "--device", "foo"], "device 'foo' cannot be used here"),
+    (["generate", "A", "--model", ""], "the model is ''"), (["inspect", ""], "the model is ''"),
+    (["generate", "A", "--prompt", ""], "two prompts"), (["generate", "A", "--logprobs", "3"], "--json only"),
+    (["generate", "A", "--chat-template-config", "[" * 100_000], "not JSON"),
+    (["generate", "A", "--chat-template-config", f'{{"a": {"9" * 5000}}}'], "not JSON"),
+    (["verify", "tiny", "--levels", "L1", "--seed", "9" * 20], "fit in 64 bits"),
     (["score", "tiny", "--text", __file__, "--window", "0"], "window is 0; it must be from 2 to"),
     *((["generate", "A", "--chat-template-config", json.dumps({name: 1})], f"cannot be named '{name}'")
       for name in ("messages", "tools", "self", "allow_special")),
@@ -145,6 +151,21 @@ def test_verify_exit_status(tmp_path):
 def test_refusals_that_need_no_process_of_their_own(args, message, capsys):
     assert cli.main(args) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_streams_that_are_closed_or_full():
+    def shell(line: str) -> subprocess.CompletedProcess[str]:
+        command = f"{sys.executable} -m qwen_ref.cli {line}"
+        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+
+    out = shell("generate Once --json --max-tokens 2 2>&-")
+    assert out.returncode == 0 and json.loads(out.stdout)["model"] == "tiny"
+    out = shell("generate - --ignore-chat-template <&-")
+    assert out.returncode == 2 and "prompt is empty" in out.stderr and "Traceback" not in out.stderr
+    assert shell("chat --json <&-").returncode == 0
+    out = shell("inspect tiny >/dev/full")
+    assert out.returncode == 2 and "cannot write the answer: No space left" in out.stderr and "Traceback" not in out.stderr
 
 
 def test_the_module_is_the_command():

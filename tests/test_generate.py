@@ -173,13 +173,14 @@ def test_a_hybrid_session_goes_on_from_its_marks():
     """A recurrent state cannot be cut: what follows departs inside the first answer, and is read from the mark before it."""
     model, tokenizer = qr.load("tiny-hybrid", dtype=torch.float32)
     session = qr.Session(model)
-    options = {"temperature": 0, "max_tokens": 24, "enable_thinking": False}
+    chat, options = {"enable_thinking": False}, {"temperature": 0, "max_tokens": 24}
     long = [{"role": "user", "content": "Tell me a story about a dog, a cat, a bird and a big red ball. " * 9}]
-    first = qr.generate(model, tokenizer, long, session=session, **options)[0]
+    first = qr.generate(model, tokenizer, long, session=session, **chat, **options)[0]
     turns = [*long, {"role": "assistant", "content": first.text}, {"role": "user", "content": "Tell me another one."}]
     for prompt, kept in ((turns, True), (turns[:1], True), ("Something else entirely.", False), (turns, False)):
-        warm = qr.generate(model, tokenizer, prompt, session=session, **options)[0]
-        cold = qr.generate(model, tokenizer, prompt, **options)[0]
+        asked = options if isinstance(prompt, str) else {**chat, **options}
+        warm = qr.generate(model, tokenizer, prompt, session=session, **asked)[0]
+        cold = qr.generate(model, tokenizer, prompt, **asked)[0]
         assert warm.token_ids == cold.token_ids  # nothing of what was read before leaks into it
         read = warm.usage.prompt_tokens - warm.usage.cached_tokens
         assert warm.usage.cached_tokens > 0 and read <= 64 + 24 + 40 if kept else warm.usage.cached_tokens == 0
@@ -252,6 +253,10 @@ def test_context_is_a_bound(tiny):
     (CHAT, {"variables": {"messages": []}}, "cannot be named 'messages'"),
     (None, {}, "not None"), (5, {}, "not 5"), (b"abc", {}, "not b'abc'"), (CHAT[0], {}, r"give a list of messages"),
     ([["a", "b"]], {}, "token id of the prompt is"), ([[1.7, 2.2]], {}, "token id of the prompt is"),
+    ("A", {"session": "x"}, "session is 'x'"), ("A", {"session": False}, "session is False"),
+    ("A", {"tools": [1]}, "tools is for the chat template"), ("A", {"variables": {}}, "variables is for the chat template"),
+    ([5], {"enable_thinking": False}, "enable_thinking is for the chat template"),
+    ("A", {"speculate": 65}, "must be 1 to 64"), ("A", {"speculate": 1}, "no draft layer"),
     ([3, 4.5], {}, "prompt is 4.5"), (torch.tensor([1.5]), {}, "not 1.5"), ([True], {}, "prompt is True"),
 ])  # fmt: skip
 @pytest.mark.parametrize("call", [qr.generate, qr.stream])
@@ -260,7 +265,25 @@ def test_bad_requests_are_named(tiny, call, prompt, options, match):
     if call is qr.stream and match in ("no prompts", "1 seeds for 2 prompts", "not 1.5"):
         match = "prompt is"
     with pytest.raises(RequestError, match=match):
-        list(call(*tiny, prompt, **options))
+        call(*tiny, prompt, **options)  # of a stream before its first piece is asked for
+
+
+@pytest.mark.parametrize("pair", [(None, 1), (0, None), (1, 0), ("tiny", 1)])
+def test_a_model_and_a_tokenizer_are_needed(tiny, pair):
+    model, tokenizer = (tiny[x] if isinstance(x, int) else x for x in pair)
+    with pytest.raises(RequestError, match="a model and its tokenizer are needed"):
+        qr.generate(model, tokenizer, "A")
+
+
+def test_a_session_can_be_read_on_by_hand(tiny):
+    """Also with gradients on, in which nothing can be written to that `generate` made in its own mode."""
+    model, tokenizer = tiny
+    session = qr.Session(model)
+    said = qr.generate(model, tokenizer, PROMPTS[0], session=session, max_tokens=4, temperature=0)[0].token_ids
+    expected = model(torch.tensor([[*tokenizer.encode(PROMPTS[0]), *said]]))[:, -1]
+    assert session.cache.length == len(tokenizer.encode(PROMPTS[0])) + 3
+    logits = model(torch.tensor([said[-1:]]), cache=session.cache)[:, -1]
+    torch.testing.assert_close(logits, expected)
 
 
 def test_integers_and_ids_of_any_kind(tiny):

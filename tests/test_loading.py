@@ -336,3 +336,9 @@ def test_a_dtype_or_device_no_model_runs_in():
     for device in ("foo", "cuda:99", 1.5):
         with pytest.raises(RequestError, match="cannot be used here"):
             qr.load("tiny", device=device)
+
+
+@pytest.mark.parametrize("name", ["", None, 5, b"tiny"])
+def test_what_names_no_model_is_refused(name):
+    with pytest.raises(CheckpointError, match="name a bundled one"):
+        qr.load(name)

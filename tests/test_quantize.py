@@ -350,7 +350,7 @@ def test_group_sizes():
         making.fitting(model, "int4", 8)
 
 
-@pytest.mark.parametrize("kind", ["int5", "gguf:q9", ""])
+@pytest.mark.parametrize("kind", ["int5", "gguf:q9", "", 5, True])
 def test_unknown_kinds(kind, tmp_path):
     with pytest.raises(RequestError, match="there are int8"):
         qr.load("tiny", quantize=kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -145,6 +146,14 @@ def test_greedy_and_seed():
 def test_bad_values_are_named(bad):
     with pytest.raises(RequestError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    bias = {np.int32(3): np.float64(1)}
+    given = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), presence_penalty=np.float16(1), logit_bias=bias)
+    assert given == Sampling(temperature=0.5, top_k=3, presence_penalty=1.0, logit_bias={3: 1.0})
+    values = (given.temperature, given.top_k, given.presence_penalty, *given.logit_bias, *given.logit_bias.values())
+    assert {type(value) for value in values} == {int, float}
 
 
 @pytest.mark.parametrize("extreme", [

@@ -49,6 +49,8 @@ def quantize_model(model: Any, kind: str, *, group: int = rounding.GROUP, lend: 
         which names the matrix, for NaN and infinity.
     """
     check(model)
+    if kind not in KINDS:
+        raise RequestError(f"cannot quantise to {kind!r}; there are {', '.join(KINDS)}")
     to_bits = rounder(kind, fitting(model, kind, group))
     source = lend or own(model)
     quantize_module(model.model, "model", to_bits, source, device, done)

@@ -90,8 +90,7 @@ def verify(
         a model too large), or if transformers is not installed or has no such model; CheckpointError and ConfigError as
         `load`, and for a bundle that is damaged or belongs to another model.
     """
-    if new_tokens < 1:
-        raise RequestError(f"new_tokens is {new_tokens}; at least one is needed")
+    _check_numbers(new_tokens, seed)
     wanted, choice = _levels(levels), _choice(backend)
     file = None if str(against) == "transformers" else bundle.read(_existing(against))
     if file is None:
@@ -139,6 +138,7 @@ def write_oracle(
     Arguments and errors as `verify`; RequestError if the file exists. A streamed bundle has no greedy continuation, whose
     every token would read all weights anew: a check against it has no L4.
     """
+    _check_numbers(new_tokens, seed)
     oracle.require()
     source = _open(model, dtype, usable_device(device))
     oracle.check_knows(source.config.model_type)
@@ -276,6 +276,13 @@ def _open(model: LanguageModel | str | Path, dtype: torch.dtype | str | None, de
         skeleton = build(raw, head=checkpoint.has_language_head())
     quantised = format is not None
     return _Source(str(model), path, skeleton, raw, pick_dtype(dtype or torch.float32, raw), device, quantised)
+
+
+def _check_numbers(new_tokens: int, seed: int) -> None:
+    if new_tokens < 1:
+        raise RequestError(f"new_tokens is {new_tokens}; at least one is needed")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise RequestError(f"the seed is {seed}; it must fit in 64 bits")
 
 
 def _prompts(prompts: Prompts | None, source: _Source, seed: int) -> list[Tensor]:
