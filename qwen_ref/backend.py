@@ -193,15 +193,17 @@ def choices() -> tuple[Any, ...] | None:
     return tuple([(op.forced, op.implementations) for op in OPERATIONS.values()])
 
 
-def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
-    """One line per operation: what runs on this device and dtype, and the others with the reason against them."""
-    device = torch.device(device)
-    lines = []
+def report(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """One line per operation: what runs on this device (default the GPU if there is one) and dtype, and the others with the
+    reason against them. "nothing" runs where a strict choice cannot."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wide, lines = max(map(len, OPERATIONS)), []
     for op in OPERATIONS.values():
-        chosen = op.resolve(device, dtype)
-        others = [f"{i.name} ({i.supports(device, dtype) or 'not chosen'})" for i in op.implementations.values()
-                  if i is not chosen]
-        lines.append(f"{op.name:18} {chosen.name:8} " + (f"also: {', '.join(others)}" if others else ""))
+        refusals = {i.name: i.supports(device, dtype) for i in op.implementations.values()}
+        impossible = op.strict and op.forced is not None and refusals[op.forced] is not None
+        chosen = "nothing" if impossible else op.resolve(device, dtype).name
+        others = [f"{name} ({reason or 'not chosen'})" for name, reason in refusals.items() if name != chosen]
+        lines.append(f"{op.name:{wide}} {chosen:8} " + (f"also: {', '.join(others)}" if others else ""))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -213,13 +215,17 @@ def _operation(name: str) -> Operation:
 
 def _operation_of(
     formula: Callable[..., Any], *, preferred: Callable[..., Any] | None = None, also: Callable[..., Any] | None = None,
-    kernel: bool = True,
+    compiled: Callable[..., Any] | None = None, kernel: bool = True,
 ) -> Operation:  # fmt: skip
-    """A formula and what competes with it: one made of PyTorch's fused kernels, chosen by default or not, and the Triton
-    kernel, if there is one."""
+    """A formula and what competes with it: one made of PyTorch's fused kernels, chosen by default or not, the Triton kernel, if
+    there is one, and one compiled for the CPU."""
     runs = {"torch": preferred, "eager": formula} if preferred else {"eager": formula, "torch": also}
     operation = Operation(formula.__name__, {name: Implementation(name, _given(run)) for name, run in runs.items() if run})
-    return _with_kernel(operation) if kernel else operation
+    if kernel:
+        _with_kernel(operation)
+    if compiled:
+        operation.implementations["cpp"] = Implementation("cpp", _given(compiled), cpp.supports)
+    return operation
 
 
 def _operation_of_packed(
@@ -270,30 +276,30 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cuda" and dtype.itemsize == 2 else "cuDNN needs an NVIDIA GPU and 16-bit numbers"
 
 
-linear = _operation_of(ops.linear, preferred=torch_ops.linear)
-rms_norm = _operation_of(ops.rms_norm)
-add_rms_norm = _operation_of(ops.add_rms_norm)
-zero_centred_rms_norm = _operation_of(ops.zero_centred_rms_norm)
-gated_rms_norm = _operation_of(ops.gated_rms_norm)
-causal_conv1d = _operation_of(ops.causal_conv1d, preferred=torch_ops.causal_conv1d)
-gated_delta_rule = _operation_of(ops.gated_delta_rule, preferred=torch_ops.gated_delta_rule)
-gated_delta_step = _operation_of(ops.gated_delta_step)
-rope = _operation_of(ops.rope)
-norm_rope_write = _operation_of(ops.norm_rope_write)
-attention = _operation_of(ops.attention, preferred=torch_ops.attention)
+linear = _operation_of(ops.linear, preferred=torch_ops.linear, compiled=cpp.linear)
+rms_norm = _operation_of(ops.rms_norm, compiled=cpp.rms_norm)
+add_rms_norm = _operation_of(ops.add_rms_norm, compiled=cpp.add_rms_norm)
+zero_centred_rms_norm = _operation_of(ops.zero_centred_rms_norm, compiled=cpp.zero_centred_rms_norm)
+gated_rms_norm = _operation_of(ops.gated_rms_norm, compiled=cpp.gated_rms_norm)
+causal_conv1d = _operation_of(ops.causal_conv1d, preferred=torch_ops.causal_conv1d, compiled=cpp.causal_conv1d)
+gated_delta_rule = _operation_of(ops.gated_delta_rule, preferred=torch_ops.gated_delta_rule, compiled=cpp.gated_delta_rule)
+gated_delta_step = _operation_of(ops.gated_delta_step, compiled=cpp.gated_delta_step)
+rope = _operation_of(ops.rope, compiled=cpp.rope)
+norm_rope_write = _operation_of(ops.norm_rope_write, compiled=cpp.norm_rope_write)
+attention = _operation_of(ops.attention, preferred=torch_ops.attention, compiled=cpp.attention)
 attention_prefill = _operation_of(ops.attention_prefill, also=torch_ops.attention_prefill)
-attention_decode = _operation_of(ops.attention_decode)
+attention_decode = _operation_of(ops.attention_decode, compiled=cpp.attention_decode)
 attention_paged = _operation_of(ops.attention_paged)
 dual_chunk_attention = _operation_of(ops.dual_chunk_attention, preferred=ops.dual_chunk_blocked, kernel=False)
 block_scores = _operation_of(ops.block_scores)
 sparse_block_attention = _operation_of(ops.sparse_block_attention, preferred=torch_ops.sparse_block_attention)
 stream_mix = _operation_of(ops.stream_mix)
 stream_write = _operation_of(ops.stream_write)
-swiglu = _operation_of(ops.swiglu)
-sigmoid_gate = _operation_of(ops.sigmoid_gate)
-take_columns = _operation_of(ops.take_columns)
-router_topk = _operation_of(ops.router_topk)
-moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts)
+swiglu = _operation_of(ops.swiglu, compiled=cpp.swiglu)
+sigmoid_gate = _operation_of(ops.sigmoid_gate, compiled=cpp.sigmoid_gate)
+take_columns = _operation_of(ops.take_columns, compiled=cpp.take_columns)
+router_topk = _operation_of(ops.router_topk, compiled=cpp.router_topk)
+moe_experts = _operation_of(ops.moe_experts, also=torch_ops.moe_experts, compiled=cpp.moe_experts)
 sample = _operation_of(ops.sample)
 cross_entropy = _operation_of(ops.cross_entropy, also=torch_ops.cross_entropy)
 linear_int4 = _operation_of_packed(packed.linear_int4, blocked.linear_blocked, cpp.linear_int4, cpp.supports_rounding)
@@ -308,20 +314,5 @@ moe_fp8 = _operation_of_packed(packed.moe_fp8, blocked.moe_blocked, cpp.moe_stor
 moe_code4 = _operation_of_packed(packed.moe_code4, blocked.moe_blocked, cpp.moe_stored)
 moe_gguf = _operation_of_packed(packed.moe_gguf, blocked.moe_blocked, cpp.moe_stored)
 
-OPERATIONS: dict[str, Operation] = {
-    op.name: op
-    for op in (
-        linear, rms_norm, add_rms_norm, zero_centred_rms_norm, gated_rms_norm, rope, norm_rope_write,
-        attention, attention_prefill, attention_decode, attention_paged, dual_chunk_attention, causal_conv1d, gated_delta_rule,
-        gated_delta_step, block_scores, sparse_block_attention, stream_mix, stream_write,
-        swiglu, sigmoid_gate, take_columns, router_topk, moe_experts, sample, cross_entropy,
-        linear_int4, linear_int8, linear_fp8, linear_fp8_dynamic, linear_code4, linear_gguf,
-        moe_int4, moe_int8, moe_fp8, moe_code4, moe_gguf,
-    )
-}  # fmt: skip
+OPERATIONS: dict[str, Operation] = {value.name: value for value in list(globals().values()) if isinstance(value, Operation)}
 register("attention", "cudnn", supports=_on_cuda)(torch_ops.attention_cudnn)
-for _operation_in_cpp in (cpp.linear, cpp.rms_norm, cpp.add_rms_norm, cpp.rope, cpp.norm_rope_write, cpp.swiglu, cpp.attention,
-                          cpp.attention_decode, cpp.router_topk, cpp.moe_experts, cpp.zero_centred_rms_norm, cpp.sigmoid_gate,
-                          cpp.gated_delta_step, cpp.causal_conv1d, cpp.gated_delta_rule, cpp.gated_rms_norm,
-                          cpp.take_columns):  # fmt: skip
-    register(_operation_in_cpp.__name__, "cpp", supports=cpp.supports)(_operation_in_cpp)

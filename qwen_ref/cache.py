@@ -406,7 +406,8 @@ class Cache:
     def mark(self) -> None:
         """Remember the states of recurrent layers, so that `truncate` can come back to the present length.
 
-        Costs no copy, but the memory of one state per layer while it is remembered; the last `RecurrentCache.MARKS` are.
+        Costs the memory of one state per layer while it is remembered; the last `RecurrentCache.MARKS` are. A fused model
+        writes over the state, and goes on with a copy.
         """
         for layer in self.layers:
             layer.mark()

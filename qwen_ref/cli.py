@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, text: str, json_file: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("--model", help="a bundled name (tiny, tiny-moe, tiny-hybrid), a folder, a hub id (Qwen/Qwen3-0.6B)")
+        if name != "quantize":  # which has it in front of OUT
+            sub.add_argument("--model", help="a bundled name (tiny, tiny-moe, tiny-hybrid), a folder, a .gguf file, a hub id "
+                                             "(Qwen/Qwen3-0.6B)")
         sub.add_argument("--revision", help="branch, tag or commit on the hub")
         if json_file:
             sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="machine-readable output, to a file if named")
@@ -72,14 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(sub)
 
     inspect = command("inspect", run_inspect, "Show a checkpoint's config, sizes and end tokens without its weights.")
-    inspect.add_argument("model_name", nargs="?", metavar="MODEL")
+    inspect.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
     inspect.add_argument("--context", type=int, metavar="TOKENS", help="size the KV cache for this many tokens")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor of the checkpoint")
     verify = command("verify", run_verify, "Compare every activation with transformers on the same weights.", json_file=True)
-    verify.add_argument("model_name", nargs="?", metavar="MODEL")
+    verify.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
     verify.add_argument("--prompt", action="append", help="text to compare on (repeatable)")
     verify.add_argument("--dtype", help="float32 (default), float64, bfloat16 or float16")
-    verify.add_argument("--device", default="cpu")
+    verify.add_argument("--device", default="cpu", help="default cpu")
     verify.add_argument("--levels", help="L0 keys, L1 operations, L2 activations, L3 logits, L4 greedy tokens, L5 relations; "
                                          "such as L0-L3 or L2,L4 (default: all)")
     verify.add_argument("--backend", metavar="NAME", help="implementation of our operations; default the formulas, eager")
@@ -91,17 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--full", action="store_true", help="print every activation and check")
     verify.add_argument("--html", metavar="FILE", help="write the report as one page")
     score = command("score", run_score, "Perplexity, distance from the unquantised model, memory and speed, as a table.")
-    score.add_argument("model_name", nargs="?", metavar="MODEL")
+    score.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
     score.add_argument("--text", required=True, metavar="FILE", help="UTF-8; documents end with <|endoftext|>")
     score.add_argument("--against", metavar="MODEL", help="the unquantised model it is compared with")
     score.add_argument("--formats", default="", metavar="LIST", help="to make of MODEL and measure: int8,int4:gptq,nf4,fp8,...")
     score.add_argument("--calibration", metavar="FILE", help="text for int4:gptq")
     score.add_argument("--window", type=int, metavar="TOKENS", help="default 2048, or what the model was made for")
-    score.add_argument("--device")
-    score.add_argument("--dtype")
+    score.add_argument("--device", help="default the GPU if there is one")
+    score.add_argument("--dtype", help="bfloat16, float16, float32 or float64; default what config.json names")
     quantize = command("quantize", run_quantize, "Write a quantised checkpoint; a run that was interrupted goes on.")
-    quantize.add_argument("model_name", metavar="MODEL")
-    quantize.add_argument("out", metavar="OUT", help="the new folder")
+    quantize.add_argument("model_name", metavar="MODEL", help="a bundled name, a folder or a hub id")
+    quantize.add_argument("out", metavar="OUT", help="the new folder; of gguf the new file")
     quantize.add_argument("--to", required=True, metavar="KIND", help="int8, int4, nf4, fp8, or gguf:q8_0, q4_0, q4_k")
     quantize.add_argument("--method", default="rtn", help="rtn rounds to nearest; gptq (int4) corrects as it rounds")
     quantize.add_argument("--group", type=int, default=128, help="of int4: columns that share a scale")
@@ -113,23 +115,23 @@ def _parser() -> argparse.ArgumentParser:
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
     add("--system-prompt", help="the system message")
-    add("--max-tokens", type=int, default=512)
+    add("--max-tokens", type=int, default=512, help="of an answer; default 512")
     add("--temp", "--temperature", dest="temperature", type=float, help="0 = greedy")
-    add("--top-p", type=float)
-    add("--top-k", type=int)
-    add("--min-p", type=float)
-    add("--repetition-penalty", type=float)
-    add("--presence-penalty", type=float)
-    add("--frequency-penalty", type=float)
-    add("--seed", type=int)
+    add("--top-p", type=float, help="draw from the most likely tokens that together have this probability")
+    add("--top-k", type=int, help="draw from the K most likely tokens; 0 = all")
+    add("--min-p", type=float, help="draw from tokens at least this fraction as likely as the best")
+    add("--repetition-penalty", type=float, help="above 1: less of what the prompt or the answer has said")
+    add("--presence-penalty", type=float, help="taken off the logit of every token said")
+    add("--frequency-penalty", type=float, help="taken off it once for every time it was said")
+    add("--seed", type=int, help="the same seed draws the same answer")
     add("--stop", action="append", default=[], help="end before this text (repeatable)")
     add("--extra-eos-token", action="append", default=[], help="end at this token too (repeatable)")
     add("--thinking", action=argparse.BooleanOptionalAction, help="the template's enable_thinking")
     add("--thinking-budget", type=int, metavar="N", help="close the reasoning after N tokens")
     add("--chat-template-config", default="{}", metavar="JSON", help="further variables for the chat template")
     add("--speculate", type=int, default=0, metavar="K", help="the draft layer (MTP) guesses K tokens ahead")
-    add("--device")
-    add("--dtype")
+    add("--device", help="default the GPU if there is one")
+    add("--dtype", help="bfloat16, float16, float32 or float64; default what config.json names")
     add("--quantize", metavar="KIND", help="int8, int4, nf4 or fp8: round the weights while they are read")
     add("--fast", action="store_true", help="in fewer steps (Qwen2 to 3.6), compiled ones on a CPU; the same but for rounding")
 
@@ -287,7 +289,8 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _name(args: argparse.Namespace) -> str:
     """The model that is named, in whichever way; the bundled one where none is. An empty name is for `load` to refuse."""
-    return next((name for name in (getattr(args, "model_name", None), args.model) if name is not None), DEFAULT_MODEL)
+    given = (getattr(args, way, None) for way in ("model_name", "model"))
+    return next((name for name in given if name is not None), DEFAULT_MODEL)
 
 
 def _messages(system: str | None, user: str | None = None) -> list[dict[str, Any]]:

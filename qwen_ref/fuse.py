@@ -35,7 +35,7 @@ from . import backend, layers, memory
 from .cache import Cache, KVCache, RecurrentCache
 from .cpp.library import Tape
 from .errors import RequestError
-from .layers import Linear, RMSNorm, ZeroCentredRMSNorm, place
+from .layers import Linear, RMSNorm, ZeroCentredRMSNorm, positions_and_masks
 from .models import qwen2, qwen3, qwen3_5, qwen3_next
 from .models.common import LanguageModel
 from .quant.format import Matrix
@@ -350,7 +350,7 @@ class Decoder(Stack):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, set(self.windows))  # (B or 1, T)
         return self.read(x, positions, self.rotary_emb(positions, x.dtype), masks, cache)
 
 
@@ -390,7 +390,7 @@ class Fused(LanguageModel):
         if self.mtp is None:
             return super().draft(hidden, input_ids, positions, cache)  # which says so
         x = self.model.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, {None})  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, {None})  # (B or 1, T)
         return self.mtp(hidden, x, positions, self.model.rotary_emb(positions, x.dtype), masks, cache)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:

@@ -202,8 +202,9 @@ class Rotary(nn.Module):
         return ops.rope_tables(positions, self.frequencies, self.scale, dtype)
 
 
-def stand(tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, bool]:
-    """Where the T new tokens stand, and all S tokens so far; the cache takes note of it. Arguments as for `place`.
+def note_positions(tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor, bool]:
+    """Where the T new tokens stand, and all S tokens so far; the cache is changed, and knows it from now on. Arguments as for
+    `positions_and_masks`.
 
     Returns: positions (B or 1, T); those of all keys (B or 1, S); whether these are simply 0..S-1.
     """
@@ -216,10 +217,10 @@ def stand(tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tupl
     return positions, cache.extend(positions, contiguous) if cache is not None else positions, contiguous
 
 
-def place(
+def positions_and_masks(
     tokens: Tensor, positions: Tensor | None, cache: Cache | None, windows: set[int | None]
 ) -> tuple[Tensor, dict[int | None, Tensor | None]]:
-    """Where the T new tokens stand, and what each kind of layer may see of everything so far.
+    """Where the T new tokens stand, which the cache knows from now on, and what each kind of layer may see of all so far.
 
     Args:
         tokens: (B, T) ids or (B, T, H) embeddings, read for shape and device only.
@@ -228,7 +229,7 @@ def place(
     Returns: positions (B or 1, T), and per window a mask for `ops.attention`; None = plain causal.
     """
     count, past = tokens.shape[1], cache.length if cache is not None else 0
-    positions, keys, contiguous = stand(tokens, positions, cache)
+    positions, keys, contiguous = note_positions(tokens, positions, cache)
     masks: dict[int | None, Tensor | None] = {}
     for window in windows:
         held = past if window is None else min(past, window - 1)  # what SlidingKVCache keeps

@@ -219,10 +219,10 @@ def test_siblings_differ_only_where_meant():
         "self.o_proj = Linear(config.num_attention_heads * dim, hidden, bias=bias)",
         "self.q_norm = RMSNorm(dim, config.rms_norm_eps)",
         "self.k_norm = RMSNorm(dim, config.rms_norm_eps)",
-        "q = self.q_proj(x).view(heads).transpose(1, 2)",
-        "k = self.k_proj(x).view(heads).transpose(1, 2)",
-        "q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)",
-        "k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)",
+        "q = self.q_proj(x).view(shape).transpose(1, 2)",
+        "k = self.k_proj(x).view(shape).transpose(1, 2)",
+        "q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)",
+        "k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)",
     }
 
 

@@ -146,8 +146,11 @@ def test_backend_chooses_restores_refuses_and_reports():
             assert "eager" in backend.report(dtype=torch.float64) and "fp32 only" in backend.report(dtype=torch.float64)
         backend.swiglu(gate, gate)
         assert len(calls) == 1  # restored
-        with backend.use({"swiglu": "test_only"}, strict=True), pytest.raises(RequestError, match="fp32 only"):
-            backend.swiglu(gate.double(), gate.double())
+        with backend.use({"swiglu": "test_only"}, strict=True):
+            with pytest.raises(RequestError, match="fp32 only"):
+                backend.swiglu(gate.double(), gate.double())
+            (line,) = (x for x in backend.report("cpu", torch.float64).splitlines() if x.startswith("swiglu "))
+            assert line.split()[1] == "nothing" and "test_only (fp32 only)" in line and "eager (not chosen)" in line
         with pytest.raises(RequestError, match="no implementation 'absent'"):
             backend.use({"swiglu": "absent"})
         with pytest.raises(RequestError, match="no operation 'swigloo'"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_ref.backend import emulated
 from qwen_ref.errors import RequestError
 
-ANY = "any device"  # the key of a launch that was chosen by reasoning, not measured on a device
+ANY = "any device"  # the key of a launch for every GPU without one of its own; where none was measured, of reasoning
 INSTINCT = "AMD Instinct"  # how the names of a family begin, and the key of its launches: its warps have 64 threads
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,7 +55,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def tuned(table: Mapping[tuple[str, Any], dict[str, int]], device: torch.device, shape_class: Any) -> dict[str, int]:
-    """Launch parameters measured on this device, otherwise the ones for its family, otherwise those for any device."""
+    """Launch parameters chosen for this device, otherwise the ones for its family, otherwise those for any device."""
     name = _name(device.type, device.index)
     family = INSTINCT if name.startswith(INSTINCT) else ANY
     return table.get((name, shape_class)) or table.get((family, shape_class)) or table[ANY, shape_class]

@@ -36,9 +36,11 @@ def add_commands(subparsers: Any) -> None:
     tune = command("tune", run_tune, "Search launch parameters on this GPU, for a kernel's table.")
     for sub in (lists, check, bench, tune):
         sub.add_argument("--device", help="cuda if there is a GPU, otherwise cpu")
-        sub.add_argument("--dtype", choices=DTYPES, default="float32" if sub is check else "bfloat16")
+        sub.add_argument("--dtype", choices=DTYPES, default="float32" if sub is check else "bfloat16",
+                         help="default float32" if sub is check else "default bfloat16")  # fmt: skip
     for sub in (check, bench, compile, tune):
-        sub.add_argument("operation", metavar="OP", choices=backend.OPERATIONS, help=", ".join(backend.OPERATIONS))
+        some = [name for name, op in backend.OPERATIONS.items() if sub in (check, bench) or "triton" in op.implementations]
+        sub.add_argument("operation", metavar="OP", choices=some, help=", ".join(some))
     for sub in (check, bench):
         sub.add_argument("--file", help="Python code that registers an implementation")
     for sub in (bench, tune):
@@ -46,7 +48,7 @@ def add_commands(subparsers: Any) -> None:
     for sub in (check, bench, tune):
         sub.add_argument("--model", help=f"whose shapes: {', '.join(['tiny', *MODELS])}")
     check.add_argument("--impl", required=True, metavar="NAME", help="the implementation's registered name")
-    check.add_argument("--seeds", type=int, default=5)
+    check.add_argument("--seeds", type=int, default=5, help="of the random inputs; default 5")
     check.add_argument("--emulate", choices=("sm_80", "sm_90"), help="compile the Triton kernel for it, run that on this CPU")
     check.add_argument("--nondeterministic", action="store_true", help="do not ask for the same bits twice")
     bench.add_argument("--impl", action="append", metavar="NAME", help="only these (repeatable); `compiled` is torch.compile")

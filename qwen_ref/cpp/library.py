@@ -13,6 +13,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -221,6 +222,8 @@ def _compile(compiler: list[str], flags: tuple[str, ...]) -> Path:
     key = hashlib.sha256(b"\0".join((*sources, " ".join((*compiler, *flags)).encode(), version))).hexdigest()
     path = _folder() / f"cpu-{key[:24]}.so"
     if not path.exists():
+        if sys.stderr is not None and sys.stderr.isatty():
+            print("qwen_ref: compiling the CPU operations, once (some 15 s)", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # complete before it has its name
             made = Path(folder) / path.name
             command = [*compiler, *flags, str(SOURCE), "-o", str(made)]

@@ -19,7 +19,7 @@ from ..layers import (
     ShardedEmbedding,
     ZeroCentredRMSNorm,
     expert_parts,
-    place,
+    positions_and_masks,
 )
 from ..quant.layers import Holder, PackedExperts, PackedSeparately
 
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         if self.mtp is None:
             raise RequestError("this model has no draft layer (MTP): its checkpoint has no tensors named mtp.*")
         x = self.model.embed_tokens(input_ids)
-        positions, masks = place(x, positions, cache, {None})
+        positions, masks = positions_and_masks(x, positions, cache, {None})
         rope = self.model.rotary_emb(positions, x.dtype)
         return self.mtp(hidden, x, rope, masks[None], cache.layers[0] if cache is not None else None)
 

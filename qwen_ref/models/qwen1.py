@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import backend, ops
 from ..cache import Cache, KVCache
 from ..config import Fields, Rope
-from ..layers import Linear, RMSNorm, place
+from ..layers import Linear, RMSNorm, positions_and_masks
 from .common import LanguageModel
 
 # What the files call the outer modules, and what every generation of this package calls them.
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: NtkCache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, {None})  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, {None})  # (B or 1, T)
         rope = self.rotary_emb(positions, x.dtype, cache)  # cos, sin: (B or 1, T, D)
         logn = None if self.logn_length is None else ops.logn_scale(positions, self.logn_length, x.dtype)  # (B or 1, 1, T, 1)
         for i, block in enumerate(self.layers):

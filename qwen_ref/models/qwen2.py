@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import backend, ops
 from ..cache import Cache, KVCache, SlidingKVCache
 from ..config import DualChunk, Fields, Rope, layer_types, mixture, sparse_layers
-from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place, stand
+from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, note_positions, positions_and_masks
 from .common import LanguageModel
 
 
@@ -70,7 +70,7 @@ class Config:
         border = f.integer("max_window_layers", 28, low=0)
         # The dense model slides from layer `max_window_layers` on, the MoE in every second layer below it.
         slides = [window is not None and (i < border and i % 2 == 0 if moe else i >= border) for i in range(layers)]
-        types = layer_types(f, layers, [("full_attention", "sliding_attention")[s] for s in slides])
+        types = layer_types(f, layers, ["sliding_attention" if s else "full_attention" for s in slides])
         if window is None and "sliding_attention" in types:
             raise f.error("layer_types", "holds sliding_attention, but use_sliding_window is not set")
         max_position = f.integer("max_position_embeddings", 32768, high=1 << 40)
@@ -157,10 +157,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, N, T, D)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        shape = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
+        q = self.q_proj(x).view(shape).transpose(1, 2)  # (B, N, T, D)
+        k = self.k_proj(x).view(shape).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, K, T, D)
         q, k = backend.rope(q, *rope), backend.rope(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
@@ -188,10 +188,10 @@ class DualChunkAttention(Attention):
     ) -> Tensor:
         if not isinstance(rope, ChunkedRope):  # there is one chunk yet
             return super().forward(x, rope, mask, cache)
-        heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, N, T, D)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        shape = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
+        q = self.q_proj(x).view(shape).transpose(1, 2)  # (B, N, T, D)
+        k = self.k_proj(x).view(shape).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, K, T, D)
         own, k = backend.rope(q, *rope.own), backend.rope(k, *rope.own)
         before = backend.rope(q.repeat(1, 1, 2, 1), *rope.before)  # (B, N, 2T, D)
         if cache is not None:
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, set(self.windows))  # (B or 1, T)
         rope = self.rotary_emb(positions, x.dtype)  # cos, sin: (B or 1, T, D)
         for i, block in enumerate(self.layers):
             x = block(x, rope, masks[self.windows[i]], cache.layers[i] if cache is not None else None)
@@ -311,7 +311,7 @@ class DualChunkDecoder(Decoder):
                 cache.note(torch.ones(1, device=input_ids.device), input_ids.shape[1])
             return super().forward(input_ids, positions, cache)
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, keys, _ = stand(x, positions, cache)  # (B or 1, T), (B or 1, S)
+        positions, keys, _ = note_positions(x, positions, cache)  # (B or 1, T), (B or 1, S)
         rope = self._chunked_rope(positions, keys, x.dtype, cache)
         if cache is not None:
             cache.note(rope.scale, x.shape[1])

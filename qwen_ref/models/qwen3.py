@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..cache import Cache, KVCache, SlidingKVCache
 from ..config import Fields, Rope, layer_types, mixture, sparse_layers
-from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, place
+from ..layers import MLP, Experts, Linear, RMSNorm, Rotary, positions_and_masks
 from .common import LanguageModel
 
 
@@ -67,7 +67,7 @@ class Config:
         window = f.integer("sliding_window", 4096) if windowed else None
         max_window_layers = 0 if moe else f.integer("max_window_layers", 28, low=0)  # the MoE slides in every layer
         slides = [window is not None and i >= max_window_layers for i in range(layers)]
-        types = [("full_attention", "sliding_attention")[s] for s in slides]
+        types = ["sliding_attention" if s else "full_attention" for s in slides]
         if not moe:
             types = list(layer_types(f, layers, types))
         if window is None and "sliding_attention" in types:
@@ -151,10 +151,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, N, T, D)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, D)
+        shape = (*x.shape[:2], -1, self.head_dim)  # x (B, T, H)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)  # (B, N, T, D)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, K, T, D)
         q, k = backend.rope(q, *rope), backend.rope(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, set(self.windows))  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, set(self.windows))  # (B or 1, T)
         rope = self.rotary_emb(positions, x.dtype)  # cos, sin: (B or 1, T, D)
         for i, block in enumerate(self.layers):
             x = block(x, rope, masks[self.windows[i]], cache.layers[i] if cache is not None else None)

@@ -29,7 +29,7 @@ from ..layers import (
     MultiTokenPrediction,
     Rotary,
     ZeroCentredRMSNorm,
-    place,
+    positions_and_masks,
 )
 from .common import LanguageModel
 
@@ -200,7 +200,7 @@ class GatedDeltaNet(nn.Module):
         mixed, z, b, a = self.project(x)
         g, beta = ops.delta_gates(a, b, self.A_log, self.dt_bias)  # (B, T, P) each
         outs = []
-        for t in cache.pieces(x.shape[1]):
+        for t in cache.pieces(x.shape[1]):  # one piece, unless the last states are to be come back to
             window, state = cache.state or (None, None)
             conved, window = self.conv1d(mixed[:, t], window)  # (B, T, C), (B, C, W)
             q, k, v = conved.split(self.parts, dim=-1)
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, {None})  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, {None})  # (B or 1, T)
         visible = masks[None]  # (B, 1, T, S), None = causal
         real = None if visible is None else positions >= 0  # (B, T)
         rope = self.rotary_emb(positions, x.dtype)  # cos, sin: (B or 1, T, R)

@@ -32,7 +32,7 @@ from ..layers import (
     ShardedEmbedding,
     StreamRMSNorm,
     ZeroCentredRMSNorm,
-    place,
+    positions_and_masks,
 )
 from .common import LanguageModel
 
@@ -551,7 +551,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        positions, masks = place(x, positions, cache, {None})  # (B or 1, T)
+        positions, masks = positions_and_masks(x, positions, cache, {None})  # (B or 1, T)
         visible = masks[None]  # (B, 1, T, S), None = causal
         real = None if visible is None else positions >= 0  # (B, T)
         rope = self.rotary_emb(positions, x.dtype)  # cos, sin: (B or 1, T, R)
