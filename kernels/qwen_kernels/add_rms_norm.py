@@ -3,7 +3,7 @@
 Algorithm: `rms_norm`, or `zero_centred_rms_norm`, with the addition in front. The sum is rounded to its dtype before it is
 squared, as in `ops.add_rms_norm`, so both outputs are those of the two separate operations.
 
-Bytes: 4 M H per element size (two reads, two writes) against 5 M H unfused. FLOPs: about 5 M H: memory bound.
+Bytes: 4 M H elements (two reads, two writes) against 5 M H unfused. FLOPs: about 5 M H: memory bound.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Algorithm: the definition, with a program for a block of tokens and channels. It
 token further on, all but the first time from the L1 cache; what lies before the first token comes from the state. The
 programs of the last tokens also write the window. The sum is fp32, and rounded before silu and after it.
 
-Bytes: 2 B T C per element size, 2 B C W for the windows. FLOPs: 2 W + 4 per number: memory bound.
+Bytes: 2 B T C elements, 2 B C W for the windows. FLOPs: 2 W + 4 per number: memory bound.
 """
 
 from __future__ import annotations

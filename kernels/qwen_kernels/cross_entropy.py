@@ -4,7 +4,7 @@ Algorithm: the online logsumexp of Milakov & Gimelshein 2018. Every lane keeps t
 seen, relative to that maximum, in fp32; one of the two exponentials of an update is always exp(0), so one is computed.
 One program per row: fewer rows than multiprocessors leave the rest of the GPU idle.
 
-Bytes: M V per element size, 12 M for targets and losses. FLOPs: 6 M V and M V exponentials: memory bound. A negative
+Bytes: M V elements, 12 M for targets and losses. FLOPs: 6 M V and M V exponentials: memory bound. A negative
 target's row is not read. A target that is no token, which the formula refuses, gives NaN.
 """
 

@@ -3,7 +3,7 @@
 Algorithm: `rms_norm` of rows held in registers (Zhang & Sennrich 2019), rounded as it rounds, times silu or sigmoid of the
 gate in fp32, rounded once more.
 
-Bytes: 3 M D per element size. FLOPs: about 8 M D, so it is memory bound everywhere.
+Bytes: 3 M D elements. FLOPs: about 8 M D, so it is memory bound everywhere.
 """
 
 from __future__ import annotations

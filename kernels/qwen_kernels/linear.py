@@ -10,7 +10,7 @@ writes fp32 sums, and a second kernel adds them in order (split-K, without its u
 
 More than 16 rows: `torch.nn.functional.linear`. cuBLAS is close to the limit there, and Triton would not be closer.
 
-Bytes: N K per element size; x and the result are small. FLOPs: 2 M N K: memory bound up to some hundred rows.
+Bytes: N K elements; x and the result are small. FLOPs: 2 M N K: memory bound up to some hundred rows.
 """
 
 from __future__ import annotations

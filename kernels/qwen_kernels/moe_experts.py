@@ -13,8 +13,8 @@ the second kernel holds all k slots of a token at once, so that nothing is left 
 
 gate, up, silu and the sum over slots are fp32; h and a slot's row are rounded to x's dtype.
 
-Bytes: the weights of the experts chosen once (3 H I each), M H (1 + 1) for x and out, and M k (2 I + 2 H) between the
-kernels, per element size. FLOPs: 6 M k H I. Memory bound up to some 100 tokens per expert, tensor cores above.
+Bytes: in elements, the weights of the experts chosen once (3 H I each), M H (1 + 1) for x and out, and M k (2 I + 2 H) between
+the kernels. FLOPs: 6 M k H I. Memory bound up to some 100 tokens per expert, tensor cores above.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ of heads, all of q, of k or of v; both halves of a head are in its registers, an
 rounds where the formulas round: the normed number, its product with the weight, and each product of the rotation. Two tokens
 with the same slot would race.
 
-Bytes: 2 M (N + 2 K) D per element size, 2 M R for the tables, 8 M for the slots. FLOPs: 7 M (N + K) D: memory bound.
+Bytes: 2 M (N + 2 K) D elements, 2 M R for the tables, 8 M for the slots. FLOPs: 7 M (N + K) D: memory bound.
 The tables are read once per block of heads, from memory the first time and then from the L2 cache.
 """
 

@@ -3,7 +3,7 @@
 Algorithm: Zhang & Sennrich 2019, x / sqrt(mean(x^2) + eps) * weight. The sum of squares is fp32; the normed row is
 rounded to x's dtype before the weight, as in `ops.rms_norm`.
 
-Bytes: 2 M H per element size, and H for the weight. FLOPs: about 4 M H, so it is memory bound everywhere.
+Bytes: 2 M H elements, and H for the weight. FLOPs: about 4 M H, so it is memory bound everywhere.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Algorithm: Su et al. 2021 in the half-split convention of `ops.rope`. A program 
 heads; cos and sin are read once for all of them. Each product is rounded to x's dtype before the sum, as eager rounds.
 What a partial rotation leaves is copied.
 
-Bytes: 2 B N T D per element size for x, 2 B T R for the tables. FLOPs: 3 B N T R: memory bound.
+Bytes: 2 B N T D elements for x, 2 B T R for the tables. FLOPs: 3 B N T R: memory bound.
 """
 
 from __future__ import annotations

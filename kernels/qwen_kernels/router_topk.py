@@ -3,7 +3,7 @@
 Algorithm: softmax over all experts first (`ops.router_topk`), then k rounds of "largest of what is left". Equal
 probabilities go to the lower expert index, every time; torch.topk promises no order. The index is int64, as torch's.
 
-Bytes: M E per element size in, M k (element size + 8) out. FLOPs: about M E (5 + 2 k): latency bound at any real size.
+Bytes: M E elements in, M k (element size + 8) out. FLOPs: about M E (5 + 2 k): latency bound at any real size.
 """
 
 from __future__ import annotations

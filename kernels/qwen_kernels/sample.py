@@ -15,7 +15,7 @@ of the lanes' maxima, and tokens less likely than (1 - p) / V cannot matter to t
 The choice is a running sum in the order of the vocabulary: of whole blocks, until one passes uniform * total, and then
 within that block. All sums have a fixed order: the same row gives the same token, in any batch.
 
-Bytes: B V per element size once from memory, then once per pass from the L2 cache. FLOPs: per pass and logit about 20
+Bytes: B V elements once from memory, then once per pass from the L2 cache. FLOPs: per pass and logit about 20
 and one exponential. Bound by one multiprocessor's arithmetic: a few rows take as long as a GPU full of them, and a
 single row gains little over sorting. Ties in the threshold's bits are ties of logits, also where probabilities round
 to the same number or to zero.

@@ -4,7 +4,7 @@ Algorithm: Qiu et al. 2025 (arXiv 2505.06708). The sigmoid, the product and the 
 `ops.sigmoid_gate`. The gate may lie between the queries of one projection, or be one number a row: strides are taken as
 they come.
 
-Bytes: 3 M D per element size, 4 with a residual (one D less where the gate is one number a row). FLOPs: about 5 M D:
+Bytes: 3 M D elements, 4 with a residual (one D less where the gate is one number a row). FLOPs: about 5 M D:
 memory bound.
 """
 

@@ -4,7 +4,7 @@ Algorithm: hyper-connections, Zhu et al. 2024 (arXiv 2409.19606), in Qwen4-Exp's
 axis and goes over the streams of its token; sigmoid and product are rounded where `ops.stream_mix` rounds them, the mean is
 fp32.
 
-Bytes: (2 n + 1) M H per element size. FLOPs: about 7 n M H: memory bound.
+Bytes: (2 n + 1) M H elements. FLOPs: about 7 n M H: memory bound.
 """
 
 from __future__ import annotations

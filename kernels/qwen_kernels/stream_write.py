@@ -3,7 +3,7 @@
 Algorithm: hyper-connections, Zhu et al. 2024 (arXiv 2409.19606), in Qwen4-Exp's form. A program holds a piece of the hidden
 axis of one token's output and goes over its streams; every step is rounded where `ops.stream_write` rounds it.
 
-Bytes: (2 n + 1) M H per element size. FLOPs: 2 n M H: memory bound.
+Bytes: (2 n + 1) M H elements. FLOPs: 2 n M H: memory bound.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Algorithm: Shazeer 2020. silu is fp32 and rounded to the activation dtype before the product, as in `ops.swiglu`.
 gate and up may be the two halves of one fused projection: strides are taken as they come.
 
-Bytes: 3 M I per element size. FLOPs: about 5 M I: memory bound.
+Bytes: 3 M I elements. FLOPs: about 5 M I: memory bound.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Algorithm: a gather along the last axis, as in `ops.take_columns`; a program takes one row's columns in the order of the
 result, so that it is written in whole lines. Indices are trusted, as the formula's are on a GPU: 0 <= order < K.
 
-Bytes: 2 M N per element size, and 8 N of the order. FLOPs: none.
+Bytes: 2 M N elements, and 8 N of the order. FLOPs: none.
 """
 
 from __future__ import annotations

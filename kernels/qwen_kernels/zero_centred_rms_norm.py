@@ -3,7 +3,7 @@
 Algorithm: Zhang & Sennrich 2019; each program holds a few whole rows in registers. Rows of n groups take turns at the n
 rows of a weight (n, H).
 
-Bytes: 2 M H per element size, and n H for the weight. FLOPs: about 5 M H, so it is memory bound everywhere.
+Bytes: 2 M H elements, and n H for the weight. FLOPs: about 5 M H, so it is memory bound everywhere.
 """
 
 from __future__ import annotations

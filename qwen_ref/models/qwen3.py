@@ -61,7 +61,7 @@ class Config:
             raise f.error("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
         if head_dim % 2:
             raise f.error("head_dim", f"is {head_dim}; rotary embedding needs an even one")
-        default = f.integer("num_local_experts", 128)  # both names exist
+        default = f.integer("num_local_experts", 128)  # as Mixtral calls it; transformers reads either
         experts, top_k = mixture(f, layers, default, 8) if moe else (0, 0)
         windowed = f.flag("use_sliding_window", False) and not f.is_null("sliding_window")
         window = f.integer("sliding_window", 4096) if windowed else None
