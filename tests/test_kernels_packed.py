@@ -52,7 +52,7 @@ from qwen_ref.quant.gguf import repack
 from qwen_ref.quant.gguf_blocks import BLOCK
 from qwen_ref.quant.packed import Gguf
 kept = [kind for kind, (_, size) in BLOCK.items() if isinstance(repack(kind, torch.ones(1, size, dtype=torch.uint8)), Gguf)]
-print(sorted(kept) == sorted(unpack_ggml.KINDS))
+print(sorted(kept) == sorted(unpack_ggml.DECODERS))
 for kind in kept:
     columns = 5 * BLOCK[kind][0]
     blocks = random_blocks(kind, (23, columns), finite=True)

@@ -48,7 +48,7 @@ class Operands(NamedTuple):
         wide = span // 2 if self.nibbles else span
         return {
             "DECODE": self.decode, "NIBBLES": self.nibbles, "SECOND": 1 / 16 if self.decode is int4 else 1.0,
-            "GROUP": self.group, "HIGH": self.high, "KIND": self.kind,
+            "GROUP": self.group, "HIGH": self.high, "KIND": unpack_ggml.DECODERS.get(self.kind, self.kind),
             "SPAN": span, "WIDE": wide, "BYTES": min(4, wide), "WORDS": self.aligned and wide % 4 == 0,
         }  # fmt: skip
 
@@ -82,9 +82,9 @@ class Operands(NamedTuple):
 def operands(weight: Packed, inner: int) -> Operands | None:
     """A matrix of `inner` columns for the kernels; None where they have no decoder for it, which is rare."""
     if isinstance(weight, Gguf):
-        if weight.kind not in unpack_ggml.KINDS:
+        if weight.kind not in unpack_ggml.DECODERS:
             return None
-        blocks, table = _lines(weight.blocks), unpack_ggml.table(weight.kind, weight.blocks.device)
+        blocks, table = _lines(weight.blocks), unpack_ggml.looked_up(weight.kind, weight.blocks.device)
         return Operands(blocks, None, table, unpack_ggml.ggml, False, 0, 1, unpack_ggml.SPAN, weight.kind)
     if isinstance(weight, Fp8):
         high, wide = weight.block

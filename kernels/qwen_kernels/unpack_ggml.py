@@ -4,8 +4,9 @@ The layouts and the formulas are those of `qwen_ref.quant.gguf_blocks`, which gi
 a byte are taken apart for a whole block; here a chunk picks the bytes and the shift that hold its own columns. Bytes whose
 fields lie in several chunks are loaded by each of them, from the L1 cache after the first.
 
-A decoder gets the row, where the row's first block begins, the chunks c of the row, and the words w and bytes j of a chunk,
-column 4 w + j; `inside` is what may be loaded. It gives the numbers before they are scaled, and a chunk's scale.
+A decoder gets the row, where its first block begins; the table of `looked_up`; the chunks c of the row, the words w of a chunk
+and the bytes j of a word, for column 4 w + j; and `inside`, what may be loaded. It gives the numbers before they are scaled,
+and a chunk's scale.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from qwen_ref.quant.gguf_blocks import GRIDS, IQ4_VALUES, grid
 
 from .bits import TWO_22, fetch, half, less
 
-KINDS = ("Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", *GRIDS)  # those that are computed with as they are
 SPAN = 16  # columns of a chunk
 
 
 @cache
-def table(kind: str, device: torch.device) -> Tensor | None:
+def looked_up(kind: str, device: torch.device) -> Tensor | None:
     """What codes of a kind stand for: sixteen fp32 numbers, or the points of a grid, four int8 to an int32; or None."""
     if kind == "IQ4_XS":
         return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
@@ -39,52 +39,22 @@ def ggml(
     GROUP: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
     BYTES: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    row, inside = codes + n * c1, c * SPAN < width
-    if KIND == "Q4_1":
-        return _q4_1(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "Q5_1":
-        return _q5_1(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "Q2_K":
-        return _q2_k(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "Q3_K":
-        return _q3_k(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "Q4_K":
-        return _q4_k(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "Q5_K":
-        return _q5_k(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "Q6_K":
-        return _q6_k(row, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "IQ4_XS":
-        return _iq4_xs(row, extra, c, w, j, inside, WORDS, EVEN)
-    elif KIND == "IQ3_S":
-        return _iq3_s(row, extra, c, w, j, inside, EVEN)
-    elif KIND == "IQ3_XXS":
-        return _iq3_xxs(row, extra, c, w, j, inside, EVEN)
-    elif KIND == "IQ2_S":
-        return _iq2_s(row, extra, c, w, j, inside, EVEN)
-    elif KIND == "IQ2_XS":
-        return _iq2_xs(row, extra, c, w, j, inside, EVEN)
-    elif KIND == "IQ2_XXS":
-        return _iq2_xxs(row, extra, c, w, j, inside, EVEN)
-    elif KIND == "IQ1_M":
-        return _iq1_m(row, extra, c, w, j, inside, EVEN)
-    else:
-        tl.static_assert(KIND == "IQ1_S")
-        return _iq1_s(row, extra, c, w, j, inside, EVEN)
+    """`KIND` is one of those below."""
+    return KIND(codes + n * c1, extra, c, w, j, c * SPAN < width, WORDS, EVEN)
 
 
 # ------------------------------------------------------------------------------------------------- 32 elements
 
 
 @triton.jit
-def _q4_1(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q4_1(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b = row + c // 2 * 20
     q = _run(b + 4, w, j, inside, WORDS, EVEN) >> c % 2 * 4 & 15
     return _with_minimum(less(q, 0.0), _half(b, inside, EVEN), _half(b + 2, inside, EVEN))
 
 
 @triton.jit
-def _q5_1(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q5_1(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, side = row + c // 2 * 24, c % 2
     fifth = _short(b + 4 + 2 * side, inside, EVEN) >> (w * 4 + j) & 1
     q = _run(b + 8, w, j, inside, WORDS, EVEN) >> side * 4 & 15 | fifth << 4
@@ -96,7 +66,7 @@ def _q5_1(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _q2_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q2_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 84, c % 16
     q = _run(b + 16 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3
     both = _byte(b + sub, inside, EVEN)
@@ -105,7 +75,7 @@ def _q2_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _q3_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q3_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 110, c % 16
     third = _run(b + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub // 2 & 1
     q = _run(b + 32 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3 | third << 2
@@ -116,7 +86,7 @@ def _q3_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _q4_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q4_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 144, c % 16 // 2
     q = _run(b + 16 + sub // 2 * 32 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 2 * 4 & 15
     s, m = _scale_and_minimum(b, sub, inside, EVEN)
@@ -124,7 +94,7 @@ def _q4_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _q5_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q5_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 176, c % 16 // 2
     fifth = _run(b + 16 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub & 1
     q = _run(b + 48 + sub // 2 * 32 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 2 * 4 & 15 | fifth << 4
@@ -133,7 +103,7 @@ def _q5_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _q6_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def q6_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 210, c % 16
     low = _run(b + sub // 8 * 64 + sub % 4 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 4 * 4 & 15
     high = _run(b + 128 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3
@@ -143,12 +113,12 @@ def _q6_k(row, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _iq4_xs(row, values, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+def iq4_xs(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 136, c % 16 // 2
     q = _run(b + 8 + sub * 16, w, j, inside, WORDS, EVEN) >> c % 2 * 4 & 15
     low = _byte(b + 4 + sub // 2, inside, EVEN) >> sub % 2 * 4 & 15
     high = _byte(b + 2 + sub // 4, inside, EVEN) >> sub % 4 * 2 & 3
-    value = tl.load(values + q)  # 64 bytes that stay in the L1 cache
+    value = tl.load(table + q)  # 64 bytes that stay in the L1 cache
     return value, value, ((low | high << 4).to(tl.float32) - 32.0) * _half(b, inside, EVEN)
 
 
@@ -168,56 +138,56 @@ def _scale_and_minimum(b, sub, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _iq3_s(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq3_s(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, k = row + c // 16 * 110, c % 16 * 4 + w
     number = _byte(b + 2 + k, inside, EVEN) | (_byte(b + 66 + k // 8, inside, EVEN) >> k % 8 & 1) << 8
-    value = _signed(_point(points, number, j, 0.0), _byte(b + 74 + _eighth(c, w), inside, EVEN), w, j)
+    value = _signed(_point(table, number, j, 0.0), _byte(b + 74 + _eighth(c, w), inside, EVEN), w, j)
     s = 2 * _nibble(b + 106, c % 16 // 2, inside, EVEN) + 1
     return value, value, s.to(tl.float32) * TWO_22 * _half(b, inside, EVEN)
 
 
 @triton.jit
-def _iq3_xxs(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq3_xxs(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b = row + c // 16 * 98
     number = _byte(b + 2 + c % 16 * 4 + w, inside, EVEN)
     word = b + 66 + c % 16 // 2 * 4
-    value = _signed(_point(points, number, j, 0.0), _even_signs(word, c, w, inside, EVEN), w, j)
+    value = _signed(_point(table, number, j, 0.0), _even_signs(word, c, w, inside, EVEN), w, j)
     return value, value, _top_scale(word, inside, EVEN) * (0.5 * TWO_22) * _half(b, inside, EVEN)
 
 
 @triton.jit
-def _iq2_s(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq2_s(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, i = row + c // 16 * 82, _eighth(c, w)
     number = _byte(b + 2 + i, inside, EVEN) | (_byte(b + 66 + i // 4, inside, EVEN) >> i % 4 * 2 & 3) << 8
-    value = _signed(_point(points, number * 2 + w % 2, j, 0.0), _byte(b + 34 + i, inside, EVEN), w, j)
+    value = _signed(_point(table, number * 2 + w % 2, j, 0.0), _byte(b + 34 + i, inside, EVEN), w, j)
     s = _nibble(b + 74, c % 16, inside, EVEN).to(tl.float32) + 0.5
     return value, value, s * (0.25 * TWO_22) * _half(b, inside, EVEN)
 
 
 @triton.jit
-def _iq2_xs(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq2_xs(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b = row + c // 16 * 74
     word = _short(b + 2 + _eighth(c, w) * 2, inside, EVEN)
-    value = _signed(_point(points, (word & 511) * 2 + w % 2, j, 0.0), _eighth_sign(word >> 9), w, j)
+    value = _signed(_point(table, (word & 511) * 2 + w % 2, j, 0.0), _eighth_sign(word >> 9), w, j)
     s = _nibble(b + 66, c % 16, inside, EVEN).to(tl.float32) + 0.5
     return value, value, s * (0.25 * TWO_22) * _half(b, inside, EVEN)
 
 
 @triton.jit
-def _iq2_xxs(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq2_xxs(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, i = row + c // 16 * 66, _eighth(c, w)
     number = _byte(b + 2 + i // 4 * 8 + i % 4, inside, EVEN)
     word = b + 2 + c % 16 // 2 * 8 + 4
-    value = _signed(_point(points, number * 2 + w % 2, j, 0.0), _even_signs(word, c, w, inside, EVEN), w, j)
+    value = _signed(_point(table, number * 2 + w % 2, j, 0.0), _even_signs(word, c, w, inside, EVEN), w, j)
     return value, value, _top_scale(word, inside, EVEN) * (0.25 * TWO_22) * _half(b, inside, EVEN)
 
 
 @triton.jit
-def _iq1_m(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq1_m(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, i = row + c // 16 * 56, _eighth(c, w)
     high = _nibble(b + 32, i, inside, EVEN)
     number = _byte(b + i, inside, EVEN) | (high & 7) << 8
-    value = _point(points, number * 2 + w % 2, j, 0.125 - 0.25 * (high >> 3).to(tl.float32))
+    value = _point(table, number * 2 + w % 2, j, 0.125 - 0.25 * (high >> 3).to(tl.float32))
     first, second = _short(b + 48, inside, EVEN) >> 12, _short(b + 50, inside, EVEN) >> 12
     third, fourth = _short(b + 52, inside, EVEN) >> 12, _short(b + 54, inside, EVEN) >> 12
     d = (first | second << 4 | third << 8 | fourth << 12).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -227,11 +197,11 @@ def _iq1_m(row, points, c, w, j, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _iq1_s(row, points, c, w, j, inside, EVEN: tl.constexpr):
+def iq1_s(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, i = row + c // 16 * 50, _eighth(c, w)
     word = _short(b + 34 + c % 16 // 2 * 2, inside, EVEN)
     number = _byte(b + 2 + i, inside, EVEN) | (word >> i % 4 * 3 & 7) << 8
-    value = _point(points, number * 2 + w % 2, j, 0.125 - 0.25 * (word >> 15).to(tl.float32))
+    value = _point(table, number * 2 + w % 2, j, 0.125 - 0.25 * (word >> 15).to(tl.float32))
     s = 2 * (word >> 12 & 7) + 1
     return value, value, s.to(tl.float32) * TWO_22 * _half(b, inside, EVEN)
 
@@ -313,3 +283,22 @@ def _short(pointer, inside, EVEN: tl.constexpr):
 @triton.jit
 def _half(pointer, inside, EVEN: tl.constexpr):
     return fetch(half(pointer), inside, EVEN).to(tl.float32)
+
+
+DECODERS = {  # of the kinds that are computed with as they are in the file
+    "Q4_1": q4_1,
+    "Q5_1": q5_1,
+    "Q2_K": q2_k,
+    "Q3_K": q3_k,
+    "Q4_K": q4_k,
+    "Q5_K": q5_k,
+    "Q6_K": q6_k,
+    "IQ4_XS": iq4_xs,
+    "IQ3_S": iq3_s,
+    "IQ3_XXS": iq3_xxs,
+    "IQ2_S": iq2_s,
+    "IQ2_XS": iq2_xs,
+    "IQ2_XXS": iq2_xxs,
+    "IQ1_M": iq1_m,
+    "IQ1_S": iq1_s,
+}
