@@ -187,7 +187,7 @@ def iq1_m(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, i = row + c // 16 * 56, _eighth(c, w)
     high = _nibble(b + 32, i, inside, EVEN)
     number = _byte(b + i, inside, EVEN) | (high & 7) << 8
-    value = _point(table, number * 2 + w % 2, j, 0.125 - 0.25 * (high >> 3).to(tl.float32))
+    value = _point(table, number * 2 + w % 2, j, _eighth_off(high & 8))
     first, second = _short(b + 48, inside, EVEN) >> 12, _short(b + 50, inside, EVEN) >> 12
     third, fourth = _short(b + 52, inside, EVEN) >> 12, _short(b + 54, inside, EVEN) >> 12
     d = (first | second << 4 | third << 8 | fourth << 12).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -201,7 +201,7 @@ def iq1_s(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, i = row + c // 16 * 50, _eighth(c, w)
     word = _short(b + 34 + c % 16 // 2 * 2, inside, EVEN)
     number = _byte(b + 2 + i, inside, EVEN) | (word >> i % 4 * 3 & 7) << 8
-    value = _point(table, number * 2 + w % 2, j, 0.125 - 0.25 * (word >> 15).to(tl.float32))
+    value = _point(table, number * 2 + w % 2, j, _eighth_off(word >> 15))
     s = 2 * (word >> 12 & 7) + 1
     return value, value, s.to(tl.float32) * TWO_22 * _half(b, inside, EVEN)
 
@@ -216,6 +216,11 @@ def _point(points, word, j, shift):
     """2^-22 (point + shift) of the j-th of four points."""
     point = (tl.load(points + word) >> j * 8 & 255).to(tl.uint32) ^ 128  # the sign bit flipped: point + 128
     return less(point, 128.0 - shift)
+
+
+@triton.jit
+def _eighth_off(minus):
+    return tl.where(minus != 0, -0.125, 0.125)
 
 
 @triton.jit
