@@ -43,7 +43,7 @@ from .launch import ANY, on, require, supports, tuned
 __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.gated_delta_rule
-TOLERANCE = 4.0  # in fp32 the state is a product of as many exponentials as tokens, and a GPU's exp is not torch's to the bit
+TOLERANCE = 3.0  # in fp32 with keys of zeros 2.6 in Triton's interpreter, whose exp is NumPy's: the state is a product of many
 FEW = 16  # tokens that go one by one: a chunk costs as much however few it holds
 CHUNK = 64
 HOPPER, AMPERE = ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "NVIDIA A100-SXM4-80GB"

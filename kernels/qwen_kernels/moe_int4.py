@@ -18,7 +18,7 @@ from .launch import ANY, supports
 __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = packed.moe_int4
-TOLERANCE = 3.0  # fp32 sums in another order: twice is a matter of luck where they are of few numbers
+TOLERANCE = 2.0
 TUNED = {**packed_moe.TUNED, (ANY, ("down", 16)): {"ROWS": 4, "CHUNKS": 32}}  # eight rows spill on an A100
 
 

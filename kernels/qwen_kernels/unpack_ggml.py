@@ -49,15 +49,15 @@ def ggml(
 @triton.jit
 def q4_1(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b = row + c // 2 * 20
-    q = _run(b + 4, w, j, inside, WORDS, EVEN) >> c % 2 * 4 & 15
-    return _with_minimum(less(q, 0.0), _half(b, inside, EVEN), _half(b + 2, inside, EVEN))
+    q = _run(b + 4, w, c % 2 * 4, inside, WORDS, EVEN) & 0x0F0F0F0F
+    return _with_minimum(less(_each(q, j), 0.0), _half(b, inside, EVEN), _half(b + 2, inside, EVEN))
 
 
 @triton.jit
 def q5_1(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, side = row + c // 2 * 24, c % 2
     fifth = _short(b + 4 + 2 * side, inside, EVEN) >> (w * 4 + j) & 1
-    q = _run(b + 8, w, j, inside, WORDS, EVEN) >> side * 4 & 15 | fifth << 4
+    q = _each(_run(b + 8, w, side * 4, inside, WORDS, EVEN) & 0x0F0F0F0F, j) | fifth << 4
     return _with_minimum(less(q, 0.0), _half(b, inside, EVEN), _half(b + 2, inside, EVEN))
 
 
@@ -68,57 +68,58 @@ def q5_1(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def q2_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 84, c % 16
-    q = _run(b + 16 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3
-    both = _byte(b + sub, inside, EVEN)
+    q = _run(b + 16 + sub // 8 * 32 + sub % 2 * 16, w, sub % 8 // 2 * 2, inside, WORDS, EVEN) & 0x03030303
+    # A byte of a word: neighbouring bytes would be loaded by other threads than those of the columns that they scale.
+    both = _run(b + sub // 4 * 4, 0, sub % 4 * 8, inside, WORDS, EVEN)
     d, least = _half(b + 80, inside, EVEN), _half(b + 82, inside, EVEN)
-    return _with_minimum(less(q, 0.0), d * (both & 15).to(tl.float32), -least * (both >> 4).to(tl.float32))
+    return _with_minimum(less(_each(q, j), 0.0), d * (both & 15).to(tl.float32), -least * (both >> 4 & 15).to(tl.float32))
 
 
 @triton.jit
 def q3_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 110, c % 16
-    third = _run(b + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub // 2 & 1
-    q = _run(b + 32 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3 | third << 2
+    third = _run(b + sub % 2 * 16, w, sub // 2, inside, WORDS, EVEN) & 0x01010101
+    q = _run(b + 32 + sub // 8 * 32 + sub % 2 * 16, w, sub % 8 // 2 * 2, inside, WORDS, EVEN) & 0x03030303 | third << 2
     low = _byte(b + 96 + sub % 8, inside, EVEN) >> sub // 8 * 4 & 15
     high = _byte(b + 104 + sub % 4, inside, EVEN) >> sub // 4 * 2 & 3
-    value = less(q, 4.0)
+    value = less(_each(q, j), 4.0)
     return value, value, ((low | high << 4).to(tl.float32) - 32.0) * _half(b + 108, inside, EVEN) * TWO_22
 
 
 @triton.jit
 def q4_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 144, c % 16 // 2
-    q = _run(b + 16 + sub // 2 * 32 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 2 * 4 & 15
+    q = _run(b + 16 + sub // 2 * 32 + c % 2 * 16, w, sub % 2 * 4, inside, WORDS, EVEN) & 0x0F0F0F0F
     s, m = _scale_and_minimum(b, sub, inside, EVEN)
-    return _with_minimum(less(q, 0.0), s, m)
+    return _with_minimum(less(_each(q, j), 0.0), s, m)
 
 
 @triton.jit
 def q5_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 176, c % 16 // 2
-    fifth = _run(b + 16 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub & 1
-    q = _run(b + 48 + sub // 2 * 32 + c % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 2 * 4 & 15 | fifth << 4
+    fifth = _run(b + 16 + c % 2 * 16, w, sub, inside, WORDS, EVEN) & 0x01010101
+    q = _run(b + 48 + sub // 2 * 32 + c % 2 * 16, w, sub % 2 * 4, inside, WORDS, EVEN) & 0x0F0F0F0F | fifth << 4
     s, m = _scale_and_minimum(b, sub, inside, EVEN)
-    return _with_minimum(less(q, 0.0), s, m)
+    return _with_minimum(less(_each(q, j), 0.0), s, m)
 
 
 @triton.jit
 def q6_k(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 210, c % 16
-    low = _run(b + sub // 8 * 64 + sub % 4 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 4 * 4 & 15
-    high = _run(b + 128 + sub // 8 * 32 + sub % 2 * 16, w, j, inside, WORDS, EVEN) >> sub % 8 // 2 * 2 & 3
+    low = _run(b + sub // 8 * 64 + sub % 4 * 16, w, sub % 8 // 4 * 4, inside, WORDS, EVEN) & 0x0F0F0F0F
+    high = _run(b + 128 + sub // 8 * 32 + sub % 2 * 16, w, sub % 8 // 2 * 2, inside, WORDS, EVEN) & 0x03030303
     s = fetch(b + 192 + sub, inside, EVEN).to(tl.int8, bitcast=True).to(tl.float32)
-    value = less(low | high << 4, 32.0)
+    value = less(_each(low | high << 4, j), 32.0)
     return value, value, s * TWO_22 * _half(b + 208, inside, EVEN)
 
 
 @triton.jit
 def iq4_xs(row, table, c, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
     b, sub = row + c // 16 * 136, c % 16 // 2
-    q = _run(b + 8 + sub * 16, w, j, inside, WORDS, EVEN) >> c % 2 * 4 & 15
+    q = _run(b + 8 + sub * 16, w, c % 2 * 4, inside, WORDS, EVEN) & 0x0F0F0F0F
     low = _byte(b + 4 + sub // 2, inside, EVEN) >> sub % 2 * 4 & 15
     high = _byte(b + 2 + sub // 4, inside, EVEN) >> sub % 4 * 2 & 3
-    value = tl.load(table + q)  # 64 bytes that stay in the L1 cache
+    value = tl.load(table + _each(q, j))  # 64 bytes that stay in the L1 cache
     return value, value, ((low | high << 4).to(tl.float32) - 32.0) * _half(b, inside, EVEN)
 
 
@@ -261,12 +262,20 @@ def _with_minimum(value, scale, least):
 
 
 @triton.jit
-def _run(run, w, j, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
-    """Byte 4 w + j of sixteen, in the low eight bits of a uint32; the bits above them are not zero where rows are of WORDS."""
+def _run(run, w, shift, inside, WORDS: tl.constexpr, EVEN: tl.constexpr):
+    """Word w of a run of bytes, uint32, shifted to the right: fields are taken out of four bytes at once."""
     if WORDS:
-        return fetch(run.to(tl.pointer_type(tl.uint32), bitcast=True) + w, inside, EVEN) >> (j * 8).to(tl.uint32)
+        word = fetch(run.to(tl.pointer_type(tl.uint32), bitcast=True) + w, inside, EVEN)
     else:
-        return fetch(run + (w * 4 + j), inside, EVEN).to(tl.uint32)
+        pair = run.to(tl.pointer_type(tl.uint16), bitcast=True) + w * 2
+        word = fetch(pair, inside, EVEN).to(tl.uint32) | fetch(pair + 1, inside, EVEN).to(tl.uint32) << 16
+    return word >> shift.to(tl.uint32)
+
+
+@triton.jit
+def _each(word, j):
+    """Byte j of a word."""
+    return word >> (j * 8).to(tl.uint32) & 255
 
 
 @triton.jit
