@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .limits import LIMITS
-from .safetensors_file import SafetensorsFile, TensorInfo, converts, write_safetensors
+from .safetensors_file import SafetensorsFile, TensorInfo, converts, exists, write_safetensors
 from .strict_json import quote, read_json, write_json
 
 # Of a quantised KV cache, as ModelOpt and compressed-tensors name them; keys and values are kept in full precision here.
@@ -393,7 +393,8 @@ def save_model(
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write config.json, weights under their official names, and `extra` files to a new folder, all or nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = folder.expanduser().absolute()  # "." has no name to put another beside
+    if exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; nothing is overwritten")
     for name in extra or {}:
         if Path(name).name != name or name.endswith(".safetensors") or name in ("config.json", INDEX):

@@ -30,3 +30,7 @@ class RequestError(QwenRefError, ValueError):
 
 class NumericsError(QwenRefError):
     """A forward pass produced NaN or infinity."""
+
+
+class EmulatorError(RequestError):
+    """What the emulator of a GPU does not know: no fault of the kernel that it runs."""

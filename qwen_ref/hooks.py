@@ -17,6 +17,7 @@ happens in an operation. With none active not a line of this file runs.
 from __future__ import annotations
 
 import difflib
+import operator
 import threading
 import warnings
 from collections import defaultdict
@@ -62,6 +63,9 @@ class Activations(dict[str, Tensor]):
         chosen = [value for name, value in self.items() if name.rpartition(".")[2] == f"hook_{short}"]
         if not chosen:
             raise RequestError(f"hook_{short} was captured in no layer; captured: {_near(short, self)}")
+        if len(shapes := {tuple(value.shape) for value in chosen}) > 1:
+            shown = ", ".join(map(str, sorted(shapes)))
+            raise RequestError(f"hook_{short} is of layers of different kinds, {shown}: take each by its name")
         return torch.stack(chosen)
 
 
@@ -84,7 +88,7 @@ def run_with_cache(
         input_ids, positions, cache: as `model.forward` has them.
         names_filter: a name, a pattern with *, several of them, or a function of the name. Default: the residual stream.
         stop_at_layer: leave before this block (-1 the last); the residual stream there is returned instead of logits.
-        pos_slice: keep only these query positions, in every activation.
+        pos_slice: keep only these query positions, of every named point that has positions (not of a recurrent state).
         device, dtype: where and as what captured tensors are kept; default as they are.
         max_bytes: refuse, before anything runs, to keep more than this.
     Raises: RequestError: unknown name (near ones are given), too many bytes, stop_at_layer out of range, ids that are none,
@@ -93,12 +97,12 @@ def run_with_cache(
     _check_ids(model, input_ids)
     known = points(model)
     chosen = select(model, names_filter)
-    positions_kept = slice(pos_slice, pos_slice + 1 or None) if isinstance(pos_slice, int) else pos_slice
+    positions_kept = _positions_kept(pos_slice, input_ids.shape[1], [name for name in chosen if name not in known])
     _guard_bytes(model, [known.get(name) for name in chosen], input_ids, cache, positions_kept, dtype, max_bytes)
     acts = Activations()
 
     def keep(value: Tensor, hook: Point) -> None:
-        if positions_kept is not None and hook.dims:
+        if positions_kept is not None and "T" in hook.dims:
             index = [slice(None)] * hook.dims.index("T") + [positions_kept]
             value = value[tuple(index)]
         as_dtype = dtype if value.is_floating_point() else None
@@ -284,7 +288,7 @@ class _Session:
             result = fn(given, hook=point)
             edited = given if result is None else result
             _check_edit(point, value, edited)
-            if torch.equal(edited, value) and not edited.requires_grad:
+            if _alike(edited, value) and (edited is given or not edited.requires_grad):
                 continue  # nothing changed: the model goes on with its own tensor, and rounds as ever
             if not point.editable:
                 raise RequestError(f"{point.name} can be read but not edited; edit {point.instead} instead")
@@ -341,6 +345,8 @@ class _Session:
 
     def _shown(self, point: Point, x: Tensor) -> Tensor:
         """As the point's dims say: heads apart, and tokens in rows where a mixture of experts flattened them."""
+        if point.dims == "BTV" and x.dim() == 2:  # of the last position alone, as `generate` asks the head
+            return x.unsqueeze(1)
         if point.dims in ("BTND", "BTKD") and x.dim() == 3:
             return x.unflatten(-1, (-1, self.widths["N"]))
         if point.dims and x.dim() == 2 and self.frames:
@@ -531,6 +537,37 @@ def _block_index(model: Any, layer: int) -> int:
     if not -count <= layer < count:
         raise RequestError(f"stop_at_layer is {layer}; the model has {count} blocks")
     return layer % count
+
+
+def _alike(edited: Tensor, value: Tensor) -> bool:
+    """Whether all numbers are the same, NaN among them."""
+    if torch.equal(edited, value):
+        return True
+    return value.is_floating_point() and bool(((edited == value) | (edited.isnan() & value.isnan())).all())
+
+
+def _positions_kept(kept: Any, tokens: int, paths: Sequence[str]) -> slice | None:
+    """The slice that `pos_slice` means. RequestError for positions that there are not, and for modules by their path."""
+    if kept is None:
+        return None
+    if paths:
+        raise RequestError(f"pos_slice is for named points, whose axes are known, and {paths[0]} is a module: leave one of "
+                           "them out")
+    if isinstance(kept, slice):
+        try:
+            positions = range(tokens)[kept]
+        except (TypeError, ValueError) as problem:
+            raise RequestError(f"pos_slice is {kept}: {problem}") from problem
+        if positions.step < 0 or not positions:
+            raise RequestError(f"pos_slice is {kept}, which keeps none of {tokens} positions in their order")
+        return kept
+    try:
+        position = operator.index(kept)
+    except TypeError as problem:
+        raise RequestError(f"pos_slice is {kept!r}; it must be a position or a slice of them") from problem
+    if not -tokens <= position < tokens:
+        raise RequestError(f"pos_slice is {position}; there are {tokens} positions")
+    return slice(position, position + 1 or None)
 
 
 def _check_edit(point: Point, value: Tensor, edited: Any) -> None:

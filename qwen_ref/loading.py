@@ -270,12 +270,17 @@ def _attach(network: LanguageModel, path: Path) -> Tokenizer:
         network.generation_config = parse_object(files["generation_config.json"], where, ConfigError)
     network.extra_files = files
     tokenizer = load_tokenizer(path)
+    check_fits(path, tokenizer, network)
+    return tokenizer
+
+
+def check_fits(path: Path, tokenizer: Tokenizer, network: LanguageModel) -> None:
+    """CheckpointError for a tokenizer with ids that the model does not embed."""
     if tokenizer.vocab_size > network.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model embeds {network.config.vocab_size}: "
             "they belong to different models"
         )
-    return tokenizer
 
 
 def extra_files(path: Path) -> dict[str, bytes]:

@@ -191,7 +191,7 @@ class LensGrid:
 
 def lens_grid(lens: Lens, tokenizer: Any, positions: Sequence[int] | None = None) -> LensGrid:
     """The cells of the logit-lens figure; `positions` default to the last 12."""
-    count, blocks = len(lens.ids), max(lens.depths)
+    count = len(lens.ids)
     at = range(count)[-12:] if positions is None else [p % count for p in positions if -count <= p < count]
     if not at or (positions is not None and len(at) < len(positions)):
         raise RequestError(f"positions are {positions}; there are {count} tokens")
@@ -199,7 +199,7 @@ def lens_grid(lens: Lens, tokenizer: Any, positions: Sequence[int] | None = None
     top = lens.top_ids[:, at, 0]  # (D, P)
     return LensGrid(
         positions=list(at),
-        depths=["embed" if d == 0 else f"{d}" + (" = answer" if d == blocks else "") for d in lens.depths],
+        depths=["embed" if d == 0 else f"{d}" + (" = answer" if d == lens.blocks else "") for d in lens.depths],
         tokens=token_labels(tokenizer, lens.ids[at]),
         answers=[token_labels(tokenizer, row) for row in top],
         probabilities=lens.top_logprobs[:, at, 0].float().exp(),
@@ -664,7 +664,8 @@ def _heat(
 
 def _around(values: Tensor, at_least: float = 0.0) -> tuple[float, float]:
     """Limits of a signed colour scale: zero in the middle."""
-    reach = max(float(values.abs().max()), at_least) or 1.0
+    finite = values[values.isfinite()].abs()
+    reach = max(float(finite.max()) if finite.numel() else 0.0, at_least) or 1.0
     return -reach, reach
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .checkpoint import INDEX, Checkpoint, weight_files
 from .errors import CheckpointError, RequestError
 from .layers import Experts, Linear
-from .loading import EXTRA_FILES, locate, materialize, pick_dtype, read_config, skeleton
+from .loading import EXTRA_FILES, check_fits, locate, materialize, pick_dtype, read_config, skeleton
 from .models.common import DRAFT, LanguageModel
 from .quant import rounding
 from .quant.calibrated import Calibration, windows_of
@@ -32,7 +32,7 @@ from .quant.format import matches
 from .quant.making import GGUF, KEPT, KINDS, Round, fitting, matrices, quantize_module, rounded, rounder
 from .quant.packed import Packed
 from .quant.store import STORES
-from .safetensors_file import SafetensorsFile, write_safetensors
+from .safetensors_file import SafetensorsFile, exists, write_safetensors
 from .strict_json import read_json, write_json
 from .tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ class _Job:
     def __init__(self, source: Path, raw: dict[str, Any], out: Path, to: str, method: str, group: int,
                  calibration: str | None) -> None:  # fmt: skip
         out = out.absolute()  # "." has no name to put ".partial" after
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if exists(out) and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} exists and is not empty; nothing is overwritten")
         self.source, self.raw, self.out, self.to, self.method = source, raw, out, to, method
         self.partial = out.with_name(f"{out.name}.partial")
@@ -145,7 +145,8 @@ class _Job:
         self.windows: list[list[int]] = []
         if method == "gptq":
             text = calibration if calibration is not None else CALIBRATION.read_text(encoding="utf-8")
-            self.windows = windows_of(Tokenizer.load(source).encode(text, allow_special=True))
+            self.tokenizer = Tokenizer.load(source)
+            self.windows = windows_of(self.tokenizer.encode(text, allow_special=True))
 
     def run(self, progress: bool) -> Quantized:
         from tqdm import tqdm
@@ -153,6 +154,7 @@ class _Job:
         with _written(self.out, self.partial), Checkpoint(self.source) as checkpoint:
             self.checkpoint, self.network = checkpoint, skeleton(self.raw, checkpoint)
             if self.windows:
+                check_fits(self.source, self.tokenizer, self.network)
                 self.network.to(torch.float32)  # in which the calibration text runs
             checkpoint.check(self.network)
             self.notes += _left_out(checkpoint)
@@ -325,8 +327,8 @@ def _written(out: Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise CheckpointError(f"could not write {out}: {problem.strerror or problem}. What is finished is in {partial}; the "
-                              "same command goes on from there") from problem
+        kept = f". What is finished is in {partial}; the same command goes on from there" if partial.is_dir() else ""
+        raise CheckpointError(f"could not write {out}: {problem.strerror or problem}{kept}") from problem
 
 
 __all__ = ["CALIBRATION", "METHODS", "RECORD", "Quantized", "quantize"]

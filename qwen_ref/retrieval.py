@@ -6,6 +6,7 @@ Usage as on the model cards of Qwen/Qwen3-Embedding-0.6B and Qwen/Qwen3-Reranker
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ JUDGE = (
 
 def instruct(query: str, task: str = TASK) -> str:
     """The form in which a query is embedded. Documents are embedded as they are."""
-    return f"Instruct: {task}\nQuery:{query}"
+    return f"Instruct: {_text('task', task)}\nQuery:{_text('query', query)}"
 
 
 @torch.inference_mode()
@@ -55,12 +56,13 @@ def rerank(
     """P("yes") against "no" that each document answers the query, by the reranker's judgement. (n,) fp32."""
     if model.lm_head is None:
         raise RequestError("this checkpoint has no language head; a reranker needs one")
+    _text("query", query), _text("task", task)
     yes, no = (tokenizer.encode(word) for word in ("yes", "no"))
     if len(yes) != 1 or len(no) != 1:
         raise RequestError('"yes" and "no" are not single tokens in this tokenizer; it is not a reranker\'s')
     prompts = []
     for document in _listed("documents", documents):
-        user = f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {document}"
+        user = f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {_text('a document', document)}"
         prompts.append(
             tokenizer.encode(f"<|im_start|>system\n{JUDGE}<|im_end|>\n<|im_start|>user\n", allow_special=True)
             + tokenizer.encode(user)  # text of the caller: no control tokens in it
@@ -69,6 +71,12 @@ def rerank(
     parts = _last_states(model, prompts).split(64)  # of whose logits, (64, V), two of each are kept
     logits = torch.cat([model.lm_head(states)[:, [no[0], yes[0]]] for states in parts])  # (n, 2)
     return logits.float().softmax(-1)[:, 1]
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {value!r:.80}; it must be text")
+    return value
 
 
 def _listed(name: str, texts: Sequence[str]) -> Sequence[str]:

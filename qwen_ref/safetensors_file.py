@@ -251,6 +251,17 @@ class SafetensorsFile:
         return CheckpointError(f"{self.path} is not a usable safetensors file: {problem}")
 
 
+def exists(path: Path) -> bool:
+    """Whether something has this name. CheckpointError for a name that nothing can have."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as problem:  # too long, or with a zero byte
+        raise CheckpointError(f"cannot write {quote(str(path))}: {problem}") from problem
+    return True
+
+
 def converts(disk: torch.dtype, memory: torch.dtype) -> bool:
     """Floats convert into each other; integers and float8 are codes that mean nothing without their scales."""
     return disk == memory or (disk in _WEIGHT_DTYPES and memory in _WEIGHT_DTYPES)

@@ -39,6 +39,7 @@ DECODED = 32  # tokens, for the speed
 REPEATS = 3
 GPTQ = "int4:gptq"
 SEPARATOR = "<|endoftext|>"
+_MOST_LOSS = 700.0  # nats a token, whose exponential is a number
 _CHUNK_BYTES = 1 << 26  # of fp32 logits at a time: a whole window's, with 150,000 tokens to choose from, would be 1.2 GB
 
 
@@ -191,6 +192,8 @@ class _Measure:
         loss, distance = torch.cat(losses).double(), torch.cat(distances).double()
         if not bool(torch.isfinite(loss).all()):
             raise NumericsError(f"{name} gives NaN or infinite logits")
+        if (worst := loss.mean().item()) > _MOST_LOSS:
+            raise NumericsError(f"{name} loses {worst:.0f} nats a token: its perplexity is no number; is it damaged?")
         prefill, decode = speed(model, max(self.windows, key=lambda piece: len(piece.ids)).ids)
         mean, p99 = (None, None) if same else (distance.mean().item(), _percentile(distance, 0.99))
         top1 = None if same else agreed / len(loss)
@@ -246,7 +249,7 @@ def _made(model: str | Path, name: str, calibration: str | None, device: str | N
 
 
 def _method(model: LanguageModel) -> str:
-    return str(model.raw_config.get("quantization_config", {}).get("quant_method", model.dtype)).removeprefix("torch.")
+    return str((model.raw_config.get("quantization_config") or {}).get("quant_method", model.dtype)).removeprefix("torch.")
 
 
 def _percentile(values: Tensor, share: float) -> float:

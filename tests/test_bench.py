@@ -136,6 +136,79 @@ def test_writing_outside_the_output_is_caught(planted):
     assert "writes outside its output" in faults_of("swiglu")
 
 
+def test_memory_of_an_input_and_a_result_given_twice_are_caught(planted):
+    kept: dict = {}
+
+    def cached(x, w, eps):  # as if two layers shared one buffer
+        return kept.setdefault(x.shape, torch.empty_like(x)).copy_(ops.rms_norm(x, w, eps))
+
+    planted("rms_norm", cached)
+    assert "returns the same memory again" in faults_of()
+
+    def keeps(x, weight, state=None):
+        y, after = ops.causal_conv1d(x, weight, state)
+        width = weight.shape[-1]
+        return y, x[:, -width:] if x.shape[1] >= width else after
+
+    planted("causal_conv1d", keeps)
+    assert "returns the memory of an input" in faults_of("causal_conv1d")
+
+
+def test_writing_outside_memory_of_zeros_is_caught(planted):
+    def spills(gate, up):
+        out = torch.zeros_like(gate)
+        if out.numel():
+            out.as_strided((out.numel() + 1,), (1,)).fill_(3)
+        return out.copy_(ops.swiglu(gate, up))
+
+    planted("swiglu", spills)
+    assert "writes outside its output" in faults_of("swiglu")
+
+
+def test_a_maximum_that_passes_over_nan_is_caught(planted):
+    """As a GPU's does: what is read unwritten must not only be NaN."""
+
+    def reads(x, w, eps):
+        out = torch.empty_like(x)
+        return torch.fmax(out, ops.rms_norm(x, w, eps))
+
+    planted("rms_norm", reads)
+    assert "is off by" in faults_of()
+
+
+def test_leaving_the_process_is_no_success(planted, tmp_path):
+    def leaves(x, w, eps):
+        raise SystemExit(0)
+
+    planted("rms_norm", leaves)
+    assert "raises SystemExit" in faults_of()
+    (tmp_path / "mine.py").write_text("raise SystemExit(0)")
+    with pytest.raises(RequestError, match="SystemExit"):
+        check("swiglu", "eager", file=tmp_path / "mine.py")
+
+
+BOUNDED = {  # right up to some size, as kernels are that were never tried beyond
+    "linear": lambda x, w, bias=None: ops.linear(x, w, bias) * (torch.arange(w.shape[0]) < 64),
+    "rms_norm": lambda x, w, eps: w * (x * torch.rsqrt(x[..., :128].square().mean(-1, keepdim=True) + eps)).to(x.dtype),
+    "moe_experts": lambda x, up, down, w, e: ops.moe_experts(x, up, down, w, e % 16),
+    "attention_decode": lambda q, k, v, held, window=None: ops.attention_decode(q, k, v, held.clamp(max=256), window),
+    "cross_entropy": lambda x, t: ops.cross_entropy(x[:, :16384], t.clamp(max=min(16384, x.shape[1]) - 1)),
+    "sample": lambda x, heat, *rest: torch.where(heat == 0, x.shape[1] - 1 - x.flip(-1).argmax(-1), ops.sample(x, heat, *rest)),
+}
+
+
+@pytest.mark.parametrize("operation", BOUNDED)
+def test_sizes_beyond_one_tile_are_tried(planted, operation):
+    planted(operation, BOUNDED[operation])
+    assert faults_of(operation)
+
+
+def test_more_rows_than_a_tile_are_tried(planted):
+    planted("linear", lambda x, w, bias=None: torch.where(torch.arange(max(1, x[..., 0].numel())).view(*x.shape[:-1], 1) < 32,
+                                                          ops.linear(x, w, bias), 0) if x.numel() else ops.linear(x, w, bias))  # fmt: skip
+    assert faults_of("linear")
+
+
 def test_skipping_the_rounding_of_silu_is_allowed_but_a_coarser_sum_is_not(planted):
     planted("swiglu", lambda g, u: ops.swiglu(g.double(), u.double()).to(g.dtype))
     assert not faults_of("swiglu", dtype=torch.bfloat16)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from test_kernels import NO_MASK
 
 from qwen_ref import backend
+from qwen_ref.bench.check import House
 from qwen_ref.bench.emulator import Fault, emulate, machine, numbers, ptx
+from qwen_ref.bench.emulator.memory import INSIDE
 from qwen_ref.cli import main
 from qwen_ref.errors import RequestError
 
@@ -263,6 +265,16 @@ def test_an_access_outside_every_tensor_or_misaligned_is_a_fault():
     expect_fault(SLOT + "st.shared.b32 [%r2 + 1024], %r1;", "outside it", shared=1024)
 
 
+def test_what_lies_around_a_tensor_under_test_is_outside():
+    house = House.of(torch.zeros(64))
+    run(OFFSET.format(0) + "ld.global.b32 %r4, [%rd3];", house.tensor, torch.zeros(64))
+    for place in (-4, 256 - 124, 256 + 400):
+        expect_fault(OFFSET.format(place) + "ld.global.b32 %r4, [%rd3];", "outside every tensor", house.tensor, torch.zeros(64))
+    known = len(INSIDE)
+    del house
+    assert len(INSIDE) == known - 1
+
+
 def test_threads_and_blocks_that_write_one_address_are_a_fault_unless_they_agree():
     expect_fault("st.global.b32 [%rd1], %r1;", "two threads write different bytes")
     expect_fault("mov.u32 %r2, %ctaid.x;\nst.global.b32 [%rd1], %r2;", "two threads write different bytes", grid=(2, 1, 1))
@@ -271,6 +283,11 @@ def test_threads_and_blocks_that_write_one_address_are_a_fault_unless_they_agree
     expect_fault(
         "mov.u32 %r2, %ctaid.x;\nmad.wide.u32 %rd3, %r2, 4, %rd1;\nst.global.b32 [%rd3], %r2;\nld.global.b32 %r4, [%rd1];",
         "reads what another block wrote", grid=(2, 1, 1),
+    )  # fmt: skip
+    expect_fault(
+        "mov.u32 %r2, %ctaid.x;\nmov.b32 %r3, 1;\nsub.s32 %r3, %r3, %r2;\nmad.wide.u32 %rd3, %r3, 4, %rd1;\n"
+        "ld.global.b32 %r4, [%rd3];\nmad.wide.u32 %rd3, %r2, 4, %rd1;\nadd.s32 %r2, %r2, 5;\nst.global.b32 [%rd3], %r2;",
+        "writes other bytes where another block has read", grid=(2, 1, 1),
     )  # fmt: skip
     expect_fault(SLOT + "st.shared.b32 [%r3], %r1;", "two warps write different bytes", threads=64)
     run("mov.b32 %r4, 7;\nst.global.b32 [%rd1], %r4;", out := torch.zeros(64, dtype=torch.int32), grid=(3, 1, 1))

@@ -825,3 +825,65 @@ def test_a_warning_that_is_an_error_leaves_nothing(dense):
         with pytest.raises(UserWarning, match="runs eagerly"):
             dense.run_with_cache(IDS, "blocks.1.attn.hook_pattern")
     assert _clean(dense)
+
+
+# ------------------------------------------------------------------------------------------------- found by a reader
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_some_positions_of_every_point_that_has_them(config):
+    model, _ = make_pair(config)
+    whole, some, last = ({name: value for name, value in model.run_with_cache(IDS, "*hook_*", pos_slice=kept)[1].items()}
+                         for kept in (None, slice(2, 5), -1))  # fmt: skip
+    for name, point in points(model).items():
+        if name not in whole:
+            continue
+        at = point.dims.find("T")
+        assert torch.equal(some[name], whole[name] if at < 0 else whole[name].narrow(at, 2, 3)), name
+        assert torch.equal(last[name], whole[name] if at < 0 else whole[name].narrow(at, IDS.shape[1] - 1, 1)), name
+
+
+@pytest.mark.parametrize("kept", [9, -10, slice(20, 30), slice(None, None, -1), slice("a", None), [1], "1", 1.5])
+def test_positions_that_there_are_not(dense, kept):
+    with pytest.raises(RequestError, match="pos_slice is"):
+        dense.run_with_cache(IDS, "hook_embed", pos_slice=kept)
+
+
+def test_positions_of_a_module_by_its_path_are_refused(dense):
+    with pytest.raises(RequestError, match=r"model\.layers\.0 is a module"):
+        dense.run_with_cache(IDS, "model.layers.0", pos_slice=-1)
+
+
+def test_logits_have_positions_in_generate_too():
+    model, tokenizer = qr.load("tiny", dtype=torch.float32)
+
+    def only(value, hook):
+        assert value.dim() == len(hook.dims) == 3
+        value[:, -1] = 0
+        value[:, -1, 42] = 1
+
+    with model.hooks([("hook_logits", only)]):
+        assert qr.generate(model, tokenizer, "Once", max_tokens=3, temperature=0, ignore_eos=True)[0].token_ids == [42] * 3
+        assert int(model(IDS)[0, -1].argmax()) == 42
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_next", "qwen4_exp"])
+def test_to_look_is_no_edit_with_gradients_nor_where_there_is_nan(name):
+    model, _ = make_pair(TINY[name][1])
+    with torch.enable_grad():
+        model.requires_grad_(True)
+        expected = model(IDS)
+        seen = []
+        looked = model.run_with_hooks(IDS, [("*hook_*", lambda value, hook: seen.append(hook.name))])
+        assert torch.equal(looked, expected) and {"hook_embed", "hook_logits"} < set(seen)
+        model.requires_grad_(False)
+    with torch.no_grad():
+        next(model.model.layers[0].parameters())[0] = float("nan")
+    model.run_with_hooks(IDS, [("*hook_*", lambda value, hook: value)])
+
+
+def test_layers_of_different_kinds_are_not_stacked():
+    model, _ = make_pair(TINY["qwen3_5"][1])
+    _, acts = model.run_with_cache(IDS, "*hook_q")
+    with pytest.raises(RequestError, match="layers of different kinds"):
+        acts.stack("q")

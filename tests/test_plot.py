@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -78,7 +79,7 @@ def a_lens() -> Lens:
     logprobs = torch.randn(4, 12, 3, generator=generator).log_softmax(-1).sort(-1, descending=True).values
     top = torch.randint(0, 12, (4, 12, 3), generator=generator)
     top[3, :-1, 0] = torch.arange(1, 12)  # the answer is always right
-    return Lens((0, 1, 2, 3), torch.arange(12), top, logprobs, torch.zeros(4, 11), torch.zeros(4, 11), torch.zeros(4, 12))
+    return Lens(3, (0, 1, 2, 3), torch.arange(12), top, logprobs, torch.zeros(4, 11), torch.zeros(4, 11), torch.zeros(4, 12))
 
 
 def an_attribution() -> Attribution:
@@ -462,3 +463,17 @@ def test_roofline():
     for kernels, peak in (([], 1.0), (KERNELS, 0.0), ([plot.Kernel("x", math.nan, 1.0)], 1.0), ([plot.Kernel("x", 1, -1)], 1.0)):
         with pytest.raises(RequestError, match="must be positive"):
             plot.roofline(kernels, peak, 1.0)
+
+
+def test_a_colour_scale_passes_over_what_is_no_number():
+    assert plot._around(torch.tensor([0.2, -0.8, float("nan"), float("inf")])) == pytest.approx((-0.8, 0.8))
+    assert plot._around(torch.tensor([float("nan")])) == (-1.0, 1.0)
+
+
+def test_the_answer_of_a_lens_is_the_models_last_block():
+    class Words:
+        def token_bytes(self, id: int) -> bytes:
+            return b"w"
+
+    depths = [plot.lens_grid(dataclasses.replace(a_lens(), blocks=blocks), Words()).depths for blocks in (3, 8)]
+    assert depths == [["embed", "1", "2", "3 = answer"], ["embed", "1", "2", "3"]]

@@ -358,6 +358,40 @@ def test_unknown_kinds(kind, tmp_path):
         qr.quantize("tiny", tmp_path / "out", kind)
 
 
+@pytest.mark.parametrize("kind", ["int8", "gguf:q4_k", "fp8"])
+def test_a_quantised_embedding_refuses_ids_that_it_has_not(kind):
+    """As the plain one does; a negative one is not counted from the end."""
+    model, _ = qr.load("tiny", dtype="float32", quantize=kind)
+    for ids in ([[-1]], [[1, -1]], [[4096]], [[5, 4096]]):
+        with pytest.raises(IndexError):
+            model(torch.tensor(ids))
+
+
+def test_gptq_for_a_model_that_embeds_fewer_ids_than_the_tokenizer_has(tmp_path):
+    model, _ = qr.load("tiny")
+    config = {**model.config.to_json(), "vocab_size": 1000}
+    small = qr.models.qwen3.Model(qr.models.qwen3.Config.from_json(config))
+    small.extra_files = model.extra_files
+    small.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="belong to different models"):
+        qr.quantize(tmp_path / "m", tmp_path / "out", "int4", method="gptq", progress=False)
+
+
+@pytest.mark.parametrize("to", ["int4", "gguf:q8_0"])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/x"])
+def test_a_target_that_cannot_be_is_one_typed_error(to, name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write|could not write") as error:
+        qr.quantize("tiny", tmp_path / name, to, progress=False)
+    assert "goes on from there" not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("group", ["x", 32.0, True])
+def test_a_group_that_is_no_integer(group, tmp_path):
+    with pytest.raises(RequestError, match="must be an integer"):
+        qr.quantize("tiny", tmp_path / "out", "int4", group=group, progress=False)
+
+
 def test_what_is_quantised_is_not_quantised_again(tmp_path):
     qr.quantize("tiny", tmp_path / "a", "int8", progress=False)
     with pytest.raises(RequestError, match=r"quantised already"):

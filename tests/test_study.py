@@ -464,3 +464,40 @@ def test_what_any_trained_model_shows(name):
     token = int(result.top_ids[-1, -1, 0])
     shares = attribution.attribute(model, ids, token)
     assert abs(float(shares.total - shares.logit)) < 1e-4 and shares.logit > 0
+
+
+# ------------------------------------------------------------------------------------------------- found by a reader
+
+
+def test_attention_received_in_a_window_is_averaged_over_those_that_see_a_token():
+    config = {**TINY["qwen3"][1], "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    model, _ = make_pair(config)
+    ids, count = torch.arange(12) * 7 % 211, 12
+    with backend.use({"attention": "eager"}):
+        _, acts = model.run_with_cache(ids[None], "*hook_pattern")
+    got = profiles.profile(model, ids).received
+    for layer, window in enumerate(model.config.windows):
+        for s in range(count):
+            seen = range(s, min(count, s + (window or count)))
+            wanted = torch.stack([acts["pattern", layer][0, :, t, s] for t in seen]).mean()
+            torch.testing.assert_close(got[layer, s], wanted)
+
+
+def test_a_lens_of_some_depths_knows_the_answers(dense):
+    assert logit_lens.lens(dense, torch.arange(5), layers=[0, 1]).blocks == len(dense.model.layers)
+    with pytest.raises(RequestError, match="layers is empty"):
+        logit_lens.lens(dense, torch.arange(5), layers=[])
+
+
+def test_activations_that_do_not_fit_are_not_put_in(dense, moe):
+    ids = torch.arange(6)
+    _, acts = dense.run_with_cache(torch.arange(7)[None], "blocks.1.hook_resid_pre")
+    for bad, text in ((dict(acts), "as many tokens"), ({"blocks.1.hook_resid_pre": 3}, "gives tensors"),
+                      ({"blocks.1.hook_resid_pre": torch.zeros(1, 6, 5)}, "as many tokens"), ({"model.layers.0": acts}, "named points"),
+                      ({"blocks.1.ln1.hook_scale": torch.zeros(1, 6, 1)[..., :0]}, "as many tokens")):  # fmt: skip
+        with pytest.raises(RequestError, match=text):
+            patching.run_patched(dense, ids, bad)
+    _, acts = dense.run_with_cache(ids[None], "blocks.1.hook_resid_pre", dtype=torch.float64)
+    torch.testing.assert_close(patching.run_patched(dense, ids, dict(acts)), dense(ids[None]))
+    with pytest.raises(RequestError, match="position is 99"):
+        patching.patch(dense, ids, ids.flip(0), "blocks.1.hook_resid_pre", patching.logit_difference(dense, 1, 2, position=99))

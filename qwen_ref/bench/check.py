@@ -8,7 +8,9 @@ changed input, a write outside an output, and two runs that differ.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import backend
-from ..errors import RequestError
+from ..errors import EmulatorError, RequestError
+from .emulator.memory import INSIDE
 from .shapes import DEFAULTS, sizes
 from .subjects import Draw, Subject, subject
 
 SEEDS = 5
 SECOND_LOOK = 8  # times the seeds before an error is held against a kernel: the worst of a few numbers is chance
+LOUD = 3e4  # poison besides NaN, which a GPU's maximum passes over; fp16 has it
 GUARD = 1024  # numbers of poison before and after every tensor; a multiple of any alignment a kernel asks for
 
 
@@ -116,9 +120,10 @@ def check(
 
     def look(seeds: range, at: Callable[[str], bool]) -> None:
         for seed in seeds:
-            for name, args in what.cases(sizes(model, what.needs), Draw(seed, dtype, device)):
+            for i, (name, args) in enumerate(what.cases(sizes(model, what.needs), Draw(seed, dtype, device))):
                 if at(name):
-                    found.setdefault(name, []).append(examine(what, run, args, deterministic, shift=seed % 2))
+                    poison = LOUD if (seed + i) % 2 else math.nan
+                    found.setdefault(name, []).append(examine(what, run, args, deterministic, shift=seed % 2, poison=poison))
 
     with torch.no_grad():
         look(range(seeds), lambda name: True)
@@ -140,7 +145,7 @@ def load(file: str | Path) -> None:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(f"{path} could not be run: {type(error).__name__}: {error}") from error
 
 
@@ -170,31 +175,39 @@ class Finding:
 
 def examine(
     what: Subject, run: Callable[..., Any], args: tuple[Any, ...], deterministic: bool = True, poisoned: bool = True,
-    shift: int = 0,
+    shift: int = 0, poison: float = math.nan,
 ) -> Finding:  # fmt: skip
     """Call an implementation on inputs inside poison, twice if it shall be deterministic, and look at all it gave and touched.
 
-    poisoned: also the memory that it allocates. shift: of all inputs from an aligned address, in numbers.
+    poisoned: also the memory that it allocates. shift: of all inputs from an aligned address, in numbers. poison: NaN or LOUD.
     """
     # Arguments may be NamedTuples of tensors, such as a packed matrix: the maps go down to their tensors.
     wide = tree_map(lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a, args)
     eager, truth = (what.call(what.formula, _fresh(what, values)) for values in (args, wide))
-    housed = [tree_map(lambda a: House.of(a, shift) if isinstance(a, Tensor) else a, arg) for arg in args]
+    housed = [tree_map(lambda a: House.of(a, shift, poison) if isinstance(a, Tensor) else a, arg) for arg in args]
     inputs = tuple(tree_map(lambda h: h.tensor if isinstance(h, House) else h, arg) for arg in housed)
     try:
-        made = Poisoned()
+        made = Poisoned(poison)
         with made if poisoned else nullcontext():
             ours = again = _fresh_results(what, what.call(run, inputs))
             if deterministic:
                 _restore(what, housed)
                 again = what.call(run, inputs)
             _wait(inputs)
-    except Exception as error:
+    except EmulatorError:
+        raise
+    except (Exception, SystemExit) as error:
         return Finding((f"raises {type(error).__name__}: {_first_line(error)}",))
     faults = _form_faults(ours, eager)
     houses = [(i in what.writes, h) for i, arg in enumerate(housed) for h in tree_leaves(arg) if isinstance(h, House)]
     if any(h.changed(outside=filled) for filled, h in houses):
         faults.append("changes an input, or memory beside it")
+    given = [a for arg in args for a in tree_leaves(arg)]
+    own = [(y, z) for y, z, e in zip(ours, again, eager, strict=False) if not any(_shares(e, a) for a in given)]
+    if any(_shares(y, h.buffer) for y, _ in own for filled, h in houses if not filled):
+        faults.append("returns the memory of an input, which the formula does not")
+    elif deterministic and any(_shares(y, z) for y, z in own):
+        faults.append("returns the same memory again: the first result is lost")
     if any(h.spilled() for h in made.houses):
         faults.append("writes outside its output")
     if deterministic and not faults and not all(_same_bits(a, b) for a, b in zip(ours, again, strict=True)):
@@ -273,12 +286,19 @@ class House:
     before: Tensor  # the buffer as it was handed out
     start: int  # where in it the tensor begins
 
+    def __post_init__(self) -> None:
+        """Tell the emulator, for which all of the buffer would be the tensor."""
+        at, first = self.buffer.untyped_storage().data_ptr(), self.tensor.data_ptr()
+        INSIDE[at] = first, first + _span(self.tensor) * self.tensor.element_size()
+        weakref.finalize(self, INSIDE.pop, at, None)
+
     @classmethod
-    def of(cls, values: Tensor, shift: int = 0) -> House:
+    def of(cls, values: Tensor, shift: int = 0, poison: Any = math.nan) -> House:
         """An input's, so many numbers behind an address that is a multiple of any alignment a kernel asks for; of bytes, pairs:
         blocks of ggml begin with a number of 16 bits."""
         shift *= 2 if values.element_size() == 1 else 1
-        poison: Any = float("nan")
+        if values.element_size() == 1 and values.is_floating_point():
+            poison = math.nan  # they have no number so large
         if not values.is_floating_point():
             poison = True if values.dtype == torch.bool else torch.iinfo(values.dtype).min
         buffer = torch.full((_reach(values) + shift,), poison, dtype=values.dtype, device=values.device)
@@ -289,10 +309,15 @@ class House:
         return house
 
     @classmethod
-    def like(cls, empty: Tensor) -> House:
-        """An output's, in the form of `empty`."""
-        buffer = torch.full((_reach(empty) * empty.element_size(),), 255, dtype=torch.uint8, device=empty.device)
-        return cls._around(empty, buffer.view(empty.dtype), GUARD)
+    def like(cls, form: Tensor, values: Tensor | float = math.nan) -> House:
+        """An output's, in the form of another tensor; in it are values, or as around it poison."""
+        buffer = torch.full((_reach(form) * form.element_size(),), 255, dtype=torch.uint8, device=form.device)
+        house = cls._around(form, buffer.view(form.dtype), GUARD)
+        if isinstance(values, Tensor):
+            house.tensor.copy_(values)
+        elif math.isfinite(values) and form.is_floating_point() and form.element_size() > 1:
+            house.tensor.fill_(values)
+        return house
 
     @classmethod
     def _around(cls, form: Tensor, buffer: Tensor, start: int) -> House:
@@ -318,13 +343,38 @@ class House:
 
 def _reach(form: Tensor) -> int:
     """How many numbers a buffer needs for a tensor of this form and a guard on both sides."""
+    return _span(form) + 2 * GUARD
+
+
+def _span(form: Tensor) -> int:
+    """Numbers from a tensor's first to its last."""
     span = sum((n - 1) * stride for n, stride in zip(form.shape, form.stride(), strict=True)) + 1
-    return (span if form.numel() else 0) + 2 * GUARD
+    return span if form.numel() else 0
+
+
+def _shares(a: Any, b: Any) -> bool:
+    """Whether two tensors lie in one allocation."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.numel() and b.numel()):
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class Poisoned(TorchDispatchMode):
-    """While active, memory that is allocated without values (empty, empty_like ...) is poison inside more poison."""
+    """While active, memory that is allocated without values (empty, empty_like ...) is poison inside more poison, and what is
+    allocated with them (zeros, clone ...) lies inside poison."""
 
+    FILLED = (
+        torch.ops.aten.zeros.default,
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten.new_zeros.default,
+        torch.ops.aten.ones.default,
+        torch.ops.aten.ones_like.default,
+        torch.ops.aten.new_ones.default,
+        torch.ops.aten.full.default,
+        torch.ops.aten.full_like.default,
+        torch.ops.aten.new_full.default,
+        torch.ops.aten.clone.default,
+    )
     EMPTY = (
         torch.ops.aten.empty.memory_format,
         torch.ops.aten.empty_like.default,
@@ -333,15 +383,16 @@ class Poisoned(TorchDispatchMode):
         torch.ops.aten.new_empty_strided.default,
     )
 
-    def __init__(self) -> None:
+    def __init__(self, poison: float = math.nan) -> None:
         super().__init__()
+        self.poison = poison  # of what has no values
         self.houses: list[House] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function not in self.EMPTY or result.dtype.is_complex:
+        if function not in (*self.EMPTY, *self.FILLED) or result.dtype.is_complex or result.is_sparse:
             return result
-        self.houses.append(House.like(result))
+        self.houses.append(House.like(result, self.poison if function in self.EMPTY else result))
         return self.houses[-1].tensor
 
 
@@ -368,5 +419,5 @@ def _wait(tensors: tuple[Any, ...]) -> None:
         torch.cuda.synchronize()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]

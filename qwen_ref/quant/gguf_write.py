@@ -8,6 +8,7 @@ import re
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..safetensors_file import exists
 from ..strict_json import quote
 from .gguf import ALIGNMENT, ARRAY, FLOATS, MAGIC, SCALARS, STRING, TENSOR_TYPES, VERSION, ggml_name
 from .gguf_blocks import BLOCK
@@ -124,7 +126,7 @@ def write_gguf(
     Raises: CheckpointError, ConfigError or TokenizerError for what cannot be written.
     """
     tensors = list(tensors)
-    if path.exists():
+    if exists(path):
         raise CheckpointError(f"{path} exists; nothing is overwritten")
     metadata = _metadata(config, tokenizer_files, tensors, name)
     header = b"".join(_encode_header(metadata, tensors, hybrid=Heads.from_config(config) is not None))
@@ -140,7 +142,8 @@ def write_gguf(
     except OSError as problem:
         raise CheckpointError(f"could not write {path}: {problem.strerror or problem}") from problem
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that is none, or a name too long
+            temporary.unlink()
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -286,12 +286,18 @@ class PackedEmbedding(PackedModule):
 
 
 def gather(weight: Packed, index: Tensor) -> Packed:
-    """The rows of a matrix with these numbers. Layouts with scales of their own for every row only."""
+    """The rows of a matrix with these numbers, (n,). Layouts with scales of their own for every row only. IndexError for a
+    number that no row has, as `torch.nn.functional.embedding`."""
+
+    def picked(values: Tensor, index: Tensor) -> Tensor:  # `values[index]` would take negative ones from the end
+        raw = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+        return raw.index_select(0, index).view(values.dtype)
+
     if isinstance(weight, Fp8) and weight.block[0] > 1:
-        high = weight.block[0]
-        return weight._replace(codes=weight.codes.view(torch.uint8)[index].view(weight.codes.dtype),
-                               scale=weight.scale[index // high], block=(1, weight.block[1]))  # fmt: skip
-    parts = {name: value[index] for name, value in weight._asdict().items() if isinstance(value, Tensor) and name != "table"}
+        codes, scale = picked(weight.codes, index), picked(weight.scale, index // weight.block[0])
+        return weight._replace(codes=codes, scale=scale, block=(1, weight.block[1]))
+    parts = {name: picked(value, index) for name, value in weight._asdict().items()
+             if isinstance(value, Tensor) and name != "table"}  # fmt: skip
     return weight._replace(**parts)  # type: ignore[arg-type]
 
 

@@ -137,6 +137,8 @@ def fitting(model: nn.Module, kind: str, group: int = rounding.GROUP) -> Any:
     below 16, and the scales would weigh as much as the codes.
     """
     four = kind in ("int4", "int4:plain")
+    if type(group) is not int:
+        raise RequestError(f"the group size is {group!r}; it must be an integer")
     if four and group < LEAST_GROUP:
         raise RequestError(f"the group size is {group}; it must be at least {LEAST_GROUP}")
     shapes = matrices(model)

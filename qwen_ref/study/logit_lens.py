@@ -25,6 +25,7 @@ from .inputs import Ids, head_of, one_sequence, several, whole
 class Lens:
     """D depths, T positions, k tokens. Log-probabilities and divergences in nats, at least fp32, on the CPU."""
 
+    blocks: int  # L, of the model
     depths: tuple[int, ...]  # blocks passed: 0 the embedding, L the model's answer
     ids: Tensor  # (T,) what was read
     top_ids: Tensor  # (D, T, k) most probable next tokens, best first
@@ -54,7 +55,8 @@ def lens(model: Any, ids: Ids, layers: Sequence[int] | None = None, top: int = 5
     residuals = list(acts.values())  # x_0, x_1, ..., x_L: (1, T, H) each
     final = _log_softmax(logits)  # (T, V)
     entries = [_read(_log_softmax(at_depth(model, residuals[d])), final, row[0], top) for d in depths]
-    return Lens(depths, row[0].cpu(), *(torch.stack(column).cpu() for column in zip(*entries, strict=True)))
+    columns = (torch.stack(column).cpu() for column in zip(*entries, strict=True))
+    return Lens(len(model.model.layers), depths, row[0].cpu(), *columns)
 
 
 def at_depth(model: Any, residual: Tensor) -> Tensor:
@@ -78,6 +80,8 @@ def _depths(blocks: int, layers: Sequence[int] | None) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(blocks + 1))
     chosen = several(layers, "layers")
+    if not chosen:
+        raise RequestError("layers is empty: name the depths to read, or leave it out for all")
     for depth in chosen:
         if not -blocks - 1 <= depth <= blocks:
             raise RequestError(f"there is no depth {depth}: 0 is the embedding, {blocks} (or -1) the last block's output")

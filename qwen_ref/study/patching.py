@@ -41,7 +41,12 @@ def logit_difference(model: Any, answer: int, wrong: int, position: int = -1) ->
     """The usual metric: logit(answer) - logit(wrong) at one position."""
     answer, wrong = one_token(model, answer, "answer"), one_token(model, wrong, "wrong")
     position = whole(position, "position")
-    return lambda logits: logits[position, answer] - logits[position, wrong]
+
+    def metric(logits: Tensor) -> Tensor:
+        at = one_position(len(logits), position)
+        return logits[at, answer] - logits[at, wrong]
+
+    return metric
 
 
 @torch.no_grad()
@@ -86,6 +91,7 @@ def run_patched(
     """The logits (1, T, V) of the corrupted prompt with all these activations, captured by `run_with_cache`, put in at once."""
     corrupted = one_sequence(model, corrupted_ids)
     where = _positions(corrupted, corrupted, positions)
+    _points(model, list(activations), "position")
     return run_with_hooks(model, corrupted, [(name, _put(value, [(where, None)])) for name, value in activations.items()])
 
 
@@ -104,15 +110,20 @@ def _metrics(model: Any, corrupted: Tensor, point: Point, clean: Tensor, cells: 
 
 def _put(clean: Tensor, cells: Sequence[Cell]) -> Callable[..., Tensor]:
     """A hook that replaces, in row b of the batch, the positions and head of cell b by the clean ones."""
+    if not isinstance(clean, Tensor):
+        raise RequestError(f"an activation to put in is {clean!r:.80}; run_with_cache gives tensors")
 
     def hook(value: Tensor, hook: Point) -> Tensor:
+        if clean.shape[1:] != value.shape[1:]:
+            raise RequestError(f"{hook.name} was captured as {tuple(clean.shape)}, and this prompt's is {tuple(value.shape)}: "
+                               "both must have as many tokens, and be of one model")
         tokens = hook.dims.index("T") - 1  # axes of one row
         for b, (at, head) in enumerate(cells):
             index: list[Any] = [slice(None)] * (value.dim() - 1)
             index[tokens] = at
             if head is not None:
                 index[_head_axis(hook) - 1] = head
-            value[(b, *index)] = clean[(0, *index)]
+            value[(b, *index)] = clean[(0, *index)].to(value)
         return value
 
     return hook

@@ -61,11 +61,12 @@ def profile(model: Any, ids: Ids) -> Profile:
         resid_channel=channel,
         resid_median=residual.abs().flatten(1).median(-1).values,
         sink=first_token(pattern),
-        received=received(pattern).mean(1),
+        received=torch.stack([received(p, window) for p, window in zip(pattern, model.config.windows, strict=True)]).mean(1),
     )
 
 
-def received(pattern: Tensor) -> Tensor:
-    """(..., T, T) -> (..., T): attention each key gets, averaged over the queries at or after it."""
-    seen_by = torch.arange(pattern.shape[-1], 0, -1, device=pattern.device)  # T, T-1, ..., 1
+def received(pattern: Tensor, window: int | None = None) -> Tensor:
+    """(..., T, T) -> (..., T): attention each key gets, averaged over the queries that see it: those at or after it, the first
+    `window` of them where there is one."""
+    seen_by = torch.arange(pattern.shape[-1], 0, -1, device=pattern.device).clamp(max=window or pattern.shape[-1])
     return pattern.sum(-2) / seen_by

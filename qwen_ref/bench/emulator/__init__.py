@@ -2,7 +2,8 @@
 
 Triton's own interpreter runs a kernel's Python, and computes bfloat16 wrongly. This runs what the compiler made of it for
 sm_80 or sm_90: its layouts, shuffles, tensor cores (mma, wgmma), copies in flight and barriers. It sees what a GPU would not
-say: an access outside every tensor, a misaligned one, a race between warps or blocks, a result read before it is there.
+say: an access outside every tensor, a misaligned one, a race between warps in shared memory or between blocks, a result read
+before it is there. Warps of one block that race in global memory it does not see.
 
 It does not see what the assembler makes of PTX (registers, spills, scheduling), nor time; and tensor cores add up in an order
 of their own, of FP8 on a Hopper with 14 bits, where this adds in fp32.

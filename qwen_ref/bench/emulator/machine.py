@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...errors import RequestError
+from ...errors import EmulatorError, RequestError
 from . import arithmetic, matrices
 from .memory import Fault, Global, Shared
 from .numbers import UNSIGNED, Array, read, width, write
@@ -258,7 +258,7 @@ def _step(program: Program, instruction: Instruction) -> Step | None:
     build = BUILDERS.get(head)
     made = build(instruction) if build else arithmetic.step(instruction)
     if made is None:
-        raise RequestError(f"the emulator does not know the instruction {instruction.text!r}")
+        raise EmulatorError(f"the emulator does not know the instruction {instruction.text!r}")
     if head == "wgmma":
         return made
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import RequestError
+from ...errors import EmulatorError, RequestError
 from .numbers import UNSIGNED, Array, from_e4m3, read, to_tf32
 from .ptx import Bits, Instruction, Operand
 
@@ -151,13 +151,13 @@ def warp_group_product(machine: Machine, instruction: Instruction, active: Array
     """
     parts = instruction.parts
     if parts[5] != "f32" or parts[6] not in BYTES:
-        raise RequestError(f"the emulator does not know the instruction {instruction.text[:80]!r}")
+        raise EmulatorError(f"the emulator does not know the instruction {instruction.text[:80]!r}")
     columns, depth = (int(n) for n in re.findall(r"\d+", parts[4])[1:])
     kind = parts[6]
     d, a, b, scale, *rest = instruction.operands
     signs, turned = [_signed(bits) for bits in rest[:2]], [_signed(bits) != 0 for bits in rest[2:]]
     if signs != [1, 1]:
-        raise RequestError("the emulator multiplies by 1 only")
+        raise EmulatorError("the emulator multiplies by 1 only")
     turned_a, turned_b = (turned[0] if isinstance(a, str) and turned else False), (turned[-1] if turned else False)
     lanes = machine.lanes(active)
     first = lanes[lanes % 128 == 0]
@@ -198,7 +198,7 @@ def _described(
     start, leading, stride, swizzle = ((bits >> np.uint64(at) & np.uint64(mask)).astype(np.int64) for at, mask in
                                        ((0, 0x3FFF), (16, 0x3FFF), (32, 0x3FFF), (62, 3)))  # fmt: skip
     if len(set(swizzle.tolist())) > 1:
-        raise RequestError("the emulator reads matrices of one swizzle at a time")
+        raise EmulatorError("the emulator reads matrices of one swizzle at a time")
     mode, each = int(swizzle[0]), BYTES[kind]
     line = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
     row, k = np.arange(rows)[:, None], np.arange(depth)[None]

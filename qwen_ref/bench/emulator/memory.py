@@ -18,6 +18,9 @@ from ...errors import QwenRefError
 from .numbers import Array
 
 NOBODY, SEVERAL = -1, 127
+MANY = -2  # blocks
+# Of memory that is more than its tensor, the address where it begins -> the tensor's first byte and the one behind its last.
+INSIDE: dict[int, tuple[int, int]] = {}
 
 
 class Fault(QwenRefError):
@@ -30,14 +33,16 @@ class Allocation:
     end: int
     bytes: Array  # of the memory itself
     writers: Array  # the block that last wrote each byte in this launch, or NOBODY
+    readers: Array  # the block that has read each byte in this launch, NOBODY or MANY
 
 
 class Global:
     """The memory behind the tensors that a kernel was given."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        spans = sorted({(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors if t.numel()})
-        self.allocations = [_allocation(start, size) for start, size in spans]
+        storages = {(s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in tensors if t.numel())}
+        spans = sorted(INSIDE.get(start, (start, start + size)) for start, size in storages)
+        self.allocations = [_allocation(start, end - start) for start, end in spans]
         self.starts = [a.start for a in self.allocations]
 
     def load(self, addresses: Array, size: int, blocks: Array) -> Array:
@@ -48,6 +53,8 @@ class Global:
             if ((writers != NOBODY) & (writers != blocks[chosen, None])).any():
                 raise Fault(f"reads what another block wrote in the same launch, {_place(addresses[chosen], held)}")
             out[chosen] = held.bytes[places]
+            readers, mine = held.readers[places], blocks[chosen, None]
+            held.readers[places] = np.where((readers == NOBODY) | (readers == mine), mine, MANY)
         return out
 
     def store(self, addresses: Array, values: Array, blocks: Array) -> None:
@@ -57,6 +64,10 @@ class Global:
             if ((writers != NOBODY) & (writers != mine) & (held.bytes[places] != values[chosen])).any():
                 where = _place(addresses[chosen], held)
                 raise Fault(f"writes other bytes than another block wrote in the same launch, {where}")
+            readers = held.readers[places]
+            if ((readers != NOBODY) & (readers != mine) & (held.bytes[places] != values[chosen])).any():
+                where = _place(addresses[chosen], held)
+                raise Fault(f"writes other bytes where another block has read in the same launch, {where}")
             held.bytes[places] = values[chosen]
             held.writers[places] = mine
             if (held.bytes[places] != values[chosen]).any():
@@ -90,7 +101,7 @@ class Global:
 
 def _allocation(start: int, size: int) -> Allocation:
     memory = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(start))
-    return Allocation(start, start + size, memory, np.full(size, NOBODY, np.int32))
+    return Allocation(start, start + size, memory, *(np.full(size, NOBODY, np.int32) for _ in range(2)))
 
 
 def _place(addresses: Array, held: Allocation) -> str:

@@ -150,6 +150,7 @@ def _decode_case(
 
 def _decode_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     yield _decode_case("ragged", draw, s, (1, 150, 0, 37), 150)
+    yield _decode_case("many tokens", draw, s, (1100, 3), 1100)
     yield _decode_case("NaN behind the tokens", draw, s, (1, 150, 0, 63), 200, rest=float("nan"))
     yield _decode_case("window", draw, s, (1, 150, 0, 37), 150, window=5)
     yield _decode_case("window longer than the sequences", draw, s, (3, 20), 21, window=100)

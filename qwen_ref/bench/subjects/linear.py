@@ -21,6 +21,7 @@ def _cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     wide = s.kv_heads * s.head_dim
     for count in (1, 2, 3, 5, 16, 17, 0):
         yield _case(f"{count} rows", draw, (count, s.hidden), wide)
+    yield _case("many rows and columns", draw, (197, 131), 300)
     yield _case("one vector", draw, (s.hidden,), wide)
     yield _case("leading axes", draw, (2, 1, 3, s.hidden), wide, bias=True)
     for count in (1, 4, 7, 0):

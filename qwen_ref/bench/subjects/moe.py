@@ -66,6 +66,7 @@ def _moe_cases(s: Sizes, draw: Draw) -> Iterator[Case]:
     small = replace(s, hidden=40, intermediate=8, experts=5, top_k=2)
     yield _moe_case("5 tokens", draw, small, 5)
     yield _moe_case("one expert", draw, replace(small, experts=1, top_k=1), 7)
+    yield _moe_case("more experts than a tile", draw, replace(small, experts=150), 90)
     yield _moe_case("every expert", draw, replace(small, top_k=5), 9)
     yield _moe_case("odd sizes", draw, replace(small, hidden=37, intermediate=19), 6)
     for tokens in (3, 61):

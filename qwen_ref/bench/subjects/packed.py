@@ -144,6 +144,7 @@ def _linear_cases(styles: Styles, k: int, odd: int, brief: Styles, s: Sizes, dra
         yield Case(f"{count} rows, one row repeated", (apart[:1, 1 : k + 1].expand(count, -1), weight, None))
     for style, make in brief.items():
         yield _case(f"1 row, {style}", draw, make, (1, k), 21)
+        yield _case(f"1 row, {style}, long sums", draw, make, (1, 10 * k), 5)
         yield _case(f"6 rows, {style}", draw, make, (6, k), 37, bias=True)
     stack = first(draw, 3, 4 * n, k)
     part = packed.rows(packed.expert(stack, 1), *_middle(stack, n))
@@ -192,7 +193,7 @@ def _moe_case(
 
 
 def _moe_cases(styles: Styles, k: int, odd: int, s: Sizes, draw: Draw) -> Iterator[Case]:
-    small = replace(s, hidden=k, intermediate=k if k == odd else 24, experts=5, top_k=2)
+    small = replace(s, hidden=k, intermediate=24 if odd % 2 else odd, experts=5, top_k=2)  # or whole blocks
     first = next(iter(styles.values()))
     for tokens in (0, 1, 9):
         yield _moe_case(f"{tokens} tokens", draw, first, small, tokens)
@@ -202,6 +203,7 @@ def _moe_cases(styles: Styles, k: int, odd: int, s: Sizes, draw: Draw) -> Iterat
     yield _moe_case("30 rows an expert", draw, first, replace(small, experts=2), 30)
     yield _moe_case("many rows an expert", draw, first, replace(small, experts=2, top_k=1), 197)
     yield _moe_case("one expert", draw, first, replace(small, experts=1, top_k=1), 7)
+    yield _moe_case("more experts than a tile", draw, first, replace(small, experts=70), 40)
     for tokens in (3, 11):
         # Empty experts before, between and after those in use, whose two slots come in either order.
         yield _moe_case(f"{tokens} tokens to two of five", draw, first, small, tokens, 1 + 2 * draw.choices(tokens, 2, 2))
@@ -307,7 +309,7 @@ SUBJECTS: tuple[Subject, ...] = (
         "gguf",
         {kind: partial(gguf, kind=kind) for kind in ("Q4_K", "Q6_K")},
         {kind: partial(gguf, kind=kind) for kind in ("Q4_K", "Q6_K")},
-        k=256, odd=256, brief={kind: partial(gguf, kind=kind) for kind in _OTHER_KINDS},
+        k=512, odd=256, brief={kind: partial(gguf, kind=kind) for kind in _OTHER_KINDS},
     ),
     _DYNAMIC,
 )  # fmt: skip
