@@ -123,7 +123,7 @@ ALLOWED = {
     "bench.measure": {"backend", "errors", "plot", "bench.check", "bench.subjects", "bench.shapes"},
     "bench.compile": {"backend", "errors", "bench.subjects", "bench.shapes"},
     "bench.tune": {"backend", "errors", "bench.check", "bench.compile", "bench.measure", "bench.shapes", "bench.subjects"},
-    "bench.cli": {"backend", "errors", "bench.shapes", "bench.check", "bench.compile", "bench.emulator", "bench.measure", "bench.tune"},
+    "bench.cli": {"backend", "errors", "loading", "bench.shapes", "bench.check", "bench.compile", "bench.emulator", "bench.measure", "bench.tune"},
     "describe": {"checkpoint", "strict_json", "config", "errors", "loading", "models.common", "quant.convert", "quant.format", "quant.ggml"},
     "quantize": {"checkpoint", "safetensors_file", "strict_json", "errors", "layers", "loading", "models.common", "quant", "quant.calibrated",
                  "quant.compressed_tensors", "quant.format", "quant.gguf_write", "quant.making", "quant.packed", "quant.store", "tokenizer"},

@@ -525,8 +525,14 @@ def test_cli(planted, capsys):
     planted("swiglu", lambda gate, up: gate * up)
     assert run_cli("check", "swiglu", "--impl", "planted", "--json") == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
-    with pytest.raises(RequestError):
-        run_cli("check", "swiglu", "--impl", "absent")
+    for arguments, text in ((("check", "swiglu", "--impl", "absent"), "no implementation"),
+                            (("check", "swiglu", "--impl", "eager", "--device", "nonsense"), "cannot be used here"),
+                            (("list", "--device", "cuda:99"), "cannot be used here"),
+                            (("bench", "swiglu", "--device", "cuda:99"), "cannot be used here"),
+                            (("bench", "swiglu", "--plot", "roof.txt"), "ends in .png"),
+                            (("bench", "swiglu", "--plot", "nowhere/roof.png"), "folder that exists")):  # fmt: skip
+        with pytest.raises(RequestError, match=text):
+            run_cli(*arguments)
 
 
 def test_what_is_called_compiled_was_compiled(monkeypatch):

@@ -6,14 +6,17 @@ import argparse
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import backend
 from ..errors import RequestError
+from ..loading import usable_device
 from .shapes import MODELS
 
+PLOTS = (".png", ".svg", ".pdf")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -57,8 +60,13 @@ def add_commands(subparsers: Any) -> None:
     compile.add_argument("--target", action="append", metavar="ARCH", help="sm_80, sm_90, gfx942 (repeatable; default all)")
 
 
+def _device(args: argparse.Namespace) -> torch.device:
+    """The one asked for, else the GPU if there is one. RequestError if it cannot be used."""
+    return usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def run_list(args: argparse.Namespace) -> int:
-    device, dtype = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), DTYPES[args.dtype]
+    device, dtype = _device(args), DTYPES[args.dtype]
     if not args.json:
         print(f"on {device} in {args.dtype}:\n{backend.report(device, dtype)}")
         return 0
@@ -81,7 +89,7 @@ def run_check(args: argparse.Namespace) -> int:
     with emulate(args.emulate) if args.emulate else nullcontext():
         report = check(
             args.operation, args.impl, file=args.file, dtype=DTYPES[args.dtype],
-            device="cpu" if args.emulate else args.device, model=args.model, seeds=args.seeds,
+            device="cpu" if args.emulate else _device(args), model=args.model, seeds=args.seeds,
             deterministic=not args.nondeterministic,
         )  # fmt: skip
     print(json.dumps(report.to_json()) if args.json else f"{report.table()}\n\n{report.verdict}")
@@ -93,14 +101,19 @@ def run_bench(args: argparse.Namespace) -> int:
 
     if args.tokens and min(args.tokens) < 1:
         raise RequestError("--tokens must be at least 1")
+    if args.plot and (Path(args.plot).suffix not in PLOTS or not Path(args.plot).absolute().parent.is_dir()):
+        raise RequestError(f"--plot {args.plot}: name a file that ends in {', '.join(PLOTS)}, in a folder that exists")
     result = bench(
         args.operation, model=args.model, implementations=args.impl, file=args.file, dtype=DTYPES[args.dtype],
-        device=args.device, tokens=args.tokens,
+        device=_device(args), tokens=args.tokens,
     )  # fmt: skip
     if args.plot:
         result.figure().savefig(args.plot)
     print(json.dumps(result.to_json()) if args.json else result.table())
-    return 1 if any(row.wrong for row in result.rows) else 0
+    if any(row.wrong for row in result.rows):
+        return 1
+    timed = {row.implementation for row in result.rows if row.refused is None}
+    return 2 if set(args.impl or ()) - timed else 0  # what was asked for by name could not run
 
 
 def run_tune(args: argparse.Namespace) -> int:
