@@ -112,7 +112,7 @@ def _hub_error(repo: str, revision: str | None, cause: Exception) -> CheckpointE
     from huggingface_hub import errors
 
     where = repo if revision is None else f"{repo} (revision {revision})"
-    number = cause.errno if isinstance(cause, OSError) else None
+    number, status = cause.errno if isinstance(cause, OSError) else None, _status(cause)
     if isinstance(cause, errors.HFValidationError):
         advice = "is not a valid hub id"
     elif isinstance(cause, errors.GatedRepoError):
@@ -121,6 +121,12 @@ def _hub_error(repo: str, revision: str | None, cause: Exception) -> CheckpointE
         advice = "is not on the hub, or is private: check the spelling, or set HF_TOKEN or run `hf auth login`"
     elif isinstance(cause, errors.RevisionNotFoundError):
         advice = "has no such revision on the hub"
+    elif status in (401, 403):
+        advice = "is not for you, or not without a token: set HF_TOKEN or run `hf auth login`, with an account that may read it"
+    elif status == 429:
+        advice = "was asked for too often: wait a while, or set HF_TOKEN, with which more is allowed"
+    elif status is not None and status >= 500:
+        advice = "could not be had, for the hub itself has a fault: try again later"
     elif isinstance(cause, errors.LocalEntryNotFoundError):
         advice = "is not (completely) in the local cache, and the hub was not reached: connect, or give a local folder"
     elif number in (errno.ENOSPC, errno.EDQUOT):
@@ -131,3 +137,12 @@ def _hub_error(repo: str, revision: str | None, cause: Exception) -> CheckpointE
         advice = "could not be downloaded: try again, or give a local folder"
     detail = " ".join(str(cause).split())
     return CheckpointError(f"{where} {advice} [{type(cause).__name__}: {detail[:500]}]")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error, or what it was raised from, came of."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return int(response.status_code)
+        error = error.__cause__ or error.__context__
+    return None
