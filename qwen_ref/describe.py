@@ -12,14 +12,12 @@ import torch
 from .checkpoint import INDEX, read_index
 from .config import text_config
 from .errors import ConfigError, RequestError
-from .loading import build, extra_files, locate, opened, read_config
+from .loading import build, extra_files, locate, opened, pick_dtype, read_config
 from .models.common import DRAFT, LanguageModel
 from .quant.convert import install, read_format
 from .quant.format import Format
 from .quant.ggml import Ggml
 from .strict_json import parse_object
-
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -77,22 +75,22 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
     network = build(raw, draft=_has_draft_layer(path, raw))
     config = network.config
     context = config.max_position_embeddings if context is None else context
-    if context < 1:
+    if type(context) is not int or context < 1:
         raise RequestError(f"the context is {context} tokens; it must be at least 1")
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = pick_dtype(None, raw)
     parts = Counter[str]()
     for name, parameter in network.named_parameters():
         if not name.startswith(DRAFT):
             parts[_part(name)] += parameter.numel()
     # A key and a value, and the key by which its block is chosen, per layer that keeps keys.
     numbers = 2 * config.num_key_value_heads * config.head_dim + getattr(config, "indexer_head_dim", 0)
-    token_bytes = numbers * _BYTES.get(dtype, 4)
+    token_bytes = numbers * dtype.itemsize
     held = sum(context if w is None else min(context, w) for w in config.windows)
     ends = extra_files(path)
     return Description(
         name=str(model),
         config=config.to_json(),
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         parameters=dict(parts),
         total=network.num_parameters(),
         draft=network.num_draft_parameters(),
@@ -100,7 +98,7 @@ def describe(model: str | Path, *, revision: str | None = None, context: int | N
         kv_bytes_per_token=token_bytes * len(config.windows),
         context=context,
         kv_bytes=token_bytes * held,
-        state_bytes=_state_bytes(config, _BYTES.get(dtype, 4)),
+        state_bytes=_state_bytes(config, dtype.itemsize),
         end_tokens={
             "generation_config.json": _eos(ends.get("generation_config.json")),
             "config.json": raw.get("eos_token_id"),
@@ -183,9 +181,9 @@ def _has_draft_layer(path: Path, raw: dict[str, Any]) -> bool:
     return bool(text_config(raw).get("mtp_num_hidden_layers"))
 
 
-def _weight_bytes(network: LanguageModel, dtype: str, format: Format | None, found: dict[str, Any]) -> int:
+def _weight_bytes(network: LanguageModel, dtype: torch.dtype, format: Format | None, found: dict[str, Any]) -> int:
     """As the weights lie in the files, without what a format leaves open (such as scales of scales)."""
-    network.to(getattr(torch, dtype, torch.float32))
+    network.to(dtype)
     if format is not None:
         install(network, format, found)
     return sum(p.nbytes for p in network.parameters())

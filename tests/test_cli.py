@@ -15,6 +15,7 @@ import qwen_ref as qr
 from qwen_ref import cli
 from qwen_ref.cache import RecurrentCache
 from qwen_ref.describe import describe
+from qwen_ref.errors import ConfigError
 from qwen_ref.models import module_for
 
 
@@ -113,6 +114,13 @@ def test_inspect_counts_states_that_do_not_grow(name, dtype, tmp_path):
     states = {id(part): part.nbytes() for part in parts if isinstance(part, RecurrentCache)}
     found = describe(tmp_path)
     assert found.state_bytes == sum(states.values()) and ("recurrent states" in found.text()) == (name != "qwen3")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "nn", "complex64", "auto", 3])
+def test_inspect_refuses_what_load_refuses(dtype, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY["qwen3"][1], "dtype": dtype}))
+    with pytest.raises(ConfigError, match="is not one of bfloat16"):
+        describe(tmp_path)
 
 
 def test_inspect_counts_active_parameters_of_the_official_moe(data):
