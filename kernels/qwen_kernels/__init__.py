@@ -5,7 +5,8 @@ Every file has the same parts, which `qwen_ref.bench` and `qwen_ref.backend` rea
     run(...)                   the launcher, with the signature of the formula
     supports(device, dtype)    None, or the reason it cannot run
     ORACLE                     the formula in `qwen_ref.ops`
-    TOLERANCE                  its error against fp64 may be this many times the formula's own in the same dtype
+    TOLERANCE                  its error against fp64 may be this many times the formula's own in the same dtype; in fp32,
+                               TOLERANCE_FP32 where there is one
     TUNED                      launch parameters by (device, shape class); nothing is tuned at run time
 
 The kernels are plain-pointer Triton, 3.6 to 3.9. Loads are widened to fp32 at once, and all arithmetic is fp32; only the

@@ -43,7 +43,8 @@ from .launch import ANY, on, require, supports, tuned
 __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = ops.gated_delta_rule
-TOLERANCE = 3.0  # in fp32 with keys of zeros 2.6 in Triton's interpreter, whose exp is NumPy's: the state is a product of many
+TOLERANCE = 2.0
+TOLERANCE_FP32 = 3.0  # 2.6 in Triton's interpreter, whose exp is NumPy's: the state is a product of many
 FEW = 16  # tokens that go one by one: a chunk costs as much however few it holds
 CHUNK = 64
 HOPPER, AMPERE = ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "NVIDIA A100-SXM4-80GB"

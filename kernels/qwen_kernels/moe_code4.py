@@ -19,6 +19,7 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = packed.moe_code4
 TOLERANCE = 2.0
+TOLERANCE_FP32 = 3.0  # sums in another order: twice is a matter of luck where they are of few numbers
 # The 64 KiB of shared memory of an Instinct hold half the columns of gate and up.
 TUNED = {**packed_moe.TUNED, (INSTINCT, (16, 16)): {**packed_moe.TUNED[ANY, (16, 16)], "BLOCK_K": 64}}
 

@@ -18,6 +18,7 @@ __all__ = ["ORACLE", "TOLERANCE", "TUNED", "run", "supports"]
 
 ORACLE = packed.moe_fp8
 TOLERANCE = 2.0
+TOLERANCE_FP32 = 3.0  # sums in another order: twice is a matter of luck where they are of few numbers
 TUNED = {**packed_moe.TUNED}
 
 

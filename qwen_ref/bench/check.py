@@ -127,10 +127,10 @@ def check(
 
     with torch.no_grad():
         look(range(seeds), lambda name: True)
-        rows = [judge(name, findings, dtype, tolerance(run)) for name, findings in found.items()]
+        rows = [judge(name, findings, dtype, tolerance(run, dtype)) for name, findings in found.items()]
         unlucky = {row.case for row in rows if row.faults and row.error is not None}
         look(range(seeds, SECOND_LOOK * seeds), unlucky.__contains__)
-    rows = [judge(row.case, found[row.case], dtype, tolerance(run)) if row.case in unlucky else row for row in rows]
+    rows = [judge(row.case, found[row.case], dtype, tolerance(run, dtype)) if row.case in unlucky else row for row in rows]
     where = f"{device}, emulating {gpu}" if (gpu := backend.emulated()) else str(device)
     return Report(operation, implementation, str(dtype).removeprefix("torch."), where, tuple(rows))
 
@@ -160,9 +160,12 @@ def find(operation: str, name: str, device: torch.device, dtype: torch.dtype) ->
     return offered[name].run
 
 
-def tolerance(run: Callable[..., Any]) -> float:
-    """How many times the formula's own error is allowed: TOLERANCE of the module that defines the implementation, or 2."""
-    return getattr(sys.modules.get(getattr(run, "__module__", "")), "TOLERANCE", 2.0)
+def tolerance(run: Callable[..., Any], dtype: torch.dtype) -> float:
+    """How many times the formula's own error is allowed: TOLERANCE of the module that defines the implementation, or 2; in
+    fp32, where nothing but sums is rounded, its TOLERANCE_FP32, if it has one."""
+    module = sys.modules.get(getattr(run, "__module__", ""))
+    usual = getattr(module, "TOLERANCE", 2.0)
+    return getattr(module, "TOLERANCE_FP32", usual) if dtype == torch.float32 else usual
 
 
 @dataclass(frozen=True)

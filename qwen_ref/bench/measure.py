@@ -200,7 +200,7 @@ def _gate(what: Subject, name: str, run: Callable[..., Any], draws: list[Any], d
         return None
     # torch.compile gives a function up for good that it meets inside a dispatch mode, and the poison is one.
     found = [examine(what, run, args, poisoned=name != "compiled") for args in draws]
-    faults = judge("", found, dtype, tolerance(run)).faults
+    faults = judge("", found, dtype, tolerance(run, dtype)).faults
     who = "torch.compile" if name == "compiled" else FAILED
     return f"{who}: {faults[0]}" if faults else None
 

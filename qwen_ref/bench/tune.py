@@ -122,7 +122,7 @@ def _time(
     """Seconds of all calls, or None if one of them is wrong or cannot be launched."""
     total = 0.0
     for args in calls:
-        if judge("", [examine(what, run, args)], dtype, tolerance(run)).faults:
+        if judge("", [examine(what, run, args)], dtype, tolerance(run, dtype)).faults:
             return None
         total += statistics.median(repeat(run, copies_of(args)[0], seconds))
     return total
