@@ -312,14 +312,12 @@ class House:
         return house
 
     @classmethod
-    def like(cls, form: Tensor, values: Tensor | float = math.nan) -> House:
-        """An output's, in the form of another tensor; in it are values, or as around it poison."""
-        buffer = torch.full((_reach(form) * form.element_size(),), 255, dtype=torch.uint8, device=form.device)
-        house = cls._around(form, buffer.view(form.dtype), GUARD)
-        if isinstance(values, Tensor):
-            house.tensor.copy_(values)
-        elif math.isfinite(values) and form.is_floating_point() and form.element_size() > 1:
-            house.tensor.fill_(values)
+    def like(cls, empty: Tensor, poison: float = math.nan) -> House:
+        """An output's, in the form of `empty`; in it is poison, or another number."""
+        buffer = torch.full((_reach(empty) * empty.element_size(),), 255, dtype=torch.uint8, device=empty.device)
+        house = cls._around(empty, buffer.view(empty.dtype), GUARD)
+        if math.isfinite(poison) and empty.is_floating_point() and empty.element_size() > 1:
+            house.tensor.fill_(poison)
         return house
 
     @classmethod
@@ -334,6 +332,8 @@ class House:
 
     def spilled(self) -> bool:
         """Whether memory outside the output has lost its poison."""
+        if self.before is not self.buffer:  # what was allocated with values may be read like an input, and has its poison
+            return self.changed(outside=True)
         raw = self.buffer.view(torch.uint8).view(len(self.buffer), -1)  # bytes: a bool read as a bool is 0 or 1
         return bool((raw[self._outside] != 255).any())
 
@@ -395,7 +395,8 @@ class Poisoned(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function not in (*self.EMPTY, *self.FILLED) or result.dtype.is_complex or result.is_sparse:
             return result
-        self.houses.append(House.like(result, self.poison if function in self.EMPTY else result))
+        house = House.like(result, self.poison) if function in self.EMPTY else House.of(result, poison=self.poison)
+        self.houses.append(house)
         return self.houses[-1].tensor
 
 
