@@ -8,6 +8,7 @@ import math
 import sys
 import types
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from qwen_ref.bench.cli import add_commands
 from qwen_ref.bench.shapes import MODELS, sizes
 from qwen_ref.bench.subjects import SUBJECTS, Draw, subject
 from qwen_ref.config import text_config
-from qwen_ref.errors import RequestError
+from qwen_ref.errors import EmulatorError, RequestError
 from qwen_ref.quant import packed
 from qwen_ref.quant.packed import Int4
 
@@ -185,6 +186,27 @@ def test_leaving_the_process_is_no_success(planted, tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit(0)")
     with pytest.raises(RequestError, match="SystemExit"):
         check("swiglu", "eager", file=tmp_path / "mine.py")
+
+
+def test_what_the_emulator_does_not_know_is_no_fault_of_the_kernel(planted):
+    def atomic(x, w, eps):
+        raise EmulatorError("the emulator does not know the instruction 'atom.global.add'")
+
+    planted("rms_norm", atomic)
+    with pytest.raises(EmulatorError, match=r"atom\.global"):
+        check("rms_norm", "planted", seeds=1)
+
+
+def test_an_implementation_asked_for_that_cannot_run_is_status_2(monkeypatch):
+    from qwen_ref.bench import measure
+
+    def refused(*args, **kwargs):
+        rows = [measure.Timing("8 x 8", "eager", median=1.0), measure.Timing("8 x 8", "triton", refused="no GPU")]
+        return SimpleNamespace(rows=rows, table=lambda: "")
+
+    monkeypatch.setattr(measure, "bench", refused)
+    assert run_cli("bench", "swiglu", "--device", "cpu", "--impl", "triton") == 2
+    assert run_cli("bench", "swiglu", "--device", "cpu", "--impl", "eager") == run_cli("bench", "swiglu", "--device", "cpu") == 0
 
 
 BOUNDED = {  # right up to some size, as kernels are that were never tried beyond

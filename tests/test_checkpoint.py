@@ -56,6 +56,15 @@ def saved(tmp_path):
 # ------------------------------------------------------------------------------------------------- round trips
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, _ = make_pair(TINY["qwen3"][1])
+    model.save("~/m")
+    assert (tmp_path / "m" / "config.json").is_file() and [p.name for p in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(CheckpointError, match="cannot write"):
+        model.save("~/" + "x" * 300)
+
+
 def test_saving_keeps_the_tokens_that_only_config_json_names(tmp_path):
     model, _ = make_pair(TINY["qwen3"][1])
     model.raw_config = {"eos_token_id": [7, 9], "pad_token_id": 3}

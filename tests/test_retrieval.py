@@ -128,3 +128,9 @@ def test_one_text_is_not_a_list_of_letters(pair):
     for dimensions in (0, -3, 2000, 1.5, True):
         with pytest.raises(RequestError, match=f"dimensions is {dimensions}; it must be an integer from 1 to"):
             qr.embed(model, tokenizer, ["hello"], dimensions=dimensions)
+
+
+def test_what_is_no_text_is_no_query():
+    for arguments in ((None,), (b"query",), ("query", None), (["query"],)):
+        with pytest.raises(RequestError, match="must be text"):
+            instruct(*arguments)

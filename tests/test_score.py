@@ -180,3 +180,9 @@ def test_goals_on_the_held_out_stories():
     rows = qr.score("tiny", text, formats=["int8", "int4", "int4:gptq"], dtype="float32", progress=False).rows
     plain, eight, four, better = (row.perplexity for row in rows)
     assert abs(eight / plain - 1) < 0.001 and better < four < 1.03 * plain
+
+
+def test_a_perplexity_beyond_all_numbers_is_named(monkeypatch):
+    monkeypatch.setattr(sys.modules["qwen_ref.score"], "_MOST_LOSS", 0.1)
+    with pytest.raises(NumericsError, match="nats a token"):
+        qr.score("tiny", "Once upon a time, there was a dog.", progress=False)
